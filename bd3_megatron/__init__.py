@@ -1,0 +1,1 @@
+"""Block diffusion language models on Megatron-core: the model, its objective and what shards it."""

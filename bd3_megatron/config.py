@@ -1,0 +1,184 @@
+"""Configuration of the model, the objective and the layout: frozen pydantic models, importable without torch.
+
+A mistake is reported as one line that names the dotted key, its value and the remedy, for example
+``parallel.tensor=3: model.heads=8 is not divisible by 3; use 1, 2, 4 or 8``. Checks that need one section
+only live here as validators; checks across sections are in :func:`check_layout`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration or the command line; its text is one line fit for the user."""
+
+
+class Section(BaseModel):
+    """Base of every configuration section: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def divisors(n: int, limit: int = 64) -> list[int]:
+    """Divisors of ``n`` not above ``limit``, ascending."""
+    return [d for d in range(1, min(n, limit) + 1) if n % d == 0]
+
+
+def listing(values: list[int]) -> str:
+    """``[1, 2, 4] -> "1, 2 or 4"`` for error texts."""
+    words = [str(v) for v in values]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
+
+
+class ModelConfig(Section):
+    """Shape of the transformer.
+
+    ``dit`` is the paper's backbone with its constant adaLN condition folded away (LayerNorm with bias, MLP with
+    biases and tanh-GELU, untied head with bias); ``qwen3`` is RMSNorm, SwiGLU, per-head QK norm and no biases.
+    """
+
+    backbone: Literal["qwen3", "dit"] = "qwen3"
+    layers: int = Field(12, ge=1, description="transformer layers")
+    hidden: int = Field(768, ge=1, description="width of the residual stream")
+    heads: int = Field(12, ge=1, description="query heads")
+    kv_heads: int | None = Field(None, ge=1, description="key and value heads; null means as many as heads")
+    head_dim: int | None = Field(None, ge=2, description="width of one head; null means hidden / heads")
+    ffn_hidden: int | None = Field(None, ge=1, description="MLP width; null means 4 x hidden (dit), 3 x hidden (qwen3)")
+    length: int = Field(1024, ge=2, description="tokens per row, L")
+    vocab_size: int | None = Field(None, ge=2, description="tokens incl. the mask; null means the data set's")
+    mask_id: int | None = Field(None, ge=0, description="id of the mask token; null means the data set's")
+    rope_theta: float = Field(10_000.0, gt=0)
+    norm_eps: float | None = Field(None, gt=0, description="null means 1e-5 (dit) or 1e-6 (qwen3)")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the two branch outputs of a layer")
+    tie_embeddings: bool = Field(False, description="head shares the embedding's weight")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+
+    @model_validator(mode="after")
+    def _shape(self) -> ModelConfig:
+        if self.head_dim is None and self.hidden % self.heads:
+            raise ValueError(
+                f"model.heads={self.heads}: model.hidden={self.hidden} is not divisible by {self.heads}; "
+                f"use {listing(divisors(self.hidden))}, or set model.head_dim"
+            )
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(
+                f"model.kv_heads={self.kv_heads}: model.heads={self.heads} is not divisible by {self.kv_heads}; "
+                f"use {listing(divisors(self.heads))}"
+            )
+        if self.width_per_head % 2:
+            raise ValueError(
+                f"model.head_dim={self.width_per_head}: rotary embeddings need an even width; "
+                f"change model.heads={self.heads} or set model.head_dim to an even number"
+            )
+        if self.backbone == "dit" and self.tie_embeddings:
+            raise ValueError("model.tie_embeddings=true: the dit backbone has an untied head with bias; use false or model.backbone=qwen3")
+        if self.backbone == "dit" and self.groups != self.heads:
+            raise ValueError(f"model.kv_heads={self.kv_heads}: the dit backbone has one key head per query head; use null or model.backbone=qwen3")
+        if self.vocab_size is not None and self.mask_id is not None and self.mask_id >= self.vocab_size:
+            raise ValueError(f"model.mask_id={self.mask_id}: not below model.vocab_size={self.vocab_size}; use {self.vocab_size - 1} or less")
+        return self
+
+    @property
+    def groups(self) -> int:
+        """Key and value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def width_per_head(self) -> int:
+        return self.head_dim or self.hidden // self.heads
+
+    @property
+    def ffn(self) -> int:
+        return self.ffn_hidden or (4 if self.backbone == "dit" else 3) * self.hidden
+
+    @property
+    def eps(self) -> float:
+        return self.norm_eps or (1e-5 if self.backbone == "dit" else 1e-6)
+
+
+class DiffusionConfig(Section):
+    """The objective (arXiv 2503.09573). ``block_size = 1`` with ``beta = omega = 1`` is AR with an exact
+    likelihood, ``block_size = model.length`` is MDLM, and ``objective = causal`` is the plain causal LM."""
+
+    objective: Literal["diffusion", "causal"] = Field(
+        "diffusion", description="diffusion: noisy stream predicts masked tokens; causal: shifted next-token loss"
+    )
+    block_size: int = Field(16, ge=1, description="tokens per block, B'")
+    schedule: Literal["loglinear", "square", "square_root", "log", "cosine"] = "loglinear"
+    beta: float = Field(1e-3, gt=0, le=1, description="lower end of the interval of noise levels t")
+    omega: float = Field(1.0, gt=0, le=1, description="upper end of the interval of noise levels t")
+    resample: bool = Field(False, description="redraw a block's bits until its masked fraction lies in [beta, omega]")
+    stratify: bool = Field(True, description="one noise level per stratum over the global batch (low variance)")
+    draws: int = Field(1, ge=1, description="noisy draws per clean row, K")
+
+    @model_validator(mode="after")
+    def _interval(self) -> DiffusionConfig:
+        if self.beta > self.omega:
+            raise ValueError(f"diffusion.beta={self.beta:g}: above diffusion.omega={self.omega:g}; exchange them")
+        if self.resample and not self.full_interval:
+            low = -(-self.beta * self.block_size // 1)  # ceil
+            if low > self.omega * self.block_size:
+                raise ValueError(
+                    f"diffusion.beta={self.beta:g}: no k/{self.block_size} lies in [{self.beta:g}, {self.omega:g}], so resampling "
+                    f"would never end; widen the interval or set diffusion.resample=false"
+                )
+        if self.objective == "causal" and (self.block_size != 1 or self.draws != 1):
+            raise ValueError(f"diffusion.objective=causal: needs block_size=1 and draws=1, not {self.block_size} and {self.draws}; set both to 1")
+        return self
+
+    @property
+    def full_interval(self) -> bool:
+        """True for the unclipped schedule, whose draws are never redrawn (objective, step 7)."""
+        return self.beta <= 1e-3 and self.omega >= 1
+
+
+class KernelConfig(Section):
+    """Which implementation computes what; the choices differ in cost, never in the result."""
+
+    attention: Literal["auto", "chunked", "reference"] = Field(
+        "auto", description="two-stream attention backend; reference materialises the dense mask"
+    )
+    masked_rows_only: bool = Field(True, description="run the head on masked rows only, not on every row")
+
+
+class ParallelConfig(Section):
+    """How the model is spread over ranks; data parallelism takes what the others leave of the world."""
+
+    tensor: int = Field(1, ge=1, description="tensor-parallel size")
+    pipeline: int = Field(1, ge=1, description="pipeline stages")
+    sequence: bool = Field(False, description="sequence parallelism over the tensor-parallel group")
+    backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="process-group backend; auto: nccl on CUDA")
+    timeout_minutes: float = Field(10.0, gt=0, description="a collective that takes longer ends the job")
+
+
+def check_layout(model: ModelConfig, diffusion: DiffusionConfig, parallel: ParallelConfig, world_size: int) -> int:
+    """Check the layout against the model and return the data-parallel size.
+
+    Raises:
+        ConfigError: one line with the key, its value and the values that fit.
+    """
+    if model.length % diffusion.block_size:
+        raise ConfigError(
+            f"diffusion.block_size={diffusion.block_size}: model.length={model.length} is not divisible by {diffusion.block_size}; "
+            f"use {listing(divisors(model.length, model.length))}"
+        )
+    tensor = parallel.tensor
+    for name, value in (("model.heads", model.heads), ("model.kv_heads", model.groups), ("model.ffn_hidden", model.ffn)):
+        if value % tensor:
+            raise ConfigError(f"parallel.tensor={tensor}: {name}={value} is not divisible by {tensor}; use {listing(divisors(value))}")
+    if parallel.sequence and model.length % tensor:
+        raise ConfigError(f"parallel.sequence=true: model.length={model.length} is not divisible by parallel.tensor={tensor}; use another length")
+    if model.layers % parallel.pipeline:
+        raise ConfigError(
+            f"parallel.pipeline={parallel.pipeline}: model.layers={model.layers} is not divisible by {parallel.pipeline}; "
+            f"use {listing(divisors(model.layers))}"
+        )
+    if world_size % (tensor * parallel.pipeline):
+        raise ConfigError(
+            f"parallel.tensor={tensor}, parallel.pipeline={parallel.pipeline}: their product {tensor * parallel.pipeline} does not divide "
+            f"the world of {world_size} processes; start a multiple of {tensor * parallel.pipeline}"
+        )
+    return world_size // (tensor * parallel.pipeline)

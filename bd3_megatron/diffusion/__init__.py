@@ -1,0 +1,1 @@
+"""The objective: noise schedules, noise draws keyed by sample, and the NELBO."""

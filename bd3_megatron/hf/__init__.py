@@ -1,0 +1,1 @@
+"""Hugging Face formats: the single-device model, weight maps, import and export."""

@@ -1,0 +1,90 @@
+"""The resolved configuration of a run: the model's sections plus data, training, evaluation and checkpoints."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig, Section
+
+
+class DataConfig(Section):
+    """Where the rows come from."""
+
+    path: str | None = Field(None, description="folder that bd3 prep wrote")
+    seed: int | None = Field(None, ge=0, description="seed of the row order; null means train.seed")
+
+
+class TrainConfig(Section):
+    """Optimization. The defaults are the paper's recipe, with the batch of one machine."""
+
+    steps: int = Field(1000, ge=1, description="optimizer steps in all")
+    global_batch: int = Field(512, ge=1, description="rows per optimizer step over all ranks")
+    micro_batch: int = Field(8, ge=1, description="rows per forward pass on one rank")
+    seed: int = Field(0, ge=0, description="seed of weights, noise and dropout")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    lr: float = Field(3e-4, gt=0, description="peak learning rate")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the last step of cosine and linear decay")
+    decay: Literal["constant", "cosine", "linear"] = Field("constant", description="learning rate after warm-up")
+    warmup_steps: int = Field(2500, ge=0, description="steps of linear warm-up")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="not applied to biases and norms")
+    clip_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0 leaves it")
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="decay min(ema_decay, (1+n)/(10+n)); 0 keeps no EMA")
+
+    @model_validator(mode="after")
+    def _batches(self) -> TrainConfig:
+        if self.global_batch % self.micro_batch:
+            fits = [d for d in range(1, self.global_batch + 1) if self.global_batch % d == 0 and d <= self.micro_batch]
+            raise ValueError(
+                f"train.micro_batch={self.micro_batch}: train.global_batch={self.global_batch} is not divisible by "
+                f"{self.micro_batch}; use {fits[-1]}"
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(f"train.min_lr={self.min_lr:g}: above train.lr={self.lr:g}; lower it")
+        return self
+
+
+class EvalConfig(Section):
+    """Evaluation of the NELBO on the validation split, on the full interval of noise levels."""
+
+    every: int = Field(1000, ge=0, description="steps between evaluations; 0 evaluates at the end only")
+    rows: int | None = Field(None, ge=2, description="first rows of the validation order used; null means all")
+    draws: int = Field(1, ge=1, description="noise draws per row")
+    micro_batch: int | None = Field(None, ge=1, description="rows per forward pass; null means train.micro_batch")
+    seed: int = Field(0, ge=0, description="seed of the evaluation noise, the same at every evaluation")
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and which are kept."""
+
+    every: int = Field(1000, ge=0, description="steps between checkpoints; 0 writes the last one only")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class LogConfig(Section):
+    """What is written while training."""
+
+    every: int = Field(10, ge=1, description="steps between progress lines where there is no terminal")
+    tensorboard: bool = True
+    peak_tflops: float | None = Field(
+        None, gt=0, description="the device's peak for MFU; null looks the GPU up, or measures a matmul on CPU"
+    )
+
+
+class RunConfig(Section):
+    """Everything that defines a training run."""
+
+    run: str = Field("runs/default", description="run folder")
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    kernels: KernelConfig = KernelConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
