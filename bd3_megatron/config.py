@@ -17,9 +17,9 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Base of every configuration section: immutable, and unknown keys are errors."""
+    """Base of every configuration section: immutable, finite numbers only, and unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 def divisors(n: int, limit: int = 64) -> list[int]:
@@ -97,6 +97,19 @@ class ModelConfig(Section):
     @property
     def eps(self) -> float:
         return self.norm_eps or (1e-5 if self.backbone == "dit" else 1e-6)
+
+    def parameters(self, vocab_size: int) -> int:
+        """Parameters of the whole model with ``vocab_size`` tokens, before the vocabulary is padded."""
+        hidden, ffn, width = self.hidden, self.ffn, self.width_per_head
+        attention = 2 * hidden * width * (self.heads + self.groups)  # q and output, k and v
+        if self.backbone == "dit":
+            norm, biases, head_bias = 2 * hidden, ffn + hidden, vocab_size
+            layer = attention + 2 * hidden * ffn + biases + 2 * norm
+        else:
+            norm, qk_norm, head_bias = hidden, 2 * width, 0
+            layer = attention + 3 * hidden * ffn + qk_norm + 2 * norm
+        tables = 1 if self.tie_embeddings else 2
+        return tables * vocab_size * hidden + head_bias + self.layers * layer + norm
 
 
 class DiffusionConfig(Section):

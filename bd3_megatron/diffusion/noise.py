@@ -1,0 +1,125 @@
+"""Noise that belongs to the sample: drawn from Philox, keyed by (seed, purpose, draw, epoch, row).
+
+No rank's generator is involved, so the same run draws the same noise under every layout, after every resume, and on
+every pipeline stage without a broadcast. numpy's Philox is a counter-based generator whose raw output is fixed across
+versions; uniforms are made from the raw words here so that nothing else can change them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bd3_megatron.config import ConfigError, DiffusionConfig
+from bd3_megatron.diffusion.schedule import mask_probability_and_weight
+
+# A clip interval that schedule and block size practically never meet would redraw for ever.
+_MOST_REDRAWS = 10_000
+
+
+class Purpose(IntEnum):
+    """Independent families of draws under one seed."""
+
+    TRAIN = 0
+    EVALUATE = 1
+    STRATA = 2
+
+
+@dataclass(frozen=True)
+class SampleKeys:
+    """Which samples noise is drawn for.
+
+    Attributes:
+        epochs, rows: int64 ``[n]``: the data set's row and the pass over it; together they key the sample.
+        slots: int64 ``[n]``: place of each sample in its global batch, which decides its strata.
+        batch: index of the global batch (the optimizer step), the same for all samples here.
+        batch_rows: rows in the global batch.
+    """
+
+    epochs: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    batch: int
+    batch_rows: int
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise for ``n`` samples and K draws each.
+
+    Attributes:
+        t: noise level per block, float64 ``[K, n, L / B']``.
+        masked: bool ``[K, n, L]``; position 0 (BOS) is never masked.
+        weight: loss weight per position, float32 ``[K, n, L]``, zero where nothing is masked.
+    """
+
+    t: NDArray[np.float64]
+    masked: NDArray[np.bool_]
+    weight: NDArray[np.float32]
+
+
+class _Uniforms:
+    """Stream of uniforms in [0, 1) with 53 bits, for one key."""
+
+    def __init__(self, seed: int, purpose: Purpose, draw: int, epoch: int, row: int):
+        # The lowest counter word runs; the other three and the key tell the streams apart.
+        self._bits = np.random.Philox(key=[seed, int(purpose)], counter=[0, draw, epoch, row])
+
+    def __call__(self, n: int) -> NDArray[np.float64]:
+        return (self._bits.random_raw(n) >> np.uint64(11)) * 2.0**-53
+
+
+def draw_noise(
+    diffusion: DiffusionConfig, length: int, seed: int, keys: SampleKeys, purpose: Purpose = Purpose.TRAIN
+) -> Noise:
+    """Draw noise levels and masks (objective, steps 1 to 3 and 7).
+
+    With ``stratify``, the levels of a global batch of G rows fill the ``G K L / B'`` strata of the unit interval,
+    one each. Strata are assigned in order from a random start per batch, which makes every single level exactly
+    uniform (without it, block j of a small batch would always see the same part of the interval).
+
+    Raises:
+        ConfigError: the clip interval is practically never met by a resampled block.
+    """
+    blocks, count, draws = length // diffusion.block_size, len(keys.rows), diffusion.draws
+    levels = np.empty((draws, count, blocks))
+    masked = np.empty((draws, count, length), dtype=bool)
+    strata = keys.batch_rows * draws * blocks
+    start = int(_Uniforms(seed, Purpose.STRATA, int(purpose), 0, keys.batch)(1)[0] * strata)
+    for draw in range(draws):
+        for n in range(count):
+            uniforms = _Uniforms(seed, purpose, draw, int(keys.epochs[n]), int(keys.rows[n]))
+            u = uniforms(blocks)
+            if diffusion.stratify:
+                first = (int(keys.slots[n]) * draws + draw) * blocks
+                u = ((start + first + np.arange(blocks)) % strata + u) / strata
+            levels[draw, n] = diffusion.beta + u * (diffusion.omega - diffusion.beta)
+            masked[draw, n] = _draw_mask(diffusion, levels[draw, n], uniforms)
+    masked[:, :, 0] = False
+    _, weight = mask_probability_and_weight(diffusion.schedule, levels)
+    weight = np.repeat(weight, diffusion.block_size, axis=-1).astype(np.float32)
+    return Noise(levels, masked, np.where(masked, weight, np.float32(0)))
+
+
+def _draw_mask(diffusion: DiffusionConfig, t: NDArray[np.float64], uniforms: _Uniforms) -> NDArray[np.bool_]:
+    """Mask bits of one row, redrawn per block while a clipped interval is missed (objective, steps 2 and 7)."""
+    size = diffusion.block_size
+    p = mask_probability_and_weight(diffusion.schedule, t)[0][:, None]
+    bits = uniforms(t.size * size).reshape(-1, size) <= p
+    if not diffusion.resample or diffusion.full_interval:
+        return bits.reshape(-1)
+    for _ in range(_MOST_REDRAWS):
+        fraction = bits.mean(axis=1)
+        missed = (fraction < diffusion.beta - 1e-9) | (fraction > diffusion.omega + 1e-9)
+        if not missed.any():
+            return bits.reshape(-1)
+        again = uniforms(t.size * size).reshape(-1, size) < p
+        bits = np.where(missed[:, None], again, bits)
+    raise ConfigError(
+        f"diffusion.beta={diffusion.beta:g}, diffusion.omega={diffusion.omega:g}: {_MOST_REDRAWS} redraws of a block of "
+        f"{size} never masked a fraction inside under the {diffusion.schedule} schedule; widen the interval or "
+        f"set diffusion.resample=false"
+    )

@@ -1,0 +1,219 @@
+"""The block diffusion language model, composed from Megatron-core parts."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from torch import Tensor
+
+from bd3_megatron.attention.mask import Streams
+from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig
+from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.layers import Norm, layer_spec, transformer_config
+
+
+class BlockDiffusionModel(LanguageModule):
+    """Transformer over stacked streams with a SUBS head (arXiv 2503.09573).
+
+    One instance is one pipeline stage: the first holds the embedding, the last the final norm and the head.
+
+    Args:
+        model: shape, with ``vocab_size`` and ``mask_id`` resolved.
+        bf16: parameters and activations in bf16 instead of fp32.
+        pre_process, post_process: whether this stage is the first, the last.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        diffusion: DiffusionConfig,
+        kernels: KernelConfig | None = None,
+        parallel: ParallelConfig | None = None,
+        bf16: bool = False,
+        pre_process: bool = True,
+        post_process: bool = True,
+    ):
+        kernels, parallel = kernels or KernelConfig(), parallel or ParallelConfig()
+        config = transformer_config(model, parallel, bf16)
+        super().__init__(config)
+        self.model, self.kernels = model, kernels
+        self.streams = Streams.of(diffusion, model.length)
+        self.pre_process, self.post_process = pre_process, post_process
+        self.share_embeddings_and_output_weights = model.tie_embeddings
+        self.vocab_size = padded_vocabulary(model.vocab_size, parallel.tensor)
+
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=_without_dropout(config),
+                vocab_size=self.vocab_size,
+                max_sequence_length=model.length,
+                position_embedding_type="rope",
+            )
+        self.rotary = RotaryEmbedding(
+            kv_channels=model.width_per_head,
+            rotary_percent=1.0,
+            rotary_base=model.rope_theta,
+            use_cpu_initialization=config.use_cpu_initialization,
+        )
+        spec = layer_spec(model, self.streams, kernels)
+        layers = TransformerBlockSubmodules(layer_specs=[spec] * (model.layers // parallel.pipeline))
+        # The final norm runs on the rows that the head reads, so it lies here and not in the block.
+        self.decoder = TransformerBlock(config, layers, post_layer_norm=False, pre_process=pre_process)
+        if post_process:
+            head = copy.copy(config)
+            head.sequence_parallel = False  # the head reads gathered rows, not a shard of the sequence
+            self.final_norm = Norm(head, model.hidden)
+            self.output_layer = ColumnParallelLinear(
+                model.hidden,
+                self.vocab_size,
+                config=head,
+                init_method=config.init_method,
+                bias=model.backbone == "dit",
+                skip_weight_param_allocation=model.tie_embeddings and pre_process,
+            )
+        if model.tie_embeddings:
+            self.setup_embeddings_and_output_layer()
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """The tied weight on this stage (Megatron's schedules look for it)."""
+        if not self.share_embeddings_and_output_weights:
+            return None
+        return self.embedding.word_embeddings.weight if self.pre_process else self.output_layer.weight
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor | None]) -> None:
+        """Receive the previous stage's activations from Megatron's schedule."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def hidden_states(self, input_ids: Tensor, offset: int = 0) -> Tensor:
+        """Run this stage's layers.
+
+        Args:
+            input_ids: ``[S b, l]``, streams stacked; read by the first stage only.
+            offset: position of the first token, for a block that follows cached ones.
+
+        Returns:
+            ``[l, S b, h]``, or the stage's shard of the sequence under sequence parallelism.
+        """
+        hidden = self.embedding(input_ids, None) if self.pre_process else None
+        rotary = self.rotary(input_ids.shape[1], offset)
+        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """SUBS logits of hidden rows ``[..., h]`` -> ``[..., V / tensor]``: -inf for the mask token and padding."""
+        weight = self.shared_embedding_or_output_weight()
+        logits, _ = self.output_layer(self.final_norm(rows), weight=weight)
+        start = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        never = [self.model.mask_id, *range(self.model.vocab_size, self.vocab_size)]
+        here = [v - start for v in never if start <= v < start + logits.shape[-1]]
+        if here:
+            logits = logits.index_fill(-1, torch.tensor(here, device=logits.device), -math.inf)
+        return logits
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Weighted nll of every prediction, ``[R, L]`` in fp32 (hidden states on stages before the last).
+
+        Only rows with a weight reach the head, unless ``kernels.masked_rows_only`` is off.
+        """
+        hidden = self.hidden_states(batch.input_ids)
+        if not self.post_process:
+            return hidden
+        if self.config.sequence_parallel:
+            # The head's own backward pass already sums over the tensor group.
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        if not self.kernels.masked_rows_only:
+            return self._loss_of_every_row(hidden, batch)
+        predicted = batch.weight != 0  # [R, L]
+        rows = hidden[:, : len(batch.labels)].transpose(0, 1)[predicted]  # [M, h]
+        nll = vocab_parallel_cross_entropy(self.logits(rows).float(), batch.labels[predicted])
+        out = torch.zeros_like(batch.weight)
+        return out.masked_scatter(predicted, nll * batch.weight[predicted])
+
+    def _loss_of_every_row(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """The plain path: logits of every row of every stream, weights applied after."""
+        logits = self.logits(hidden)[:, : len(batch.labels)].transpose(0, 1)  # [R, L, V / tensor]
+        nll = vocab_parallel_cross_entropy(logits.float().contiguous(), batch.labels)
+        # A label may be the mask token where nothing is predicted: 0 * inf would spoil the sum.
+        return torch.where(batch.weight != 0, nll * batch.weight, 0.0)
+
+
+def _without_dropout(config):
+    """The paper's backbone drops nothing out of the embedding; Megatron would use ``hidden_dropout`` there."""
+    config = copy.copy(config)
+    config.hidden_dropout = 0.0
+    return config
+
+
+def padded_vocabulary(vocab_size: int, tensor: int) -> int:
+    """Rows of embedding and head: the vocabulary rounded up to a multiple of the tensor-parallel size."""
+    return -(-vocab_size // tensor) * tensor
+
+
+def global_name(name: str, model: BlockDiffusionModel) -> str:
+    """A parameter's name with the layer counted over all pipeline stages."""
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(int(parts[2]) + get_transformer_layer_offset(model.config))
+    return ".".join(parts)
+
+
+@torch.no_grad()
+def initialize(model: BlockDiffusionModel, seed: int) -> None:
+    """Draw the weights, each from a generator keyed by (seed, global name), so that no layout changes them.
+
+    Matrices are normal with ``init_std``, those that write to the residual stream scaled by ``1 / sqrt(2 layers)``;
+    norms start at one, biases at zero, and so does the paper's head.
+    """
+    shape = model.model
+    for name, parameter in model.named_parameters():
+        name = global_name(name, model)
+        if parameter.dim() == 1:
+            parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
+        elif name == "output_layer.weight" and shape.backbone == "dit":
+            parameter.zero_()
+        else:
+            std = shape.init_std
+            if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+                std /= math.sqrt(2 * shape.layers)
+            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+            # Unpadded rows, so that the drawn values do not depend on the padding to the tensor-parallel size.
+            rows, columns = global_shape(parameter)
+            if "word_embeddings" in name or name.startswith("output_layer"):
+                rows = shape.vocab_size
+            full = torch.randn(rows, columns, generator=generator) * std
+            parameter.copy_(local_shard(full, parameter))
+
+
+def global_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of the whole tensor that a tensor-parallel rank holds a shard of."""
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
+    return tuple(shape)
+
+
+def local_shard(full: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, zero-padded where the vocabulary was rounded up.
+
+    A stride of 2 marks the fused gate and up projections: each rank holds its part of both.
+    """
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return full
+    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    dim, stride = parameter.partition_dim, parameter.partition_stride
+    missing = global_shape(parameter)[dim] - full.shape[dim]
+    if missing:
+        full = torch.cat([full, full.new_zeros(missing, *full.shape[1:])])
+    parts = full.chunk(size * stride, dim)
+    return torch.cat([parts[s * size + rank] for s in range(stride)], dim)

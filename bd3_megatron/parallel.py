@@ -1,0 +1,85 @@
+"""Process groups and random state, the same path for a world of 1 and of 1024, on CPU and GPU."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from bd3_megatron import cpu_compat
+from bd3_megatron.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: ``rank`` of ``size`` overall, and its data-parallel coordinates."""
+
+    rank: int
+    size: int
+    data_rank: int
+    data_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """True on the one rank that writes logs and metrics."""
+        return self.rank == 0
+
+
+def start(
+    parallel: ParallelConfig,
+    rank: int = 0,
+    size: int = 1,
+    local_rank: int = 0,
+    store: dist.Store | None = None,
+) -> World:
+    """Join the process group and build Megatron's model- and data-parallel groups.
+
+    Args:
+        parallel: the layout; checked beforehand by :func:`bd3_megatron.config.check_layout`.
+        rank, size, local_rank: this process among all, and on its node (it picks the GPU).
+        store: rendezvous; None needs a world of 1.
+    """
+    cpu_compat.install()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    backend = parallel.backend if parallel.backend != "auto" else ("nccl" if cuda else "gloo")
+    if not dist.is_initialized():
+        dist.init_process_group(
+            backend,
+            rank=rank,
+            world_size=size,
+            store=dist.HashStore() if store is None and size == 1 else store,
+            timeout=datetime.timedelta(minutes=parallel.timeout_minutes),
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+    return World(
+        rank=rank,
+        size=size,
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        device=cpu_compat.device(),
+    )
+
+
+def stop() -> None:
+    """Leave all groups; after it :func:`start` may be called again in the same process."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def seed_dropout(seed: int, step: int) -> None:
+    """Set the dropout state as a function of (seed, step), so that a resumed run draws what it would have drawn.
+
+    Megatron derives each tensor-parallel rank's own state from it; data-parallel ranks are told apart here.
+    """
+    mixed = (seed * 1_000_003 + step) * 1_024 + parallel_state.get_data_parallel_rank()
+    tensor_parallel.model_parallel_cuda_manual_seed(mixed % 2**31, force_reset_rng=True)
