@@ -157,6 +157,18 @@ class KernelConfig(Section):
     masked_rows_only: bool = Field(True, description="run the head on masked rows only, not on every row")
 
 
+class OptimizationConfig(Section):
+    """What an engine needs to know about the optimizer. The defaults are the paper's recipe."""
+
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="of weights and activations; master weights are fp32")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    adam_eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="not applied to biases and norms")
+    clip_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0 leaves it")
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="decay min(ema_decay, (1+n)/(10+n)); 0 keeps no EMA")
+
+
 class ParallelConfig(Section):
     """How the model is spread over ranks; data parallelism takes what the others leave of the world."""
 

@@ -8,6 +8,7 @@ import math
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -50,6 +51,7 @@ class BlockDiffusionModel(LanguageModule):
         self.model, self.kernels = model, kernels
         self.streams = Streams.of(diffusion, model.length)
         self.pre_process, self.post_process = pre_process, post_process
+        self.model_type = ModelType.encoder_or_decoder  # read by Megatron's schedules
         self.share_embeddings_and_output_weights = model.tie_embeddings
         self.vocab_size = padded_vocabulary(model.vocab_size, parallel.tensor)
 
@@ -115,9 +117,12 @@ class BlockDiffusionModel(LanguageModule):
         logits, _ = self.output_layer(self.final_norm(rows), weight=weight)
         start = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
         never = [self.model.mask_id, *range(self.model.vocab_size, self.vocab_size)]
-        here = [v - start for v in never if start <= v < start + logits.shape[-1]]
-        if here:
-            logits = logits.index_fill(-1, torch.tensor(here, device=logits.device), -math.inf)
+        # In place and outside autograd, because logits are the largest tensor of a step: a softmax gives these
+        # columns probability zero, so their gradient is zero by itself.
+        values = logits.detach()
+        for column in (v - start for v in never):
+            if 0 <= column < logits.shape[-1]:
+                values[..., column] = -math.inf
         return logits
 
     def forward(self, batch: Batch) -> Tensor:

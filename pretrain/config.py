@@ -6,7 +6,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig, Section
+from bd3_megatron.config import (
+    DiffusionConfig,
+    KernelConfig,
+    ModelConfig,
+    OptimizationConfig,
+    ParallelConfig,
+    Section,
+)
 
 
 class DataConfig(Section):
@@ -16,24 +23,17 @@ class DataConfig(Section):
     seed: int | None = Field(None, ge=0, description="seed of the row order; null means train.seed")
 
 
-class TrainConfig(Section):
+class TrainConfig(OptimizationConfig):
     """Optimization. The defaults are the paper's recipe, with the batch of one machine."""
 
     steps: int = Field(1000, ge=1, description="optimizer steps in all")
     global_batch: int = Field(512, ge=1, description="rows per optimizer step over all ranks")
     micro_batch: int = Field(8, ge=1, description="rows per forward pass on one rank")
     seed: int = Field(0, ge=0, description="seed of weights, noise and dropout")
-    precision: Literal["fp32", "bf16"] = "bf16"
     lr: float = Field(3e-4, gt=0, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the last step of cosine and linear decay")
     decay: Literal["constant", "cosine", "linear"] = Field("constant", description="learning rate after warm-up")
     warmup_steps: int = Field(2500, ge=0, description="steps of linear warm-up")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0, description="not applied to biases and norms")
-    clip_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0 leaves it")
-    ema_decay: float = Field(0.9999, ge=0, lt=1, description="decay min(ema_decay, (1+n)/(10+n)); 0 keeps no EMA")
 
     @model_validator(mode="after")
     def _batches(self) -> TrainConfig:

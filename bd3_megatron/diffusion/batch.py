@@ -22,14 +22,18 @@ class Batch:
         labels: int64 ``[R, L]``, what position l of the first R rows of ``input_ids`` predicts; R is K b for the
             diffusion objective and b for the causal one.
         weight: float32 ``[R, L]``, weight of each prediction's nll, zero where there is none.
+        tokens: what the sum of weighted nll is divided by for the training loss (objective, step 6): L per row for
+            the diffusion objective (BOS counted), L - 1 for the causal one.
     """
 
     input_ids: Tensor
     labels: Tensor
     weight: Tensor
+    tokens: int
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(x.to(device, non_blocking=True) for x in (self.input_ids, self.labels, self.weight)))
+        ids, labels, weight = (x.to(device, non_blocking=True) for x in (self.input_ids, self.labels, self.weight))
+        return Batch(ids, labels, weight, self.tokens)
 
 
 def diffusion_batch(tokens: NDArray[np.int64], noise: Noise, mask_id: int, streams: Streams) -> Batch:
@@ -39,7 +43,8 @@ def diffusion_batch(tokens: NDArray[np.int64], noise: Noise, mask_id: int, strea
     noisy = torch.where(masked, mask_id, clean).flatten(0, 1)
     labels = clean.expand(len(masked), -1, -1).flatten(0, 1)
     weight = torch.from_numpy(noise.weight).flatten(0, 1)
-    return Batch(torch.cat([noisy, clean]) if streams.clean else noisy, labels, weight)
+    ids = torch.cat([noisy, clean]) if streams.clean else noisy
+    return Batch(ids, labels, weight, tokens=labels.numel())
 
 
 def causal_batch(tokens: NDArray[np.int64]) -> Batch:
@@ -47,4 +52,4 @@ def causal_batch(tokens: NDArray[np.int64]) -> Batch:
     clean = torch.from_numpy(tokens)
     weight = torch.ones(clean.shape, dtype=torch.float32)
     weight[:, -1] = 0
-    return Batch(clean, clean.roll(-1, dims=1), weight)
+    return Batch(clean, clean.roll(-1, dims=1), weight, tokens=clean.shape[0] * (clean.shape[1] - 1))

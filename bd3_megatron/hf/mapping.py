@@ -22,8 +22,8 @@ Weights = Mapping[str, Tensor]
 class Entry:
     """One Megatron tensor and the Hugging Face tensors it is made of, with their shapes.
 
-    ``rows`` says how: ``stacked`` on their first axis (a single one is itself), or ``by_group``: for each group
-    of attention heads its query heads, its key head and its value head.
+    ``rows`` says how: ``stacked`` on their first axis (a single one is itself), or ``by_group``: for each
+    group of attention heads its query heads, its key head and its value head.
     """
 
     megatron: str

@@ -1,0 +1,224 @@
+"""Checkpoints in and out: the paper's reference format, and folders that ``from_pretrained`` loads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer
+from torch import Tensor
+
+from bd3_megatron.config import ConfigError, DiffusionConfig, ModelConfig
+from bd3_megatron.hf.files import Loaded, read_config, read_weights, section, write_json
+from bd3_megatron.hf.mapping import from_hf, to_hf
+from bd3_megatron.hf.reference import fold_reference, load_reference
+
+__all__ = ["TokenIds", "export", "fold_reference", "hf_config", "load_exported", "load_reference"]
+
+MODELING = Path(__file__).with_name("modeling_bd3.py")
+MODEL_TYPE = "bd3_megatron"
+MASK_TOKEN = "<|mask|>"
+
+# ModelConfig's fields and their names in an export's config.json.
+MODEL_FIELDS = {
+    "backbone": "backbone",
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn_hidden": "intermediate_size",
+    "length": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "mask_id": "mask_token_id",
+    "rope_theta": "rope_theta",
+    "norm_eps": "norm_eps",
+    "dropout": "training_dropout",  # the exported model itself has none
+    "tie_embeddings": "tie_word_embeddings",
+    "init_std": "initializer_range",
+}
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids of the special tokens; None where the vocabulary has no such token."""
+
+    bos: int | None
+    eos: int | None
+    mask: int
+
+
+def export(
+    weights: Mapping[str, Tensor],
+    model: ModelConfig,
+    diffusion: DiffusionConfig,
+    tokens: TokenIds,
+    tokenizer_file: str | Path | None,
+    out: str | Path,
+) -> None:
+    """Write a folder that ``AutoModelForMaskedLM.from_pretrained(out, trust_remote_code=True)`` loads.
+
+    The folder appears whole or not at all: it is written beside ``out`` and renamed.
+
+    Args:
+        weights: Megatron names, global, vocabulary unpadded; stored in the type they have.
+        tokenizer_file: a ``tokenizer.json``; a mask token is added where its vocabulary ends at ``tokens.mask``.
+            None exports no tokenizer.
+        out: a folder that does not exist or is empty.
+
+    Raises:
+        ConfigError: ``out`` holds something or cannot be written, the weights are not of the model's shape,
+            or the tokenizer does not know the special tokens.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={out}: exists and is not an empty folder; name another or remove it")
+    if model.mask_id not in (None, tokens.mask):
+        raise ConfigError(
+            f"tokens.mask={tokens.mask}: the model was trained with model.mask_id={model.mask_id}"
+        )
+    state = {name: t.detach().cpu().contiguous() for name, t in to_hf(weights, model).items()}
+    config = hf_config(model, diffusion, tokens, next(iter(state.values())).dtype)
+    tokenizer = None if tokenizer_file is None else _tokenizer(Path(tokenizer_file), tokens, model)
+    partial = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        write_json(partial / "config.json", config)
+        save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
+        shutil.copyfile(MODELING, partial / MODELING.name)
+        if tokenizer is not None:
+            tokenizer.save(str(partial / "tokenizer.json"))
+            write_json(partial / "tokenizer_config.json", _tokenizer_config(tokenizer, tokens, model))
+        (partial / "README.md").write_text(_model_card(model, diffusion), encoding="utf-8")
+        partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        os.replace(partial, out)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"out={out}: cannot be written: {error}") from None
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_exported(folder: str | Path) -> Loaded:
+    """Read an export back under Megatron names; sizes that were left to their defaults come back as numbers.
+
+    Raises:
+        ConfigError: the folder is not an export or its files cannot be read.
+    """
+    folder = Path(folder)
+    config = read_config(folder, MODEL_TYPE)
+    source = str(folder / "config.json")
+    missing = [name for name in (*MODEL_FIELDS.values(), "objective", "block_size") if name not in config]
+    if missing:
+        raise ConfigError(f"{source}: no {missing[0]}; export the checkpoint again")
+    model = section(ModelConfig, {ours: config[name] for ours, name in MODEL_FIELDS.items()}, source)
+    objective = {"objective": config["objective"], "block_size": config["block_size"]}
+    diffusion = section(DiffusionConfig, {**config.get("noise", {}), **objective}, source)
+    return model, diffusion, from_hf(read_weights(folder), model)
+
+
+def hf_config(
+    model: ModelConfig, diffusion: DiffusionConfig, tokens: TokenIds, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The export's ``config.json``; ``noise`` is what training needs and the exported model does not."""
+    resolved = model.model_copy(
+        update={
+            "kv_heads": model.groups,
+            "head_dim": model.width_per_head,
+            "ffn_hidden": model.ffn,
+            "norm_eps": model.eps,
+            "mask_id": tokens.mask,
+        }
+    )
+    module = MODELING.stem
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["BD3ForMaskedLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.BD3Config",
+            "AutoModelForMaskedLM": f"{module}.BD3ForMaskedLM",
+        },
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **{name: getattr(resolved, ours) for ours, name in MODEL_FIELDS.items()},
+        "objective": diffusion.objective,
+        "block_size": diffusion.block_size,
+        "noise": diffusion.model_dump(exclude={"objective", "block_size"}),
+        "bos_token_id": tokens.bos,
+        "eos_token_id": tokens.eos,
+        "pad_token_id": tokens.eos,
+    }
+
+
+def _tokenizer(path: Path, tokens: TokenIds, model: ModelConfig) -> Tokenizer:
+    """The tokenizer with the mask in its vocabulary, checked against the special tokens."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ConfigError(f"tokenizer={path}: not a readable tokenizer.json: {error}") from None
+    size = tokenizer.get_vocab_size()
+    if tokenizer.id_to_token(tokens.mask) is None:
+        tokenizer.add_special_tokens([AddedToken(MASK_TOKEN, special=True, normalized=False)])
+        if tokenizer.token_to_id(MASK_TOKEN) != tokens.mask:
+            raise ConfigError(
+                f"tokens.mask={tokens.mask}: tokenizer {path} has {size} entries, so an added mask would not "
+                f"get that id; give the tokenizer that the data was prepared with"
+            )
+    for name, value in (("bos", tokens.bos), ("eos", tokens.eos)):
+        if value is not None and tokenizer.id_to_token(value) is None:
+            raise ConfigError(
+                f"tokens.{name}={value}: tokenizer {path} has no such id; its entries are {size}"
+            )
+    if tokenizer.get_vocab_size() > model.vocab_size:
+        raise ConfigError(
+            f"tokenizer={path}: its {tokenizer.get_vocab_size()} entries exceed model.vocab_size="
+            f"{model.vocab_size}; give the tokenizer that the data was prepared with"
+        )
+    return tokenizer
+
+
+def _tokenizer_config(tokenizer: Tokenizer, tokens: TokenIds, model: ModelConfig) -> dict[str, Any]:
+    special = {"bos": tokens.bos, "eos": tokens.eos, "pad": tokens.eos, "mask": tokens.mask}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.length,
+        "model_input_names": ["input_ids"],  # the model takes no attention_mask: prompts have one length
+        "clean_up_tokenization_spaces": False,
+        **{f"{name}_token": tokenizer.id_to_token(id) for name, id in special.items() if id is not None},
+    }
+
+
+def _model_card(model: ModelConfig, diffusion: DiffusionConfig) -> str:
+    causal = diffusion.objective == "causal"
+    kind = (
+        "causal language model"
+        if causal
+        else f"block diffusion language model, block size {diffusion.block_size}"
+    )
+    return f"""---
+library_name: transformers
+tags: [{"text-generation" if causal else "block-diffusion"}]
+---
+
+# A {kind}
+
+{model.layers} layers, {model.hidden} wide, {model.backbone} backbone, rows of {model.length} tokens, \
+vocabulary of {model.vocab_size}. Trained with bd3-megatron (block diffusion: arXiv 2503.09573).
+
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+model = AutoModelForMaskedLM.from_pretrained("this/folder", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("this/folder")
+ids = model.generate(max_new_tokens=64)  # from the BOS; prompts begin with it too
+print(tokenizer.decode(ids[0]))
+```
+"""

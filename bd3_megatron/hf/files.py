@@ -1,0 +1,99 @@
+"""Reading and writing the files of Hugging Face folders, mistakes told in one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bd3_megatron.config import ConfigError, DiffusionConfig, ModelConfig, Section
+
+AnySection = TypeVar("AnySection", bound=Section)
+Loaded = tuple[ModelConfig, DiffusionConfig, dict[str, Tensor]]
+
+
+def read_config(folder: Path, model_type: str) -> dict[str, Any]:
+    """``config.json`` of a Hugging Face folder, which must be of ``model_type``.
+
+    Raises:
+        ConfigError: no such folder or file, no JSON object, or another model type.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != model_type:
+        raise ConfigError(f"{folder}: model_type={config.get('model_type')!r}, not {model_type!r}")
+    return config
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face folder, from one file or from the shards its index names.
+
+    Raises:
+        ConfigError: no weight file, or one that cannot be read.
+    """
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return read_safetensors(folder / "model.safetensors")[0]
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict):
+        raise ConfigError(f"{index}: no weight_map; download the checkpoint again")
+    weights: dict[str, Tensor] = {}
+    for shard in sorted(set(shards.values())):
+        weights |= read_safetensors(folder / shard)[0]
+    return weights
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of one file.
+
+    Raises:
+        ConfigError: no such file, or not a whole safetensors file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def section(kind: type[AnySection], values: Mapping[str, Any], source: str) -> AnySection:
+    """Build a configuration section, its first mistake as one line that begins with ``source``.
+
+    Raises:
+        ConfigError: a value does not fit.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{source}: {where}{': ' if where else ''}{message}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ConfigError: no such file, or it holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a readable JSON file: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds no JSON object")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an object as an indented JSON file."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,186 @@
+"""The reference implementation's checkpoints (Hugging Face model type ``bd3lm``), read and folded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bd3_megatron.config import ConfigError, DiffusionConfig, ModelConfig
+from bd3_megatron.hf.files import Loaded, read_config, read_safetensors, read_weights, section
+from bd3_megatron.hf.mapping import Shape, check_shapes, from_hf
+
+
+def load_reference(path: str | Path, mask_id: int | None = None) -> Loaded:
+    """Read a reference checkpoint, its constant adaLN condition folded, under Megatron names.
+
+    Args:
+        path: a Hugging Face folder of model type ``bd3lm`` (one weight file or shards with an index), or one
+            golden file, whose tensors ``weights.*`` and metadata say the same.
+        mask_id: the mask's id; None takes the last of the vocabulary, where the reference puts a mask that
+            its tokenizer lacks (BERT's tokenizer has one of its own).
+
+    Raises:
+        ConfigError: the files cannot be read or are of another format.
+    """
+    path = Path(path)
+    if path.is_dir():
+        config = read_config(path, "bd3lm")
+        state = read_weights(path)
+    else:
+        tensors, config = read_safetensors(path)
+        state = {
+            name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")
+        }
+        if not state:
+            raise ConfigError(f"{path}: no tensors named weights.*; give a golden file or a bd3lm folder")
+    model, diffusion = reference_sections(config, state, str(path), mask_id)
+    return model, diffusion, fold_reference(state, model)
+
+
+def reference_sections(
+    config: Mapping[str, Any], state: Mapping[str, Tensor], source: str, mask_id: int | None = None
+) -> tuple[ModelConfig, DiffusionConfig]:
+    """Our configuration of a reference model, from its ``config`` (values may be strings) and its weights.
+
+    Raises:
+        ConfigError: a key is missing, a value is out of range, or the model conditions on time.
+    """
+    if str(config.get("time_conditioning", False)).lower() == "true":
+        raise ConfigError(f"{source}: time_conditioning=true: its condition varies, so it cannot be folded")
+    ffn = state.get("backbone.blocks.0.mlp.0.bias")
+    try:
+        vocab_size, length = int(config["vocab_size"]), int(config["model_length"])
+        # Without a clean stream the whole row is one block.
+        one_stream = config.get("algo") == "mdlm" or config.get("cross_attn") is False
+        model = {
+            "backbone": "dit",
+            "layers": int(config["n_blocks"]),
+            "hidden": int(config["hidden_dim"]),
+            "heads": int(config["n_heads"]),
+            "ffn_hidden": None if ffn is None else ffn.numel(),
+            "length": length,
+            "vocab_size": vocab_size,
+            "mask_id": int(config.get("mask_index", vocab_size - 1)) if mask_id is None else mask_id,
+        }
+        diffusion = {
+            "block_size": length if one_stream else int(config["block_size"]),
+            "beta": float(config.get("sampling_eps_min", 1e-3)),
+            "omega": float(config.get("sampling_eps_max", 1.0)),
+        }
+    except KeyError as error:
+        raise ConfigError(
+            f"{source}: the configuration has no {error.args[0]}; is it a bd3lm model?"
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: the configuration holds no number where one belongs: {error}") from None
+    return section(ModelConfig, model, source), section(DiffusionConfig, diffusion, source)
+
+
+def fold_reference(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Megatron weights of the ``dit`` backbone that compute what the reference ``state`` computes.
+
+    The reference feeds every adaLN the embedding of noise level sigma = 0, a constant. Each branch
+    ``h + gate * f(LN(h) w (1 + scale) + shift)`` is then a LayerNorm with weight ``w (1 + scale)`` and bias
+    ``shift``, and a linear output layer whose rows are scaled by ``gate``. Differentiable, in fp32.
+
+    Raises:
+        ConfigError: a name is missing, unknown or misshaped, or the rotary frequencies are not those of
+            ``model.rope_theta``.
+    """
+    buffers = ("sampling_eps_min", "sampling_eps_max", "backbone.rotary_emb.inv_freq")
+    _check_rotary(state.get(buffers[-1]), model)
+    ref = {n.removeprefix("backbone."): t.float() for n, t in state.items() if n not in buffers}
+    check_shapes(ref, _reference_shapes(model, ref))
+    condition = _condition(ref)
+
+    def modulation(prefix: str, parts: int) -> tuple[Tensor, ...]:
+        weight, bias = ref[f"{prefix}.adaLN_modulation.weight"], ref[f"{prefix}.adaLN_modulation.bias"]
+        return F.linear(condition, weight, bias).chunk(parts)
+
+    hf = {"model.embed_tokens.weight": ref["vocab_embed.embedding"]}
+    for index in range(model.layers):
+        old, new = f"blocks.{index}", f"model.layers.{index}"
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation(old, 6)
+        q, k, v = ref[f"{old}.attn_qkv.weight"].chunk(3)
+        hf |= {
+            f"{new}.input_layernorm.weight": ref[f"{old}.norm1.weight"] * (1 + scale),
+            f"{new}.input_layernorm.bias": shift,
+            f"{new}.self_attn.q_proj.weight": q,
+            f"{new}.self_attn.k_proj.weight": k,
+            f"{new}.self_attn.v_proj.weight": v,
+            f"{new}.self_attn.o_proj.weight": gate[:, None] * ref[f"{old}.attn_out.weight"],
+            f"{new}.post_attention_layernorm.weight": ref[f"{old}.norm2.weight"] * (1 + mlp_scale),
+            f"{new}.post_attention_layernorm.bias": mlp_shift,
+            f"{new}.mlp.up_proj.weight": ref[f"{old}.mlp.0.weight"],
+            f"{new}.mlp.up_proj.bias": ref[f"{old}.mlp.0.bias"],
+            f"{new}.mlp.down_proj.weight": mlp_gate[:, None] * ref[f"{old}.mlp.2.weight"],
+            f"{new}.mlp.down_proj.bias": mlp_gate * ref[f"{old}.mlp.2.bias"],
+        }
+    shift, scale = modulation("output_layer", 2)
+    hf |= {
+        "model.norm.weight": ref["output_layer.norm_final.weight"] * (1 + scale),
+        "model.norm.bias": shift,
+        "lm_head.weight": ref["output_layer.linear.weight"],
+        "lm_head.bias": ref["output_layer.linear.bias"],
+    }
+    return from_hf(hf, model)
+
+
+def _condition(ref: Mapping[str, Tensor]) -> Tensor:
+    """``silu(W2 silu(W0 e + b0) + b2)`` for ``e = [cos, sin]`` of sigma = 0: ones, then zeros."""
+    first = ref["sigma_map.mlp.0.weight"]
+    half = first.shape[1] // 2
+    embedding = torch.cat([first.new_ones(half), first.new_zeros(half)])
+    inner = F.silu(F.linear(embedding, first, ref["sigma_map.mlp.0.bias"]))
+    return F.silu(F.linear(inner, ref["sigma_map.mlp.2.weight"], ref["sigma_map.mlp.2.bias"]))
+
+
+def _reference_shapes(model: ModelConfig, ref: Mapping[str, Tensor]) -> dict[str, Shape]:
+    """Names and shapes of a reference state, less its prefix; the condition's widths are the state's own."""
+    hidden, ffn, vocab = model.hidden, model.ffn, model.vocab_size
+    sigma = ref.get("sigma_map.mlp.0.weight")
+    cond, frequencies = sigma.shape if sigma is not None and sigma.dim() == 2 else (0, 0)
+    shapes: dict[str, Shape] = {
+        "vocab_embed.embedding": (vocab, hidden),
+        "sigma_map.mlp.0.weight": (cond, frequencies),
+        "sigma_map.mlp.0.bias": (cond,),
+        "sigma_map.mlp.2.weight": (cond, cond),
+        "sigma_map.mlp.2.bias": (cond,),
+        "output_layer.norm_final.weight": (hidden,),
+        "output_layer.linear.weight": (vocab, hidden),
+        "output_layer.linear.bias": (vocab,),
+        "output_layer.adaLN_modulation.weight": (2 * hidden, cond),
+        "output_layer.adaLN_modulation.bias": (2 * hidden,),
+    }
+    block: dict[str, Shape] = {
+        "norm1.weight": (hidden,),
+        "attn_qkv.weight": (3 * hidden, hidden),
+        "attn_out.weight": (hidden, hidden),
+        "norm2.weight": (hidden,),
+        "mlp.0.weight": (ffn, hidden),
+        "mlp.0.bias": (ffn,),
+        "mlp.2.weight": (hidden, ffn),
+        "mlp.2.bias": (hidden,),
+        "adaLN_modulation.weight": (6 * hidden, cond),
+        "adaLN_modulation.bias": (6 * hidden,),
+    }
+    for index in range(model.layers):
+        shapes |= {f"blocks.{index}.{name}": shape for name, shape in block.items()}
+    return shapes
+
+
+def _check_rotary(inv_freq: Tensor | None, model: ModelConfig) -> None:
+    if inv_freq is None:
+        return
+    expected = model.rope_theta ** -(torch.arange(0, model.width_per_head, 2) / model.width_per_head)
+    # Loose, as the buffer may have been stored in bf16.
+    if inv_freq.shape != expected.shape or not torch.allclose(inv_freq.float().cpu(), expected, rtol=1e-2):
+        raise ConfigError(
+            f"weights: backbone.rotary_emb.inv_freq is not that of head width {model.width_per_head} and "
+            f"theta {model.rope_theta:g}; check n_heads"
+        )
