@@ -1,1 +1,7 @@
 """Block diffusion language models on Megatron-core: the model, its objective and what shards it."""
+
+import warnings
+
+# Megatron-core warns at import about every optional accelerator package it does not find. Which kernels run here is
+# decided in layers.py, so these lines would only hide what matters on a user's terminal.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")

@@ -36,8 +36,9 @@ def listing(values: list[int]) -> str:
 class ModelConfig(Section):
     """Shape of the transformer.
 
-    ``dit`` is the paper's backbone with its constant adaLN condition folded away (LayerNorm with bias, MLP with
-    biases and tanh-GELU, untied head with bias); ``qwen3`` is RMSNorm, SwiGLU, per-head QK norm and no biases.
+    ``dit`` is the paper's backbone with its constant adaLN condition folded away (LayerNorm with bias, MLP
+    with biases and tanh-GELU, untied head with bias); ``qwen3`` is RMSNorm, SwiGLU, per-head QK norm and no
+    biases.
     """
 
     backbone: Literal["qwen3", "dit"] = "qwen3"
@@ -46,10 +47,14 @@ class ModelConfig(Section):
     heads: int = Field(12, ge=1, description="query heads")
     kv_heads: int | None = Field(None, ge=1, description="key and value heads; null means as many as heads")
     head_dim: int | None = Field(None, ge=2, description="width of one head; null means hidden / heads")
-    ffn_hidden: int | None = Field(None, ge=1, description="MLP width; null means 4 x hidden (dit), 3 x hidden (qwen3)")
+    ffn_hidden: int | None = Field(
+        None, ge=1, description="MLP width; null means 4 x hidden (dit), 3 x hidden (qwen3)"
+    )
     length: int = Field(1024, ge=2, description="tokens per row, L")
     vocab_size: int | None = Field(None, ge=2, description="tokens incl. the mask; null means the data set's")
     mask_id: int | None = Field(None, ge=0, description="id of the mask token; null means the data set's")
+    bos_id: int | None = Field(None, ge=0, description="id that begins a row; null means the data set's")
+    eos_id: int | None = Field(None, ge=0, description="id that ends a document; null means the data set's")
     rope_theta: float = Field(10_000.0, gt=0)
     norm_eps: float | None = Field(None, gt=0, description="null means 1e-5 (dit) or 1e-6 (qwen3)")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the two branch outputs of a layer")
@@ -65,8 +70,8 @@ class ModelConfig(Section):
             )
         if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(
-                f"model.kv_heads={self.kv_heads}: model.heads={self.heads} is not divisible by {self.kv_heads}; "
-                f"use {listing(divisors(self.heads))}"
+                f"model.kv_heads={self.kv_heads}: model.heads={self.heads} is not divisible by "
+                f"{self.kv_heads}; use {listing(divisors(self.heads))}"
             )
         if self.width_per_head % 2:
             raise ValueError(
@@ -74,11 +79,20 @@ class ModelConfig(Section):
                 f"change model.heads={self.heads} or set model.head_dim to an even number"
             )
         if self.backbone == "dit" and self.tie_embeddings:
-            raise ValueError("model.tie_embeddings=true: the dit backbone has an untied head with bias; use false or model.backbone=qwen3")
+            raise ValueError(
+                "model.tie_embeddings=true: the dit backbone has an untied head with bias; "
+                "use false or model.backbone=qwen3"
+            )
         if self.backbone == "dit" and self.groups != self.heads:
-            raise ValueError(f"model.kv_heads={self.kv_heads}: the dit backbone has one key head per query head; use null or model.backbone=qwen3")
+            raise ValueError(
+                f"model.kv_heads={self.kv_heads}: the dit backbone has one key head per query head; "
+                f"use null or model.backbone=qwen3"
+            )
         if self.vocab_size is not None and self.mask_id is not None and self.mask_id >= self.vocab_size:
-            raise ValueError(f"model.mask_id={self.mask_id}: not below model.vocab_size={self.vocab_size}; use {self.vocab_size - 1} or less")
+            raise ValueError(
+                f"model.mask_id={self.mask_id}: not below model.vocab_size={self.vocab_size}; "
+                f"use {self.vocab_size - 1} or less"
+            )
         return self
 
     @property
@@ -117,29 +131,40 @@ class DiffusionConfig(Section):
     likelihood, ``block_size = model.length`` is MDLM, and ``objective = causal`` is the plain causal LM."""
 
     objective: Literal["diffusion", "causal"] = Field(
-        "diffusion", description="diffusion: noisy stream predicts masked tokens; causal: shifted next-token loss"
+        "diffusion",
+        description="diffusion: noisy stream predicts masked tokens; causal: shifted next-token loss",
     )
     block_size: int = Field(16, ge=1, description="tokens per block, B'")
     schedule: Literal["loglinear", "square", "square_root", "log", "cosine"] = "loglinear"
     beta: float = Field(1e-3, gt=0, le=1, description="lower end of the interval of noise levels t")
     omega: float = Field(1.0, gt=0, le=1, description="upper end of the interval of noise levels t")
-    resample: bool = Field(False, description="redraw a block's bits until its masked fraction lies in [beta, omega]")
-    stratify: bool = Field(True, description="one noise level per stratum over the global batch (low variance)")
+    resample: bool = Field(
+        False, description="redraw a block's bits until its masked fraction lies in [beta, omega]"
+    )
+    stratify: bool = Field(
+        True, description="one noise level per stratum over the global batch (low variance)"
+    )
     draws: int = Field(1, ge=1, description="noisy draws per clean row, K")
 
     @model_validator(mode="after")
     def _interval(self) -> DiffusionConfig:
         if self.beta > self.omega:
-            raise ValueError(f"diffusion.beta={self.beta:g}: above diffusion.omega={self.omega:g}; exchange them")
+            raise ValueError(
+                f"diffusion.beta={self.beta:g}: above diffusion.omega={self.omega:g}; exchange them"
+            )
         if self.resample and not self.full_interval:
             low = -(-self.beta * self.block_size // 1)  # ceil
             if low > self.omega * self.block_size:
                 raise ValueError(
-                    f"diffusion.beta={self.beta:g}: no k/{self.block_size} lies in [{self.beta:g}, {self.omega:g}], so resampling "
-                    f"would never end; widen the interval or set diffusion.resample=false"
+                    f"diffusion.beta={self.beta:g}: no k/{self.block_size} lies in "
+                    f"[{self.beta:g}, {self.omega:g}], so resampling would never end; "
+                    f"widen the interval or set diffusion.resample=false"
                 )
         if self.objective == "causal" and (self.block_size != 1 or self.draws != 1):
-            raise ValueError(f"diffusion.objective=causal: needs block_size=1 and draws=1, not {self.block_size} and {self.draws}; set both to 1")
+            raise ValueError(
+                f"diffusion.objective=causal: needs block_size=1 and draws=1, not {self.block_size} and "
+                f"{self.draws}; set both to 1"
+            )
         return self
 
     @property
@@ -160,13 +185,17 @@ class KernelConfig(Section):
 class OptimizationConfig(Section):
     """What an engine needs to know about the optimizer. The defaults are the paper's recipe."""
 
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="of weights and activations; master weights are fp32")
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="of weights and activations; master weights are fp32"
+    )
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.999, ge=0, lt=1)
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0, description="not applied to biases and norms")
     clip_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0 leaves it")
-    ema_decay: float = Field(0.9999, ge=0, lt=1, description="decay min(ema_decay, (1+n)/(10+n)); 0 keeps no EMA")
+    ema_decay: float = Field(
+        0.9999, ge=0, lt=1, description="decay min(ema_decay, (1+n)/(10+n)); 0 keeps no EMA"
+    )
 
 
 class ParallelConfig(Section):
@@ -175,11 +204,15 @@ class ParallelConfig(Section):
     tensor: int = Field(1, ge=1, description="tensor-parallel size")
     pipeline: int = Field(1, ge=1, description="pipeline stages")
     sequence: bool = Field(False, description="sequence parallelism over the tensor-parallel group")
-    backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="process-group backend; auto: nccl on CUDA")
+    backend: Literal["auto", "nccl", "gloo"] = Field(
+        "auto", description="process-group backend; auto: nccl on CUDA"
+    )
     timeout_minutes: float = Field(10.0, gt=0, description="a collective that takes longer ends the job")
 
 
-def check_layout(model: ModelConfig, diffusion: DiffusionConfig, parallel: ParallelConfig, world_size: int) -> int:
+def check_layout(
+    model: ModelConfig, diffusion: DiffusionConfig, parallel: ParallelConfig, world_size: int
+) -> int:
     """Check the layout against the model and return the data-parallel size.
 
     Raises:
@@ -187,23 +220,34 @@ def check_layout(model: ModelConfig, diffusion: DiffusionConfig, parallel: Paral
     """
     if model.length % diffusion.block_size:
         raise ConfigError(
-            f"diffusion.block_size={diffusion.block_size}: model.length={model.length} is not divisible by {diffusion.block_size}; "
-            f"use {listing(divisors(model.length, model.length))}"
+            f"diffusion.block_size={diffusion.block_size}: model.length={model.length} is not divisible by "
+            f"{diffusion.block_size}; use {listing(divisors(model.length, model.length))}"
         )
     tensor = parallel.tensor
-    for name, value in (("model.heads", model.heads), ("model.kv_heads", model.groups), ("model.ffn_hidden", model.ffn)):
+    for name, value in (
+        ("model.heads", model.heads),
+        ("model.kv_heads", model.groups),
+        ("model.ffn_hidden", model.ffn),
+    ):
         if value % tensor:
-            raise ConfigError(f"parallel.tensor={tensor}: {name}={value} is not divisible by {tensor}; use {listing(divisors(value))}")
+            raise ConfigError(
+                f"parallel.tensor={tensor}: {name}={value} is not divisible by {tensor}; "
+                f"use {listing(divisors(value))}"
+            )
     if parallel.sequence and model.length % tensor:
-        raise ConfigError(f"parallel.sequence=true: model.length={model.length} is not divisible by parallel.tensor={tensor}; use another length")
+        raise ConfigError(
+            f"parallel.sequence=true: model.length={model.length} is not divisible by "
+            f"parallel.tensor={tensor}; use another length"
+        )
     if model.layers % parallel.pipeline:
         raise ConfigError(
-            f"parallel.pipeline={parallel.pipeline}: model.layers={model.layers} is not divisible by {parallel.pipeline}; "
-            f"use {listing(divisors(model.layers))}"
+            f"parallel.pipeline={parallel.pipeline}: model.layers={model.layers} is not divisible by "
+            f"{parallel.pipeline}; use {listing(divisors(model.layers))}"
         )
     if world_size % (tensor * parallel.pipeline):
         raise ConfigError(
-            f"parallel.tensor={tensor}, parallel.pipeline={parallel.pipeline}: their product {tensor * parallel.pipeline} does not divide "
+            f"parallel.tensor={tensor}, parallel.pipeline={parallel.pipeline}: their product "
+            f"{tensor * parallel.pipeline} does not divide "
             f"the world of {world_size} processes; start a multiple of {tensor * parallel.pipeline}"
         )
     return world_size // (tensor * parallel.pipeline)

@@ -215,7 +215,10 @@ def local_shard(full: Tensor, parameter: Tensor) -> Tensor:
     """
     if not getattr(parameter, "tensor_model_parallel", False):
         return full
-    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    rank, size = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
     dim, stride = parameter.partition_dim, parameter.partition_stride
     missing = global_shape(parameter)[dim] - full.shape[dim]
     if missing:

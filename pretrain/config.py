@@ -1,4 +1,4 @@
-"""The resolved configuration of a run: the model's sections plus data, training, evaluation and checkpoints."""
+"""The resolved configuration of a run: the model's sections, data, training, evaluation and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bd3_megatron.config import (
     OptimizationConfig,
     ParallelConfig,
     Section,
+    divisors,
 )
 
 
@@ -32,16 +33,18 @@ class TrainConfig(OptimizationConfig):
     seed: int = Field(0, ge=0, description="seed of weights, noise and dropout")
     lr: float = Field(3e-4, gt=0, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the last step of cosine and linear decay")
-    decay: Literal["constant", "cosine", "linear"] = Field("constant", description="learning rate after warm-up")
+    decay: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="learning rate after warm-up"
+    )
     warmup_steps: int = Field(2500, ge=0, description="steps of linear warm-up")
 
     @model_validator(mode="after")
     def _batches(self) -> TrainConfig:
         if self.global_batch % self.micro_batch:
-            fits = [d for d in range(1, self.global_batch + 1) if self.global_batch % d == 0 and d <= self.micro_batch]
+            fitting = divisors(self.global_batch, self.micro_batch)[-1]
             raise ValueError(
-                f"train.micro_batch={self.micro_batch}: train.global_batch={self.global_batch} is not divisible by "
-                f"{self.micro_batch}; use {fits[-1]}"
+                f"train.micro_batch={self.micro_batch}: train.global_batch={self.global_batch} is not "
+                f"divisible by {self.micro_batch}; use {fitting}"
             )
         if self.min_lr > self.lr:
             raise ValueError(f"train.min_lr={self.min_lr:g}: above train.lr={self.lr:g}; lower it")
@@ -52,9 +55,13 @@ class EvalConfig(Section):
     """Evaluation of the NELBO on the validation split, on the full interval of noise levels."""
 
     every: int = Field(1000, ge=0, description="steps between evaluations; 0 evaluates at the end only")
-    rows: int | None = Field(None, ge=2, description="first rows of the validation order used; null means all")
+    rows: int | None = Field(
+        None, ge=2, description="first rows of the validation order used; null means all"
+    )
     draws: int = Field(1, ge=1, description="noise draws per row")
-    micro_batch: int | None = Field(None, ge=1, description="rows per forward pass; null means train.micro_batch")
+    micro_batch: int | None = Field(
+        None, ge=1, description="rows per forward pass; null means train.micro_batch"
+    )
     seed: int = Field(0, ge=0, description="seed of the evaluation noise, the same at every evaluation")
 
 
@@ -71,7 +78,9 @@ class LogConfig(Section):
     every: int = Field(10, ge=1, description="steps between progress lines where there is no terminal")
     tensorboard: bool = True
     peak_tflops: float | None = Field(
-        None, gt=0, description="the device's peak for MFU; null looks the GPU up, or measures a matmul on CPU"
+        None,
+        gt=0,
+        description="the device's peak for MFU; null looks the GPU up, or measures a matmul on CPU",
     )
 
 

@@ -23,7 +23,6 @@ def tile_size(length: int, block_size: int) -> int:
     return block_size * max(1, target // block_size)
 
 
-
 @lru_cache(maxsize=512)
 def _tile_mask(start: int, end: int, streams: Streams, repeats: int, device: torch.device) -> Tensor:
     """Mask of one joint tile, ``[S r C, end + K C]``.
@@ -71,7 +70,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, streams: Streams, scale: f
 
 
 def _tile_of_blocks(
-    q: Tensor, k: Tensor, v: Tensor, clean_keys: list, clean_values: list, streams: Streams, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    clean_keys: list,
+    clean_values: list,
+    streams: Streams,
+    scale: float | None,
 ) -> Tensor:
     """All streams of a tile of several blocks in one masked call."""
     *_, size, width = q.shape
@@ -91,7 +96,13 @@ def _tile_of_blocks(
 
 
 def _tile_of_one_block(
-    q: Tensor, k: Tensor, v: Tensor, clean_keys: list, clean_values: list, streams: Streams, scale: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    clean_keys: list,
+    clean_values: list,
+    streams: Streams,
+    scale: float | None,
 ) -> Tensor:
     """A tile that is one block: each stream sees all of its own block and all clean blocks before, so no mask."""
     width = q.shape[-1]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
@@ -19,7 +23,7 @@ from bd3_megatron import cpu_compat
 from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, OptimizationConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.engine.base import StepResult
-from bd3_megatron.model import BlockDiffusionModel, global_name, initialize
+from bd3_megatron.model import BlockDiffusionModel, global_name, initialize, local_shard
 from bd3_megatron.parallel import World
 
 
@@ -29,6 +33,7 @@ class MegatronEngine:
     Args:
         world: from :func:`bd3_megatron.parallel.start`.
         seed: of the initial weights.
+        training: False builds the model alone, for evaluation and sampling.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class MegatronEngine:
         optimization: OptimizationConfig,
         world: World,
         seed: int = 0,
+        training: bool = True,
     ):
         self.world = world
         self.optimization = optimization
@@ -55,24 +61,27 @@ class MegatronEngine:
         )
         initialize(self.module, seed)
         self.module.to(world.device)
+        self.chunk = Float16Module(self.module.config, self.module) if bf16 else self.module
+        self.updates = 0
+        self.ema: dict[str, Tensor] = {}
+        if training:
+            self._prepare_training(bf16)
+
+    def _prepare_training(self, bf16: bool) -> None:
         config = self.module.config
-        wrapped = Float16Module(config, self.module) if bf16 else self.module
-        self.ddp = DistributedDataParallel(
-            config, DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False), wrapped
-        )
+        reduction = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+        self.chunk = DistributedDataParallel(config, reduction, self.chunk)
         with cpu_compat.redirected():
-            self.optimizer = get_megatron_optimizer(_optimizer_config(optimization, bf16), [self.ddp])
+            self.optimizer = get_megatron_optimizer(_optimizer_config(self.optimization, bf16), [self.chunk])
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
         self._create_optimizer_state()
-        self.updates = 0
-        self.ema: dict[str, Tensor] = {}
-        if optimization.ema_decay > 0:
+        if self.optimization.ema_decay > 0:
             self.ema = {name: master.detach().clone() for name, master in self._masters().items()}
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        self.chunk.train()
+        self.chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._run(batches, forward_only=False)
         for group in self.optimizer.param_groups:
@@ -88,7 +97,7 @@ class MegatronEngine:
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> list[Tensor]:
-        self.ddp.eval()
+        self.chunk.eval()
         outputs = [x.cpu() for x in self._run(batches, forward_only=True)]
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             shared: list = [outputs]
@@ -128,6 +137,20 @@ class MegatronEngine:
             self._slots(master)["step"].fill_(steps)
         self._copy_to_model(masters)
 
+    @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take whole tensors by global name as master weights, EMA and model weights.
+
+        Raises:
+            KeyError: a parameter has no tensor.
+        """
+        masters = self._masters()
+        for name, master in masters.items():
+            master.copy_(local_shard(weights[name], master))
+            if self.ema:
+                self.ema[name].copy_(master)
+        self._copy_to_model(masters)
+
     def _run(self, batches: Sequence[Batch], forward_only: bool) -> list[Tensor]:
         """Megatron's schedule over the micro-batches; outputs of the last stage: losses, or weighted nll."""
         rows, length = batches[0].input_ids.shape
@@ -135,7 +158,7 @@ class MegatronEngine:
             return get_forward_backward_func()(
                 forward_step_func=partial(_forward_step, forward_only),
                 data_iterator=iter(batches),
-                model=[self.ddp],
+                model=[self.chunk],
                 num_microbatches=len(batches),
                 seq_length=length,
                 micro_batch_size=rows,
@@ -189,7 +212,9 @@ class MegatronEngine:
             return
         decay = min(self.optimization.ema_decay, (1 + self.updates) / (10 + self.updates))
         masters = self._masters()
-        torch._foreach_lerp_([self.ema[name] for name in masters], [m.detach() for m in masters.values()], 1 - decay)
+        torch._foreach_lerp_(
+            [self.ema[name] for name in masters], [m.detach() for m in masters.values()], 1 - decay
+        )
 
 
 def _forward_step(forward_only: bool, data_iterator: Iterator[Batch], model: torch.nn.Module):

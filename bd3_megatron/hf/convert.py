@@ -39,6 +39,8 @@ MODEL_FIELDS = {
     "length": "max_position_embeddings",
     "vocab_size": "vocab_size",
     "mask_id": "mask_token_id",
+    "bos_id": "bos_token_id",
+    "eos_id": "eos_token_id",
     "rope_theta": "rope_theta",
     "norm_eps": "norm_eps",
     "dropout": "training_dropout",  # the exported model itself has none
@@ -70,7 +72,7 @@ def export(
 
     Args:
         weights: Megatron names, global, vocabulary unpadded; stored in the type they have.
-        tokenizer_file: a ``tokenizer.json``; a mask token is added where its vocabulary ends at ``tokens.mask``.
+        tokenizer_file: a ``tokenizer.json``; a mask is added where its vocabulary ends at ``tokens.mask``.
             None exports no tokenizer.
         out: a folder that does not exist or is empty.
 
@@ -81,11 +83,14 @@ def export(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out}: exists and is not an empty folder; name another or remove it")
-    if model.mask_id not in (None, tokens.mask):
-        raise ConfigError(
-            f"tokens.mask={tokens.mask}: the model was trained with model.mask_id={model.mask_id}"
-        )
+    for name, trained in (("bos", model.bos_id), ("eos", model.eos_id), ("mask", model.mask_id)):
+        if trained not in (None, getattr(tokens, name)):
+            raise ConfigError(
+                f"tokens.{name}={getattr(tokens, name)}: the model was trained with model.{name}_id={trained}"
+            )
     state = {name: t.detach().cpu().contiguous() for name, t in to_hf(weights, model).items()}
+    if tokens.mask >= model.vocab_size:
+        raise ConfigError(f"tokens.mask={tokens.mask}: not below model.vocab_size={model.vocab_size}")
     config = hf_config(model, diffusion, tokens, next(iter(state.values())).dtype)
     tokenizer = None if tokenizer_file is None else _tokenizer(Path(tokenizer_file), tokens, model)
     partial = None
@@ -98,8 +103,12 @@ def export(
         if tokenizer is not None:
             tokenizer.save(str(partial / "tokenizer.json"))
             write_json(partial / "tokenizer_config.json", _tokenizer_config(tokenizer, tokens, model))
-        (partial / "README.md").write_text(_model_card(model, diffusion), encoding="utf-8")
-        partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
+        card = _model_card(model, diffusion, has_tokenizer=tokenizer is not None)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        # mkdtemp and safetensors leave what only the owner can read.
+        for file in partial.iterdir():
+            file.chmod(0o644)
+        partial.chmod(0o755)
         os.replace(partial, out)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"out={out}: cannot be written: {error}") from None
@@ -122,7 +131,7 @@ def load_exported(folder: str | Path) -> Loaded:
         raise ConfigError(f"{source}: no {missing[0]}; export the checkpoint again")
     model = section(ModelConfig, {ours: config[name] for ours, name in MODEL_FIELDS.items()}, source)
     objective = {"objective": config["objective"], "block_size": config["block_size"]}
-    diffusion = section(DiffusionConfig, {**config.get("noise", {}), **objective}, source)
+    diffusion = section(DiffusionConfig, {**(config.get("noise") or {}), **objective}, source)
     return model, diffusion, from_hf(read_weights(folder), model)
 
 
@@ -137,6 +146,8 @@ def hf_config(
             "ffn_hidden": model.ffn,
             "norm_eps": model.eps,
             "mask_id": tokens.mask,
+            "bos_id": tokens.bos,
+            "eos_id": tokens.eos,
         }
     )
     module = MODELING.stem
@@ -152,8 +163,6 @@ def hf_config(
         "objective": diffusion.objective,
         "block_size": diffusion.block_size,
         "noise": diffusion.model_dump(exclude={"objective", "block_size"}),
-        "bos_token_id": tokens.bos,
-        "eos_token_id": tokens.eos,
         "pad_token_id": tokens.eos,
     }
 
@@ -196,29 +205,38 @@ def _tokenizer_config(tokenizer: Tokenizer, tokens: TokenIds, model: ModelConfig
     }
 
 
-def _model_card(model: ModelConfig, diffusion: DiffusionConfig) -> str:
+def _model_card(model: ModelConfig, diffusion: DiffusionConfig, has_tokenizer: bool) -> str:
     causal = diffusion.objective == "causal"
-    kind = (
-        "causal language model"
-        if causal
-        else f"block diffusion language model, block size {diffusion.block_size}"
-    )
-    return f"""---
-library_name: transformers
-tags: [{"text-generation" if causal else "block-diffusion"}]
----
-
-# A {kind}
-
-{model.layers} layers, {model.hidden} wide, {model.backbone} backbone, rows of {model.length} tokens, \
-vocabulary of {model.vocab_size}. Trained with bd3-megatron (block diffusion: arXiv 2503.09573).
-
-```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-model = AutoModelForMaskedLM.from_pretrained("this/folder", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("this/folder")
-ids = model.generate(max_new_tokens=64)  # from the BOS; prompts begin with it too
-print(tokenizer.decode(ids[0]))
-```
-"""
+    kind = "Causal language model" if causal else "Block diffusion language model"
+    arguments = '("path/of/this/folder", trust_remote_code=True)'
+    imports, use = "AutoModelForMaskedLM", "ids"
+    code = [f"model = AutoModelForMaskedLM.from_pretrained{arguments}"]
+    if has_tokenizer:
+        imports, use = f"{imports}, AutoTokenizer", "tokenizer.decode(ids[0])"
+        code.append(f"tokenizer = AutoTokenizer.from_pretrained{arguments}")
+    code += [
+        "ids = model.generate(max_new_tokens=64)  # from the BOS; prompts begin with it too",
+        f"print({use})",
+    ]
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"tags: [{'text-generation' if causal else 'block-diffusion'}]",
+        "---",
+        "",
+        f"# {kind}",
+        "",
+        "Trained with bd3-megatron (block diffusion: arXiv 2503.09573).",
+        "",
+        "| backbone | layers | width | row length | block size | vocabulary |",
+        "|---|---|---|---|---|---|",
+        f"| {model.backbone} | {model.layers} | {model.hidden} | {model.length} | {diffusion.block_size} "
+        f"| {model.vocab_size} |",
+        "",
+        "```python",
+        f"from transformers import {imports}",
+        "",
+        *code,
+        "```",
+    ]
+    return "\n".join(lines) + "\n"

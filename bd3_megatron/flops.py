@@ -1,0 +1,84 @@
+"""Counts of floating-point operations and parameters, with their assumptions stated.
+
+A multiply-add is two operations. Norms, activations, rotary embeddings and softmax are left out, as is the embedding
+lookup. A token is a data token: L per row, however many streams carry it. A training step is three forward passes
+(forward, gradient by input, gradient by weight); recomputation is not counted as useful.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bd3_megatron.config import DiffusionConfig, ModelConfig
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Forward FLOPs per data token, by part."""
+
+    linear: float
+    attention: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        return self.linear + self.attention + self.head
+
+
+def layer_parameters(model: ModelConfig) -> dict[str, int]:
+    """Weights of one layer's matrices: query, key and value, output, MLP."""
+    inner, grouped = model.heads * model.width_per_head, model.groups * model.width_per_head
+    return {
+        "query": model.hidden * inner,
+        "key_value": 2 * model.hidden * grouped,
+        "output": inner * model.hidden,
+        "mlp": (2 if model.backbone == "dit" else 3) * model.hidden * model.ffn,
+    }
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """Parameters of the model, vocabulary unpadded. Needs ``model.vocab_size``."""
+    if model.vocab_size is None:
+        raise ValueError("model.vocab_size is not known")
+    dit = model.backbone == "dit"
+    norms = (4 if dit else 2) * model.hidden + (0 if dit else 2 * model.width_per_head)
+    biases = model.ffn + model.hidden if dit else 0
+    per_layer = sum(layer_parameters(model).values()) + norms + biases
+    head = 0 if model.tie_embeddings else model.hidden * model.vocab_size + (model.vocab_size if dit else 0)
+    final_norm = (2 if dit else 1) * model.hidden
+    return model.layers * per_layer + model.hidden * model.vocab_size + head + final_norm
+
+
+def forward_flops(model: ModelConfig, diffusion: DiffusionConfig, mask_rate: float = 0.5) -> Flops:
+    """Useful forward FLOPs per data token: what the objective needs at the least.
+
+    That is: only pairs the mask admits, the last layer's clean stream only to its keys and values, and the head only
+    on masked rows of the noisy streams.
+    """
+    weights = layer_parameters(model)
+    per_stream = 2 * sum(weights.values())
+    pair = 4 * model.heads * model.width_per_head  # two products per admitted pair, over all heads
+    if diffusion.objective == "causal":
+        linear, pairs, predicted = model.layers * per_stream, model.layers * (model.length + 1) / 2, 1.0
+    else:
+        draws, block = diffusion.draws, diffusion.block_size
+        has_clean = block < model.length
+        streams = draws + has_clean
+        # Pairs per position of one stream: its own block and half of what lies before it.
+        one = block + (model.length - block) / 2 if has_clean else model.length
+        unused = 2 * (weights["query"] + weights["output"] + weights["mlp"]) if has_clean else 0
+        linear = model.layers * streams * per_stream - unused
+        pairs = model.layers * streams * one - (one if has_clean else 0)
+        predicted = draws * (1.0 if diffusion.beta >= 1 else mask_rate)
+    return Flops(linear, pairs * pair, predicted * 2 * model.hidden * (model.vocab_size or 0))
+
+
+def training_flops_per_token(model: ModelConfig, diffusion: DiffusionConfig, mask_rate: float = 0.5) -> float:
+    """Useful FLOPs of a training step per data token: three forward passes."""
+    return 3 * forward_flops(model, diffusion, mask_rate).total
+
+
+def six_n(model: ModelConfig) -> float:
+    """6 N per data token, N counting all parameters but the embedding table: the usual yardstick."""
+    head = model.hidden * (model.vocab_size or 0)
+    return 6 * (model.layers * sum(layer_parameters(model).values()) + head)

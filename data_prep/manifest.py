@@ -1,0 +1,196 @@
+"""The manifest: everything about a data set that is not a token, and where in the tars each row lies.
+
+A data set is a folder::
+
+    manifest.json  tokenizer.json  train/train-000000.tar ...  validation/validation-000000.tar ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_args
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_prep.errors import DataError
+from data_prep.pack import Packing
+
+FORMAT = "bd3-rows"
+VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+MEND = "copy the data set again or write it with bd3 prep --overwrite"
+SplitName = Literal["train", "validation"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Record(BaseModel):
+    """Base of the manifest's parts: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Member(NamedTuple):
+    """One sample of a tar, stored as a list of four numbers. Offsets are bytes from the tar's start."""
+
+    tokens_offset: Count  # of the raw [rows, length] array, behind its npy header
+    docs_offset: Count  # of the raw [starts, 2] int32 array of (row in member, position)
+    rows: Count
+    starts: Count
+
+
+class Shard(Record):
+    """One tar file."""
+
+    name: str
+    bytes: Count
+    sha256: Sha256
+    rows: Count
+    members: list[Member]
+
+
+class Split(Record):
+    """One half of the data set. ``tokens`` = ``rows`` x length; ``dropped_tokens`` filled no row."""
+
+    documents: Count
+    text_bytes: Count = Field(description="UTF-8 bytes of all its documents")
+    rows: Count
+    tokens: Count
+    dropped_tokens: Count
+    unigram_entropy: float = Field(description="nats per token of its own counts, position 0 left out")
+    shards: list[Shard]
+
+
+class SourceFile(Record):
+    """An input file, identified by content."""
+
+    name: str
+    bytes: Count
+    sha256: Sha256
+
+
+class Recipe(Record):
+    """What decides the rows, apart from the text and a tokenizer file: equal recipes, equal data sets."""
+
+    length: int = Field(ge=4)
+    packing: Packing
+    tokenizer: str = Field(description="bpe:N as asked for, or the sha256 of the tokenizer file given")
+    bos: str | None
+    eos: str | None
+    text_field: str
+    id_field: str
+    split_seed: int
+    validation_fraction: float
+    rows_per_member: int
+    rows_per_shard: int
+
+
+class Manifest(Record):
+    """Contents of ``manifest.json``."""
+
+    format: Literal["bd3-rows"] = FORMAT
+    version: int = VERSION
+    package_version: str
+    length: int = Field(ge=4, description="tokens per row, L")
+    dtype: Literal["<u2", "<u4"]
+    vocab_size: int = Field(description="ids a model needs, the mask's included")
+    bos_id: Count
+    eos_id: Count
+    mask_id: Count
+    tokenizer: Literal["tokenizer.json"] = TOKENIZER
+    tokenizer_sha256: Sha256
+    recipe: Recipe
+    sources: list[SourceFile]
+    rejects: Count = Field(0, description="documents left out as unreadable")
+    validation_unigram_nats: float = Field(
+        description="cross-entropy per token of the validation rows under the train rows' counts plus one; "
+        "position 0 of each row is left out of both"
+    )
+    validation_unigram_perplexity: float = Field(
+        description="exp(validation_unigram_nats): what a model must beat"
+    )
+    splits: dict[SplitName, Split]
+
+
+def unigram_nats(counts: np.ndarray, weights: np.ndarray) -> float:
+    """Mean of -log q over tokens drawn ``counts`` times, with q proportional to ``weights``; both ``[V]``.
+
+    With ``weights = counts`` this is the entropy of the counts. Ids that never occur may have weight 0.
+    """
+    seen = counts > 0
+    log_q = np.log(weights[seen] / weights.sum())
+    return float(-(counts[seen] * log_q).sum() / counts.sum())
+
+
+def save_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write ``manifest.json``, indented, with each member's four numbers on one line."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1)
+    # A JSON string has no raw line end, so what indent=1 wrote between numbers is all that can change.
+    text = re.sub(r"\[\s+\d+(,\s+\d+)*\s+\]", lambda found: " ".join(found[0].split()), text)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """Read the manifest of a data set.
+
+    Raises:
+        DataError: the folder is missing or no data set, or its manifest is damaged or of another version.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.exists():
+        raise DataError(f"{folder}: no such data set; write it with bd3 prep --out {folder}")
+    if not path.is_file():
+        raise DataError(f"{folder}: not a data set, it has no {MANIFEST}; name a folder that bd3 prep wrote")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
+    except ValueError as error:
+        raise DataError(
+            f"{path}: not JSON ({error}); write the data set again with bd3 prep --overwrite"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"{path}: not the manifest of a data set; name a folder that bd3 prep wrote")
+    if content.get("version") != VERSION:
+        raise DataError(
+            f"{path}: version={content.get('version')}: this program reads version {VERSION}; "
+            "write the data set again with bd3 prep --overwrite"
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise DataError(
+            f"{path}: {key}: damaged ({first['msg']}); write the data set again with bd3 prep --overwrite"
+        ) from None
+
+
+def check_files(folder: Path, manifest: Manifest, splits: tuple[SplitName, ...] = SPLITS) -> None:
+    """Compare shard sizes with the manifest's: a tar cut between members reads short without an error.
+
+    Raises:
+        DataError: names the first shard that is missing, cut or grown.
+    """
+    for split in splits:
+        for shard in manifest.splits[split].shards:
+            path = folder / split / shard.name
+            if not path.is_file():
+                raise DataError(f"{path}: this shard is missing; {MEND}")
+            if path.stat().st_size != shard.bytes:
+                raise DataError(
+                    f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}; {MEND}"
+                )
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

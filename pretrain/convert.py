@@ -1,0 +1,101 @@
+"""`bd3 convert`: checkpoints to and from Hugging Face folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from pydantic import Field
+
+from bd3_megatron import parallel
+from bd3_megatron.config import ConfigError, ParallelConfig, Section
+from bd3_megatron.engine.megatron import MegatronEngine
+from bd3_megatron.hf.convert import TokenIds, export, load_exported
+from bd3_megatron.hf.files import read_json
+from bd3_megatron.hf.reference import load_reference
+from pretrain import checkpoint, runs
+from pretrain.config import RunConfig, TrainConfig
+from pretrain.load import save_config
+from pretrain.options import did_you_mean, parse_options
+
+
+class ExportOptions(Section):
+    """Write a run's checkpoint as a Hugging Face folder (AutoModelForMaskedLM, trust_remote_code)."""
+
+    run: Annotated[str, tyro.conf.Positional] = Field(description="run folder")
+    out: Annotated[str, tyro.conf.Positional] = Field(description="folder to write; must not exist")
+    step: int | None = Field(None, ge=0, description="checkpoint to take; null means the newest")
+    weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights")
+
+
+class ImportOptions(Section):
+    """Make a run folder from a Hugging Face folder: the reference's bd3lm format or our own export."""
+
+    source: Annotated[str, tyro.conf.Positional] = Field(description="Hugging Face folder, or a golden file")
+    run: Annotated[str, tyro.conf.Positional] = Field(description="run folder to write; must not exist")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the run's weights and activations")
+
+
+def main(args: list[str]) -> None:
+    """`bd3 convert export RUN OUT` and `bd3 convert import SOURCE RUN`."""
+    commands = {"export": export_run, "import": import_run}
+    if not args or args[0] in ("-h", "--help"):
+        print(
+            "usage: bd3 convert export RUN OUT | bd3 convert import SOURCE RUN   (--help after either for options)"
+        )
+        return
+    if args[0] not in commands:
+        raise ConfigError(f"bd3 convert {args[0]}: unknown direction{did_you_mean(args[0], commands)}")
+    commands[args[0]](args[1:])
+
+
+def export_run(args: list[str]) -> None:
+    """Write the exported folder and check that it reads back as the same weights."""
+    options = parse_options(ExportOptions, args, "bd3 convert export")
+    run, out = Path(options.run), Path(options.out)
+    loaded = runs.load(run, options.step, averaged=options.weights == "ema")
+    model = loaded.config.model
+    tokenizer = run / runs.TOKENIZER
+    tokens = TokenIds(model.bos_id, model.eos_id, model.mask_id)
+    export(
+        loaded.weights,
+        model,
+        loaded.config.diffusion,
+        tokens,
+        tokenizer if tokenizer.is_file() else None,
+        out,
+    )
+    _, _, back = load_exported(out)
+    if any(not torch.equal(tensor, back[name]) for name, tensor in loaded.weights.items()):
+        raise ConfigError(
+            f"{out}: does not read back as the weights written; check the disk and export again"
+        )
+    count = sum(tensor.numel() for tensor in back.values())
+    print(f"{out}: step {loaded.checkpoint.step}, {options.weights} weights, {count:,} parameters")
+
+
+def import_run(args: list[str]) -> None:
+    """Write a run folder whose checkpoint of step 0 holds the imported weights."""
+    options = parse_options(ImportOptions, args, "bd3 convert import")
+    source, run = Path(options.source), Path(options.run)
+    if run.exists():
+        raise ConfigError(f"{run}: exists already; give a folder that does not")
+    ours = source.is_dir() and read_json(source / "config.json").get("model_type") == "bd3_megatron"
+    model, diffusion, weights = load_exported(source) if ours else load_reference(source)
+    config = RunConfig(
+        run=str(run), model=model, diffusion=diffusion, train=TrainConfig(precision=options.precision)
+    )
+    world = parallel.start(ParallelConfig())
+    try:
+        engine = MegatronEngine(model, diffusion, config.kernels, config.parallel, config.train, world)
+        engine.set_weights(weights)
+        run.mkdir(parents=True)
+        checkpoint.save(run, engine, 0, {"tokens": 0, "imported_from": source.name}, keep=1)
+        if (source / runs.TOKENIZER).is_file():
+            (run / runs.TOKENIZER).write_bytes((source / runs.TOKENIZER).read_bytes())
+        save_config(config, run / runs.CONFIG)
+    finally:
+        parallel.stop()
+    print(f"{run}: {sum(t.numel() for t in weights.values()):,} parameters as the checkpoint of step 0")

@@ -1,0 +1,195 @@
+"""Where a run's configuration comes from: defaults < preset < file < flags; `bd3 config` shows it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field
+
+from bd3_megatron.config import ConfigError, check_layout
+from pretrain.config import RunConfig
+from pretrain.options import (
+    as_section,
+    check_value,
+    did_you_mean,
+    leaves,
+    parse_options,
+    put,
+    scan_options,
+    show,
+    unchecked,
+    validate,
+)
+
+
+def presets() -> list[str]:
+    """Names that ``--preset`` takes, sorted."""
+    files = resources.files("pretrain").joinpath("presets").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+class RunOptions(RunConfig):
+    """A training run. Later wins: defaults, preset, file, flags."""
+
+    preset: str | None = Field(None, description="start from a preset: " + ", ".join(presets()))
+    config: str | None = Field(
+        None, description="YAML file with any of these keys, as bd3 config prints them"
+    )
+
+
+class ShowOptions(RunOptions):
+    """Print the resolved configuration as YAML for --config. Later wins: defaults, preset, file, flags."""
+
+    world_size: int | None = Field(
+        None, ge=1, description="check that the layout fits this number of processes"
+    )
+
+
+Options = TypeVar("Options", bound=RunOptions)
+
+
+def load_run_config(args: list[str], prog: str = "bd3 pretrain") -> RunConfig:
+    """Resolve a run's configuration from command-line arguments, including ``--preset`` and ``--config``.
+
+    Raises:
+        ConfigError: one line for the first mistake in the preset, the file, the flags or between sections.
+        OSError: the file cannot be read.
+    """
+    return _resolve(RunOptions, args, prog)[0]
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write ``config`` as YAML under a temporary name and rename it: ``path`` is complete or untouched."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(to_yaml(config))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def load_saved(path: Path) -> RunConfig:
+    """Read what :func:`save_config` wrote.
+
+    Raises:
+        ConfigError: the file is missing, or one of its keys or values is wrong.
+    """
+    values: dict[str, Any] = {}
+    _overlay(values, path.name, _read_text(path))
+    return validate(RunConfig, values)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The configuration as YAML in ASCII, sections in their order; it reads back equal."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def main(args: list[str]) -> None:
+    """``bd3 config``: print the resolved configuration."""
+    config, options = _resolve(ShowOptions, args, "bd3 config")
+    model, parallel = config.model, config.parallel
+    if model.vocab_size is not None:
+        print(f"# parameters: {model.parameters(model.vocab_size):,}")
+    if options.world_size is not None:
+        tensor, pipeline = parallel.tensor, parallel.pipeline
+        data = options.world_size // (tensor * pipeline)
+        print(f"# ranks: {options.world_size} = tensor {tensor} x pipeline {pipeline} x data {data}")
+    print(to_yaml(config), end="")
+
+
+def _resolve(cls: type[Options], args: list[str], prog: str) -> tuple[RunConfig, Options]:
+    given = scan_options(cls, args)
+    values = RunConfig().model_dump()
+    if "preset" in given:
+        _overlay(values, *_preset(given["preset"][0]))
+    if "config" in given:
+        path = Path(given["config"][0])
+        _overlay(values, str(path), _read_text(path))
+    under = {name: field.default for name, field in cls.model_fields.items() if name not in values} | values
+    options = parse_options(cls, args, prog, default=unchecked(cls, under))
+    config = RunConfig(**{name: getattr(options, name) for name in RunConfig.model_fields})
+    world_size = getattr(options, "world_size", None) or config.parallel.tensor * config.parallel.pipeline
+    check_layout(config.model, config.diffusion, config.parallel, world_size)
+    return config, options
+
+
+def _preset(name: str) -> tuple[str, str]:
+    """A preset's name for messages and its text."""
+    if name not in presets():
+        raise ConfigError(f"preset={name}: unknown preset; use {', '.join(presets())}")
+    return f"preset {name}", resources.files("pretrain").joinpath("presets", f"{name}.yaml").read_text(
+        "utf-8"
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: a folder, not a configuration file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
+
+
+def _overlay(values: dict[str, Any], source: str, text: str) -> None:
+    """Put the keys of a YAML document over ``values``; mistakes name ``source``."""
+    try:
+        document = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
+        raise ConfigError(f"{source}:{where} is not YAML: {problem}".replace(":  ", ": ")) from None
+    _overlay_section(values, RunConfig, document, source, prefix="")
+
+
+def _overlay_section(
+    values: dict[str, Any], cls: type[BaseModel], document: Any, source: str, prefix: str
+) -> None:
+    if document is None:
+        return
+    if not isinstance(document, Mapping):
+        where = prefix.rstrip(".")
+        found = f"{where}={show(document)}: not a section" if where else "not a configuration"
+        raise ConfigError(f"{source}: {found}; write 'key: value' lines{' below it' if where else ''}")
+    for key, value in document.items():
+        path = f"{prefix}{key}"
+        if key not in cls.model_fields:
+            known = [*leaves(RunConfig), *RunConfig.model_fields]
+            raise ConfigError(f"{source}: {path}: unknown key{did_you_mean(path, known)}")
+        field = cls.model_fields[key]
+        if (section := as_section(field)) is not None:
+            _overlay_section(values, section, value, source, prefix=f"{path}.")
+            continue
+        try:
+            put(values, path, check_value(path, field, value))
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error: the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} is given twice", key_node.start_mark
+                )
+            seen.add(key if isinstance(key, str) else id(key_node))
+        return super().construct_mapping(node, deep)

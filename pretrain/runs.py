@@ -1,0 +1,97 @@
+"""A run folder: its configuration, its data and its checkpoints, as the commands after training need them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from bd3_megatron import parallel
+from bd3_megatron.config import ConfigError, ModelConfig
+from bd3_megatron.engine.megatron import MegatronEngine
+from data_prep.manifest import Manifest, SplitName
+from data_prep.reader import RowReader
+from pretrain import checkpoint
+from pretrain.config import RunConfig
+from pretrain.load import load_saved
+
+CONFIG = "config.yaml"
+TOKENIZER = "tokenizer.json"
+
+
+def resolve_model(model: ModelConfig, manifest: Manifest, path: str) -> ModelConfig:
+    """Fill what the data set decides (vocabulary, special ids) and check what both state.
+
+    Raises:
+        ConfigError: model and data set disagree.
+    """
+    if model.length != manifest.length:
+        raise ConfigError(
+            f"model.length={model.length}: the rows of {path} have {manifest.length} tokens; "
+            f"use model.length={manifest.length}, or run bd3 prep with --length {model.length}"
+        )
+    decided = {}
+    for name in ("vocab_size", "mask_id", "bos_id", "eos_id"):
+        stated, there = getattr(model, name), getattr(manifest, name)
+        if stated is not None and stated != there and name != "vocab_size":
+            raise ConfigError(
+                f"model.{name}={stated}: {path} has {there}; leave model.{name} null to follow the data"
+            )
+        if name == "vocab_size" and stated is not None and stated < there:
+            raise ConfigError(
+                f"model.vocab_size={stated}: {path} has {there} ids; use {there} or more, or leave it null"
+            )
+        decided[name] = there if stated is None else stated
+    return ModelConfig(**model.model_dump() | decided)
+
+
+def open_split(path: str | None, split: SplitName, model: ModelConfig) -> RowReader:
+    """A split of the data set at ``path``, checked against the model.
+
+    Raises:
+        ConfigError: no path, or a data set that does not fit the model.
+        DataError: no data set there, or damaged shards.
+    """
+    if path is None:
+        raise ConfigError(
+            "data.path: not set; give the folder that bd3 prep wrote with --data.path (bd3 eval: --data)"
+        )
+    reader = RowReader(path, split)
+    resolve_model(model, reader.manifest, path)
+    return reader
+
+
+@dataclass
+class LoadedRun:
+    """A run's configuration and one checkpoint's weights."""
+
+    config: RunConfig
+    checkpoint: checkpoint.Checkpoint
+    weights: dict[str, Tensor]
+
+    def engine(self) -> MegatronEngine:
+        """The model with these weights in a world of 1, ready to evaluate or sample."""
+        config = self.config
+        alone = config.parallel.model_copy(update={"tensor": 1, "pipeline": 1, "sequence": False})
+        world = parallel.start(alone)
+        engine = MegatronEngine(
+            config.model, config.diffusion, config.kernels, alone, config.train, world, training=False
+        )
+        engine.set_weights(self.weights)
+        return engine
+
+
+def load(run: Path, step: int | None = None, averaged: bool = True) -> LoadedRun:
+    """Read a run folder.
+
+    Raises:
+        ConfigError: not a run folder, or no such checkpoint.
+    """
+    if not (run / CONFIG).is_file():
+        raise ConfigError(
+            f"{run}: not a run folder ({CONFIG} is missing); give the folder that bd3 pretrain wrote"
+        )
+    config = load_saved(run / CONFIG)
+    found = checkpoint.find(run, step)
+    return LoadedRun(config, found, checkpoint.read_weights(found, averaged))

@@ -1,0 +1,302 @@
+"""The training loop; `bd3 pretrain`. One process is one rank: torchrun or srun start many, alone it is a world of 1."""
+
+from __future__ import annotations
+
+import math
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from bd3_megatron import flops, parallel
+from bd3_megatron.config import ConfigError, check_layout
+from bd3_megatron.engine.base import StepResult
+from bd3_megatron.engine.megatron import MegatronEngine
+from data_prep.manifest import Manifest
+from data_prep.reader import RowReader
+from pretrain import checkpoint, runs
+from pretrain.batches import Batches
+from pretrain.config import RunConfig, TrainConfig
+from pretrain.environment import Ranks, read_ranks
+from pretrain.evaluate import Evaluation, evaluate
+from pretrain.hardware import peak_flops
+from pretrain.load import load_run_config, load_saved, save_config
+from pretrain.metrics import MetricsWriter, read_metrics, series
+from pretrain.plots import ascii_curve, plot_curves
+from pretrain.progress import Progress, Throughput
+
+# What may change when a run goes on: how long, where and how it is watched, not what is computed.
+_FREE = ("run", "parallel", "log", "eval", "checkpoint", "train.steps", "train.micro_batch", "data.path")
+
+
+def main(args: list[str]) -> None:
+    """`bd3 pretrain`: train, or go on from the newest checkpoint of the same run folder."""
+    train(load_run_config(args))
+
+
+def train(config: RunConfig) -> Path:
+    """Run the configuration to its last step and return the run folder.
+
+    Raises:
+        ConfigError, DataError: one line for a mistake of the user, before anything is written.
+    """
+    ranks = read_ranks()
+    data_size = check_layout(config.model, config.diffusion, config.parallel, ranks.world_size)
+    _check_batches(config.train, data_size)
+    if config.data.path is None:
+        raise ConfigError("data.path: not set; give the folder that bd3 prep wrote with --data.path")
+    reader = RowReader(config.data.path, "train")
+    model = runs.resolve_model(config.model, reader.manifest, config.data.path)
+    config = config.model_copy(update={"model": model})
+    run = Path(config.run)
+    _check_same_run(run, config)
+    world = parallel.start(
+        config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, _store(ranks, config)
+    )
+    try:
+        if world.is_first:
+            _prepare_folder(run, config, reader.manifest)
+        dist.barrier()
+        engine = MegatronEngine(
+            model, config.diffusion, config.kernels, config.parallel, config.train, world, config.train.seed
+        )
+        Trainer(config, run, engine, reader).run()
+    finally:
+        parallel.stop()
+    return run
+
+
+class Trainer:
+    """The loop over steps: train, record, evaluate, checkpoint."""
+
+    def __init__(self, config: RunConfig, run: Path, engine: MegatronEngine, reader: RowReader):
+        self.config, self.folder, self.engine, self.reader = config, run, engine, reader
+        self.first = engine.world.is_first
+        self.validation = RowReader(config.data.path, "validation")
+        train = config.train
+        self.batches = Batches(
+            reader,
+            config.model,
+            config.diffusion,
+            global_batch=train.global_batch,
+            micro_batch=train.micro_batch,
+            rank=engine.world.data_rank,
+            size=engine.world.data_size,
+            order_seed=train.seed if config.data.seed is None else config.data.seed,
+            noise_seed=train.seed,
+        )
+        self.step = self._resume()
+        self.metrics = MetricsWriter(run, self.step, config.log.tensorboard) if self.first else None
+        self.progress = Progress(train.steps, self.step, config.log.every) if self.first else None
+        self.throughput = Throughput(
+            self.step,
+            self._tokens(self.step),
+            useful_flops=flops.training_flops_per_token(config.model, config.diffusion),
+            model_flops=flops.six_n(config.model),
+            peak_flops=peak_flops(config.log.peak_tflops, train.precision) * engine.world.size,
+        )
+
+    def run(self) -> None:
+        """Train to the last step, leave a checkpoint, an evaluation and the curves of it."""
+        steps = self.config.train.steps
+        if self.step >= steps:
+            self._say(f"{self.folder}: already at step {self.step} of {steps}; raise train.steps to go on")
+        elif self.step == 0:
+            self._say(self._describe())
+            self._evaluate()
+        else:
+            self._say(f"{self.folder}: going on from step {self.step}")
+        while self.step < steps:
+            self._train_step()
+            last = self.step == steps
+            if last or _due(self.step, self.config.eval.every):
+                self._evaluate()
+            if last or _due(self.step, self.config.checkpoint.every):
+                self._save()
+        if self.first:
+            self._finish()
+
+    def _train_step(self) -> None:
+        train, step = self.config.train, self.step
+        batches = self.batches.at(step)
+        parallel.seed_dropout(train.seed, step)
+        lr = learning_rate(train, step)
+        result = self.engine.train_step(batches, lr)
+        self.step = step + 1
+        if not math.isfinite(result.loss):
+            raise ConfigError(
+                f"step {self.step}: the loss is {result.loss}; the last checkpoint is kept, lower train.lr={train.lr:g}"
+            )
+        if self.first:
+            self._record(result, lr)
+
+    def _record(self, result: StepResult, lr: float) -> None:
+        values = {
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens": self._tokens(self.step),
+        }
+        speed = self.throughput.mark(self.step, self._tokens(self.step))
+        self.metrics.train(self.step, values)
+        if speed:
+            self.metrics.throughput(self.step, speed)
+        self.progress.update(self.step, values | speed)
+
+    def _evaluate(self) -> Evaluation:
+        config = self.config
+        micro = config.eval.micro_batch or config.train.micro_batch
+        with self.throughput.paused(), self.engine.averaged():
+            result = evaluate(
+                self.engine, self.validation, config.model, config.diffusion, config.eval, micro
+            )
+        if self.first:
+            self.metrics.validation(self.step, asdict(result))
+            self._say(
+                f"step {self.step} | validation perplexity {result.perplexity:.2f} +- {result.perplexity_stderr:.2f} "
+                f"(unigram {self.reader.manifest.validation_unigram_perplexity:.2f}) | "
+                f"NELBO {result.nelbo:.4f} +- {result.nelbo_stderr:.4f} nats per token"
+            )
+        return result
+
+    def _save(self) -> None:
+        config = self.config
+        meta = {
+            "tokens": self._tokens(self.step),
+            "seed": config.train.seed,
+            "beta": config.diffusion.beta,
+            "omega": config.diffusion.omega,
+            "tokenizer_sha256": self.reader.manifest.tokenizer_sha256,
+        }
+        with self.throughput.paused():
+            checkpoint.save(self.folder, self.engine, self.step, meta, config.checkpoint.keep)
+
+    def _resume(self) -> int:
+        """Step of the newest good checkpoint after restoring it; 0 for a new run."""
+        found = checkpoint.newest(self.folder, warn=self._say)
+        if found is None:
+            return 0
+        digest = self.reader.manifest.tokenizer_sha256
+        if found.meta.get("tokenizer_sha256", digest) != digest:
+            raise ConfigError(
+                f"data.path={self.config.data.path}: its tokenizer is not the one {found.path} was trained with; "
+                f"use the data set of the run, or another --run"
+            )
+        checkpoint.restore(found, self.engine)
+        return found.step
+
+    def _finish(self) -> None:
+        unigram = self.reader.manifest.validation_unigram_perplexity
+        plot = plot_curves(self.folder, reference={"unigram": unigram})
+        records = read_metrics(self.folder)
+        self.progress.close()
+        self.metrics.close()
+        _, losses = series(records, "train", "loss")
+        _, perplexities = series(records, "validation", "perplexity")
+        self._say(ascii_curve(losses, "train loss"))
+        self._say(ascii_curve(perplexities, "validation perplexity"))
+        self._say(f"unigram perplexity of the validation split: {unigram:.2f}")
+        self._say(f"run folder: {self.folder} (curves: {plot})")
+
+    def _tokens(self, step: int) -> int:
+        """Data tokens after ``step`` steps: L per row."""
+        return step * self.config.train.global_batch * self.config.model.length
+
+    def _describe(self) -> str:
+        config, world = self.config, self.engine.world
+        return (
+            f"{flops.parameter_count(config.model) / 1e6:.2f}M parameters, {config.model.backbone}, "
+            f"L={config.model.length}, B'={config.diffusion.block_size}, {config.train.precision}, "
+            f"{world.size} process(es) on {world.device.type}; {len(self.reader)} train rows, "
+            f"{config.train.steps * config.train.global_batch / len(self.reader):.2f} epochs"
+        )
+
+    def _say(self, text: str) -> None:
+        if not self.engine.world.is_first:
+            return
+        progress = getattr(self, "progress", None)
+        if progress is not None:
+            progress.message(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def learning_rate(train: TrainConfig, step: int) -> float:
+    """Learning rate of step ``step`` (0 is the first): linear warm-up, then constant or decay to ``min_lr``."""
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    if train.decay == "constant":
+        return train.lr
+    done = min(1.0, (step + 1 - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
+    left = 1 - done if train.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return train.min_lr + (train.lr - train.min_lr) * left
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _check_batches(train: TrainConfig, data_size: int) -> None:
+    per_rank = train.micro_batch * data_size
+    if train.global_batch % per_rank:
+        raise ConfigError(
+            f"train.global_batch={train.global_batch}: not a multiple of train.micro_batch={train.micro_batch} times "
+            f"{data_size} data-parallel ranks; use a multiple of {per_rank}"
+        )
+
+
+def _check_same_run(run: Path, config: RunConfig) -> None:
+    """A run folder goes on with the configuration it was started with."""
+    if not (run / runs.CONFIG).is_file():
+        if (run / "checkpoints").exists():
+            raise ConfigError(
+                f"run={run}: has checkpoints but no {runs.CONFIG}; put it back or use another --run"
+            )
+        return
+    before, now = load_saved(run / runs.CONFIG).model_dump(), config.model_dump()
+    for path, old, new in _differences(before, now):
+        if not any(path == free or path.startswith(free + ".") for free in _FREE):
+            raise ConfigError(
+                f"{path}={new}: the run in {run} was started with {old}; use that, or another --run"
+            )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""):
+    for key, old in before.items():
+        new = now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}", old, new
+
+
+def _prepare_folder(run: Path, config: RunConfig, manifest: Manifest) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    tokenizer = run / runs.TOKENIZER
+    if not tokenizer.exists():
+        partial = tokenizer.with_suffix(".partial")
+        shutil.copyfile(Path(config.data.path) / manifest.tokenizer, partial)
+        partial.replace(tokenizer)
+    lines = [f"python {platform.python_version()}"]
+    lines += [f"{name} {version(name)}" for name in ("bd3-megatron", "torch", "megatron-core", "numpy")]
+    (run / "versions.txt").write_text("\n".join(lines) + "\n")
+    save_config(config, run / runs.CONFIG)
+
+
+def _store(ranks: Ranks, config: RunConfig) -> dist.Store | None:
+    """Rendezvous of the launcher; None for a world of 1."""
+    if ranks.world_size == 1:
+        return None
+    return dist.TCPStore(
+        ranks.master_addr,
+        ranks.master_port,
+        ranks.world_size,
+        # torchrun's agent already serves this port; under Slurm rank 0 does.
+        is_master=ranks.rank == 0 and ranks.launcher == "slurm",
+    )

@@ -1,0 +1,99 @@
+"""What a task can learn about itself from the variables that Slurm sets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import product
+from typing import NamedTuple
+
+# Step ids from here on are Slurm's own steps (pending, extern, batch, interactive), not started by srun.
+FIRST_SPECIAL_STEP = 0xFFFF_FFF0
+
+FIRST_PORT, PORTS = 10_000, 20_000  # below the range from which Linux hands out ports
+
+
+class SlurmTask(NamedTuple):
+    """One task of a job step."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    host: str
+    """first host of the step: where rank 0 runs"""
+    port: int
+    """the same for all tasks of a step, and another one for another job or step"""
+
+
+def slurm_task(environ: Mapping[str, str]) -> SlurmTask | None:
+    """The task that ``srun`` started with this environment; None outside of one.
+
+    The shell of ``sbatch`` or ``salloc`` is not a task: it has the job's variables, even a SLURM_PROCID, but
+    belongs to no step that srun started.
+
+    Raises:
+        ValueError: one line that names the variable which is missing or garbled.
+    """
+    if "SLURM_JOB_ID" not in environ or "SLURM_STEP_ID" not in environ:
+        return None
+    step = number(environ, "SLURM_STEP_ID")
+    if step >= FIRST_SPECIAL_STEP:
+        return None
+    size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
+    rank, world_size = number(environ, "SLURM_PROCID"), number(environ, size)
+    if rank >= world_size:
+        raise ValueError(f"SLURM_PROCID={rank}: not below {size}={world_size}; start the tasks with srun")
+    names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+    nodes = next((name for name in names if environ.get(name)), None)
+    if nodes is None:
+        raise ValueError("SLURM_STEP_NODELIST: not set, though SLURM_STEP_ID is; start the tasks with srun")
+    try:
+        host = expand_hosts(environ[nodes])[0]
+    except ValueError as error:
+        raise ValueError(f"{nodes}={error}") from None
+    port = FIRST_PORT + (number(environ, "SLURM_JOB_ID") * 31 + step) % PORTS
+    return SlurmTask(rank, world_size, number(environ, "SLURM_LOCALID"), host, port)
+
+
+def number(environ: Mapping[str, str], name: str) -> int:
+    """A variable that holds a natural number.
+
+    Raises:
+        ValueError: one line that names the variable.
+    """
+    value = environ.get(name)
+    if value is None:
+        raise ValueError(
+            f"{name}: not set, though other variables of the launcher are; start the tasks with srun"
+        )
+    if not re.fullmatch(r"[0-9]+", value):
+        raise ValueError(f"{name}={value}: not a number")
+    return int(value)
+
+
+def expand_hosts(hosts: str) -> list[str]:
+    """Host names of a Slurm host list: ``"n[01-03,7],login" -> ["n01", "n02", "n03", "n7", "login"]``.
+
+    Raises:
+        ValueError: one line, for a list that is not of this form.
+    """
+    expanded = []
+    for group in re.split(r",(?![^\[]*\])", hosts):  # commas outside of brackets
+        parts = re.split(r"\[([^\[\]]*)\]", group)  # text and bracket contents in turn
+        if not group or any(char in "[]" for text in parts[::2] for char in text):
+            raise ValueError(f"{hosts}: not a host list such as n[01-03,7]")
+        choices = [[part] if at % 2 == 0 else _numbers(part, hosts) for at, part in enumerate(parts)]
+        expanded += ["".join(words) for words in product(*choices)]
+    return expanded
+
+
+def _numbers(ranges: str, hosts: str) -> list[str]:
+    """``"01-03,7" -> ["01", "02", "03", "7"]``: the width of the lower end is kept."""
+    words = []
+    for part in ranges.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        low, high = match.groups() if match else ("1", "0")
+        if match is None or int(high or low) < int(low):
+            raise ValueError(f"{hosts}: [{ranges}] is not a list of numbers and ranges")
+        words += [f"{value:0{len(low)}d}" for value in range(int(low), int(high or low) + 1)]
+    return words

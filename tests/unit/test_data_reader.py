@@ -1,0 +1,177 @@
+"""Rows by number: equal to what was written for any numbers in any order, and damage is named."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep.errors import DataError
+from data_prep.manifest import Manifest, Recipe, Split, load_manifest, save_manifest, sha256_file
+from data_prep.pack import Packer
+from data_prep.reader import RowReader
+from data_prep.shards import ShardWriter
+
+LENGTH, ROWS = 10, 103
+
+
+def written(folder: Path, dtype: str) -> tuple[np.ndarray, list[list[int]]]:
+    """Write a data set without text; return its rows and document starts."""
+    rng = np.random.default_rng(5)
+    packer = Packer(LENGTH, 1, 2, "wrap", np.dtype(dtype), rows_per_chunk=7)
+    documents = [rng.integers(3, 60_000, size=int(n)).tolist() for n in rng.integers(0, 25, size=100)]
+    chunks = packer.add(documents) + packer.finish()[0]
+    splits = {}
+    for name in ("train", "validation"):
+        writer = ShardWriter(folder / name, name, rows_per_shard=21)
+        for chunk in chunks:
+            writer.write(chunk)
+        rows = sum(len(chunk.tokens) for chunk in chunks)
+        splits[name] = Split(
+            documents=100,
+            text_bytes=0,
+            rows=rows,
+            tokens=rows * LENGTH,
+            dropped_tokens=0,
+            unigram_entropy=0.0,
+            shards=writer.close(),
+        )
+    (folder / "tokenizer.json").write_text("{}")
+    recipe = Recipe(
+        length=LENGTH,
+        packing="wrap",
+        tokenizer="bpe:1",
+        bos=None,
+        eos=None,
+        text_field="text",
+        id_field="id",
+        split_seed=0,
+        validation_fraction=0.5,
+        rows_per_member=7,
+        rows_per_shard=21,
+    )
+    manifest = Manifest(
+        package_version="0",
+        length=LENGTH,
+        dtype=dtype,
+        vocab_size=60_001,
+        bos_id=1,
+        eos_id=2,
+        mask_id=60_000,
+        tokenizer_sha256=sha256_file(folder / "tokenizer.json"),
+        recipe=recipe,
+        sources=[],
+        validation_unigram_nats=1.0,
+        validation_unigram_perplexity=1.0,
+        splits=splits,
+    )
+    save_manifest(manifest, folder)
+    tokens = np.concatenate([chunk.tokens for chunk in chunks])
+    starts = [
+        chunk.docs[chunk.docs[:, 0] == i, 1].tolist() for chunk in chunks for i in range(len(chunk.tokens))
+    ]
+    return tokens, starts
+
+
+@pytest.fixture(scope="module", params=["<u2", "<u4"])
+def data_set(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reader")
+    return folder, *written(folder, request.param)
+
+
+@pytest.fixture
+def copy(data_set, tmp_path) -> Path:
+    return Path(shutil.copytree(data_set[0], tmp_path / "copy"))
+
+
+@given(data=st.data())
+def test_any_rows_in_any_order(data_set, data):
+    folder, tokens, starts = data_set
+    reader = RowReader(folder, "train")
+    assert (len(reader), reader.length) == (len(tokens), LENGTH)
+    assert len(reader.shards) > 3
+    indices = np.array(data.draw(st.lists(st.integers(0, len(tokens) - 1), max_size=60)), np.int64)
+    found = reader.rows(indices)
+    assert found.dtype == np.int64
+    assert found.shape == (len(indices), LENGTH)
+    assert (found == tokens[indices]).all()
+    assert [s.tolist() for s in reader.documents(indices)] == [starts[i] for i in indices]
+
+
+def test_rows_do_not_depend_on_how_many_maps_are_kept(data_set, monkeypatch):
+    folder, tokens, _ = data_set
+    monkeypatch.setattr("data_prep.reader.MAPS_KEPT", 1)
+    indices = np.random.default_rng(0).integers(0, len(tokens), size=200)
+    assert (RowReader(folder, "train").rows(indices) == tokens[indices]).all()
+
+
+@pytest.mark.parametrize("indices", [[-1], [0, 10**6], [[0]], [0.5]])
+def test_numbers_that_are_no_rows(data_set, indices):
+    reader = RowReader(data_set[0], "train")
+    for read in (reader.rows, reader.documents):
+        with pytest.raises(IndexError, match=r"^rows? "):
+            read(np.array(indices))
+
+
+@pytest.mark.parametrize("change", [-10240, -512, 512])
+def test_a_cut_or_grown_shard_is_named_at_open(copy, change):
+    shard = copy / "train" / "train-000001.tar"
+    os.truncate(shard, shard.stat().st_size + change)
+    with pytest.raises(DataError, match=r"train-000001\.tar: \d+ bytes, the manifest says"):
+        RowReader(copy, "train")
+    RowReader(copy, "validation").verify()
+
+
+def test_a_missing_shard_is_named_at_open(copy):
+    (copy / "train" / "train-000002.tar").unlink()
+    with pytest.raises(DataError, match=r"train-000002\.tar: this shard is missing"):
+        RowReader(copy, "train")
+
+
+@pytest.mark.parametrize("name", ["train/train-000000.tar", "tokenizer.json"])
+def test_verify_finds_a_flipped_bit(copy, name):
+    RowReader(copy, "train").verify()
+    raw = bytearray((copy / name).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (copy / name).write_bytes(raw)
+    with pytest.raises(DataError, match=rf"{Path(name).name}: sha256"):
+        RowReader(copy, "train").verify()
+
+
+def test_folders_that_are_no_data_set(copy, tmp_path):
+    def says(text: str, folder: Path = copy) -> None:
+        with pytest.raises(DataError, match=text) as caught:
+            load_manifest(folder)
+        assert "\n" not in str(caught.value)
+
+    says("no such data set; write it with bd3 prep", tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    says("not a data set", tmp_path / "empty")
+    path = copy / "manifest.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"version": 99}))
+    says("version=99: this program reads version 1")
+    path.write_text(json.dumps(content | {"length": "ten"}))
+    says("length: damaged")
+    path.write_text(json.dumps(content | {"format": "other"}))
+    says("not the manifest of a data set")
+    path.write_text(path.read_text()[:50])
+    says("not JSON")
+
+
+def test_payloads_are_aligned_for_mapping(data_set):
+    for split in load_manifest(data_set[0]).splits.values():
+        for shard in split.shards:
+            assert all(m.tokens_offset % 64 == 0 and m.docs_offset % 64 == 0 for m in shard.members)
+
+
+def test_manifest_keeps_one_line_per_member(data_set):
+    folder = data_set[0]
+    manifest = load_manifest(folder)
+    lines = (folder / "manifest.json").read_text().splitlines()
+    members = sum(len(shard.members) for split in manifest.splits.values() for shard in split.shards)
+    assert sum(line.strip().startswith("[ ") for line in lines) == members
