@@ -47,9 +47,7 @@ class ModelConfig(Section):
     heads: int = Field(12, ge=1, description="query heads")
     kv_heads: int | None = Field(None, ge=1, description="key and value heads; null means as many as heads")
     head_dim: int | None = Field(None, ge=2, description="width of one head; null means hidden / heads")
-    ffn_hidden: int | None = Field(
-        None, ge=1, description="MLP width; null means 4 x hidden (dit), 3 x hidden (qwen3)"
-    )
+    ffn_hidden: int | None = Field(None, ge=1, description="MLP width; null means 4 x hidden (dit), 3 x hidden (qwen3)")
     length: int = Field(1024, ge=2, description="tokens per row, L")
     vocab_size: int | None = Field(None, ge=2, description="tokens incl. the mask; null means the data set's")
     mask_id: int | None = Field(None, ge=0, description="id of the mask token; null means the data set's")
@@ -138,20 +136,14 @@ class DiffusionConfig(Section):
     schedule: Literal["loglinear", "square", "square_root", "log", "cosine"] = "loglinear"
     beta: float = Field(1e-3, gt=0, le=1, description="lower end of the interval of noise levels t")
     omega: float = Field(1.0, gt=0, le=1, description="upper end of the interval of noise levels t")
-    resample: bool = Field(
-        False, description="redraw a block's bits until its masked fraction lies in [beta, omega]"
-    )
-    stratify: bool = Field(
-        True, description="one noise level per stratum over the global batch (low variance)"
-    )
+    resample: bool = Field(False, description="redraw a block's bits until its masked fraction lies in [beta, omega]")
+    stratify: bool = Field(True, description="one noise level per stratum over the global batch (low variance)")
     draws: int = Field(1, ge=1, description="noisy draws per clean row, K")
 
     @model_validator(mode="after")
     def _interval(self) -> DiffusionConfig:
         if self.beta > self.omega:
-            raise ValueError(
-                f"diffusion.beta={self.beta:g}: above diffusion.omega={self.omega:g}; exchange them"
-            )
+            raise ValueError(f"diffusion.beta={self.beta:g}: above diffusion.omega={self.omega:g}; exchange them")
         if self.resample and not self.full_interval:
             low = -(-self.beta * self.block_size // 1)  # ceil
             if low > self.omega * self.block_size:
@@ -193,9 +185,7 @@ class OptimizationConfig(Section):
     adam_eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0, description="not applied to biases and norms")
     clip_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0 leaves it")
-    ema_decay: float = Field(
-        0.9999, ge=0, lt=1, description="decay min(ema_decay, (1+n)/(10+n)); 0 keeps no EMA"
-    )
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="decay min(ema_decay, (1+n)/(10+n)); 0 keeps no EMA")
 
 
 class ParallelConfig(Section):
@@ -204,15 +194,11 @@ class ParallelConfig(Section):
     tensor: int = Field(1, ge=1, description="tensor-parallel size")
     pipeline: int = Field(1, ge=1, description="pipeline stages")
     sequence: bool = Field(False, description="sequence parallelism over the tensor-parallel group")
-    backend: Literal["auto", "nccl", "gloo"] = Field(
-        "auto", description="process-group backend; auto: nccl on CUDA"
-    )
+    backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="process-group backend; auto: nccl on CUDA")
     timeout_minutes: float = Field(10.0, gt=0, description="a collective that takes longer ends the job")
 
 
-def check_layout(
-    model: ModelConfig, diffusion: DiffusionConfig, parallel: ParallelConfig, world_size: int
-) -> int:
+def check_layout(model: ModelConfig, diffusion: DiffusionConfig, parallel: ParallelConfig, world_size: int) -> int:
     """Check the layout against the model and return the data-parallel size.
 
     Raises:
@@ -231,8 +217,7 @@ def check_layout(
     ):
         if value % tensor:
             raise ConfigError(
-                f"parallel.tensor={tensor}: {name}={value} is not divisible by {tensor}; "
-                f"use {listing(divisors(value))}"
+                f"parallel.tensor={tensor}: {name}={value} is not divisible by {tensor}; use {listing(divisors(value))}"
             )
     if parallel.sequence and model.length % tensor:
         raise ConfigError(

@@ -126,9 +126,7 @@ def first_hitting(
     calls = 0
     while (masked := block == mask_id).any():
         p = probabilities(logits(block), sampling)
-        position = torch.multinomial(
-            masked.double() + ~masked.any(1, keepdim=True), 1, generator=generator
-        )  # [b, 1]
+        position = torch.multinomial(masked.double() + ~masked.any(1, keepdim=True), 1, generator=generator)  # [b, 1]
         token = _draw(p.gather(1, position[..., None].expand(-1, -1, p.shape[-1])), generator)
         open_row = masked.any(1, keepdim=True)
         block.scatter_(1, position, torch.where(open_row, token, block.gather(1, position)))
@@ -218,9 +216,7 @@ def sample(
 def _sample_causal(model, prompt, new_tokens, sampling, eos_id, generator, report) -> Samples:
     """Left to right for the causal objective: each token is drawn from the logits of the one before it."""
     if prompt.shape[1] + new_tokens > model.model.length:
-        raise ValueError(
-            f"{prompt.shape[1] + new_tokens} tokens are more than the model's row of {model.model.length}"
-        )
+        raise ValueError(f"{prompt.shape[1] + new_tokens} tokens are more than the model's row of {model.model.length}")
     generator = generator or torch.Generator(prompt.device)
     forward, ids = BlockForward(model), prompt
     for start in range(prompt.shape[1] - 1):

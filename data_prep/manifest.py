@@ -112,9 +112,7 @@ class Manifest(Record):
         description="cross-entropy per token of the validation rows under the train rows' counts plus one; "
         "position 0 of each row is left out of both"
     )
-    validation_unigram_perplexity: float = Field(
-        description="exp(validation_unigram_nats): what a model must beat"
-    )
+    validation_unigram_perplexity: float = Field(description="exp(validation_unigram_nats): what a model must beat")
     splits: dict[SplitName, Split]
 
 
@@ -153,9 +151,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
     except ValueError as error:
-        raise DataError(
-            f"{path}: not JSON ({error}); write the data set again with bd3 prep --overwrite"
-        ) from None
+        raise DataError(f"{path}: not JSON ({error}); write the data set again with bd3 prep --overwrite") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{path}: not the manifest of a data set; name a folder that bd3 prep wrote")
     if content.get("version") != VERSION:
@@ -185,9 +181,7 @@ def check_files(folder: Path, manifest: Manifest, splits: tuple[SplitName, ...] 
             if not path.is_file():
                 raise DataError(f"{path}: this shard is missing; {MEND}")
             if path.stat().st_size != shard.bytes:
-                raise DataError(
-                    f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}; {MEND}"
-                )
+                raise DataError(f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}; {MEND}")
 
 
 def sha256_file(path: Path) -> str:

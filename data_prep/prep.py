@@ -49,15 +49,9 @@ class PrepConfig(BaseModel):
     inputs: tuple[str, ...] = Field(min_length=1, description="JSONL files, plain or .gz, or folders of them")
     out: str = Field(min_length=1, description="folder of the data set, created in one piece at the end")
     length: int = Field(256, ge=4, description="tokens per row, L")
-    tokenizer: str = Field(
-        "bpe:4096", description="bpe:N trains one on the train split; else a tokenizer.json"
-    )
-    packing: Packing = Field(
-        "wrap", description="wrap: each row is BOS, L-2 tokens, EOS; stream: rows cut anywhere"
-    )
-    validation_fraction: float = Field(
-        0.1, gt=0, lt=1, description="share of documents held out, by hash of id"
-    )
+    tokenizer: str = Field("bpe:4096", description="bpe:N trains one on the train split; else a tokenizer.json")
+    packing: Packing = Field("wrap", description="wrap: each row is BOS, L-2 tokens, EOS; stream: rows cut anywhere")
+    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of documents held out, by hash of id")
     seed: int = Field(0, ge=0, description="seed of the split")
     text_field: str = Field("text", description="JSON field that holds the text")
     id_field: str = Field("id", description="JSON field that names the document; may be absent")
@@ -129,9 +123,7 @@ def _reuse(config: PrepConfig, files: Sequence[Path], out: Path, report: Report)
                 "choose another --out or pass --overwrite"
             )
     if _identify(files) != manifest.sources:
-        raise DataError(
-            f"{config.out}: holds a data set of other sources; choose another --out or pass --overwrite"
-        )
+        raise DataError(f"{config.out}: holds a data set of other sources; choose another --out or pass --overwrite")
     check_files(out, manifest)
     report(f"{config.out}: already there, same recipe and sources; nothing to do")
     return manifest
@@ -159,9 +151,7 @@ def _identify(files: Sequence[Path]) -> list[SourceFile]:
     try:
         return [SourceFile(name=f.name, bytes=f.stat().st_size, sha256=sha256_file(f)) for f in files]
     except OSError as error:
-        raise DataError(
-            f"{error.filename}: cannot be read ({error.strerror}); check the file and its rights"
-        ) from None
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check the file and its rights") from None
 
 
 def _stamp(file: Path) -> tuple[int, int]:
@@ -218,9 +208,7 @@ def _tokenizer(config: PrepConfig, files: Sequence[Path], path: Path, report: Re
         shutil.copyfile(config.tokenizer, path)
         return tokenizer
     progress = _Progress(report, "read for the tokenizer")
-    tokenizer = train_bpe(
-        (progress.pass_on(d) for held_out, d in _documents(config, files) if not held_out), size
-    )
+    tokenizer = train_bpe((progress.pass_on(d) for held_out, d in _documents(config, files) if not held_out), size)
     path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     progress.line()
     report(f"trained a byte-level BPE of {tokenizer.get_vocab_size()} entries")
@@ -250,14 +238,10 @@ def _fill(
 class _SplitBuilder:
     """Tokenizes, packs, counts and writes one split; holds one batch of text and one chunk of rows."""
 
-    def __init__(
-        self, config: PrepConfig, tokenizer: Tokenizer, special: SpecialIds, folder: Path, name: str
-    ):
+    def __init__(self, config: PrepConfig, tokenizer: Tokenizer, special: SpecialIds, folder: Path, name: str):
         self.tokenizer, self.special = tokenizer, special
         dtype = token_dtype(special.vocab_size)
-        self.packer = Packer(
-            config.length, special.bos, special.eos, config.packing, dtype, config.rows_per_member
-        )
+        self.packer = Packer(config.length, special.bos, special.eos, config.packing, dtype, config.rows_per_member)
         self.writer = ShardWriter(folder / name, name, config.rows_per_shard)
         self.counts = np.zeros(special.vocab_size, np.int64)  # of tokens at positions 1 to L-1
         self.batch: list[Document] = []
@@ -309,9 +293,7 @@ def _check_splits(config: PrepConfig, splits: dict[str, Split]) -> None:
     """Both splits need a document and a row."""
     documents = sum(split.documents for split in splits.values())
     if not documents:
-        raise DataError(
-            f"{config.inputs[0]}: no documents in the input; give files with one JSON object a line"
-        )
+        raise DataError(f"{config.inputs[0]}: no documents in the input; give files with one JSON object a line")
     for name, split in splits.items():
         if not split.documents:
             raise DataError(

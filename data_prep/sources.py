@@ -33,13 +33,9 @@ def expand(paths: Sequence[str | Path]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(
-                p for p in path.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith(".")
-            )
+            inside = sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
             if not inside:
-                raise DataError(
-                    f"{path}: no *.jsonl or *.jsonl.gz in this folder; name the folder that holds the text"
-                )
+                raise DataError(f"{path}: no *.jsonl or *.jsonl.gz in this folder; name the folder that holds the text")
             files += inside
         elif not path.exists():
             raise DataError(f"{path}: no such file or folder; check the path")
@@ -57,9 +53,7 @@ def expand(paths: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def read_documents(
-    paths: Sequence[str | Path], text_field: str = "text", id_field: str = "id"
-) -> Iterator[Document]:
+def read_documents(paths: Sequence[str | Path], text_field: str = "text", id_field: str = "id") -> Iterator[Document]:
     """Stream the documents of JSONL files, plain or gzipped, one line in memory at a time.
 
     Blank lines are skipped. A document without an id is named ``<file name>:<line>``; equal ids are allowed.
@@ -85,15 +79,11 @@ def _lines(path: Path) -> Iterator[bytes]:
             for number, line in enumerate(stream, start=1):  # noqa: B007 (used when reading fails)
                 yield line
     except EOFError:
-        raise DataError(
-            f"{path}: the gzip stream ends early, after line {number}; fetch the file again"
-        ) from None
+        raise DataError(f"{path}: the gzip stream ends early, after line {number}; fetch the file again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: corrupt gzip after line {number} ({error}); fetch the file again") from None
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror or error}); check the file and its rights"
-        ) from None
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the file and its rights") from None
 
 
 def _open(path: Path) -> BinaryIO:
@@ -114,13 +104,9 @@ def _parse(line: bytes, where: str, offset: int, text_field: str, id_field: str)
             f"(0x{line[error.start]:02x}); convert the file to UTF-8"
         ) from None
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: not JSON ({error.msg}, column {error.colno}); put one object on each line"
-        ) from None
+        raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}); put one object on each line") from None
     except (ValueError, RecursionError) as error:  # absurdly long numbers or deep nesting
-        raise DataError(
-            f"{where}: not JSON that can be read ({error}); put one object on each line"
-        ) from None
+        raise DataError(f"{where}: not JSON that can be read ({error}); put one object on each line") from None
     if not isinstance(record, dict):
         raise DataError(
             f"{where}: a JSON {type(record).__name__}, not an object; write {{{json.dumps(text_field)}: ...}}"
@@ -155,7 +141,5 @@ def _text_problem(record: dict, text_field: str, id_field: str) -> str:
     likely = near[0] if near else max(strings, key=lambda name: len(record[name]), default=None)
     remedy = f"use --text-field {likely}" if likely else "give every document a text"
     if text_field in record:
-        return (
-            f"field {text_field!r} holds a JSON {type(record[text_field]).__name__}, not a string; {remedy}"
-        )
+        return f"field {text_field!r} holds a JSON {type(record[text_field]).__name__}, not a string; {remedy}"
     return f"no field {text_field!r} among {', '.join(map(repr, record)) or 'none at all'}; {remedy}"

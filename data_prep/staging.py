@@ -59,9 +59,7 @@ def check_replaceable(out: Path) -> None:
     elif extra := {p.name for p in out.iterdir()} - {MANIFEST, TOKENIZER, *SPLITS}:
         foreign = f"it also holds {min(extra)}"
     if foreign:
-        raise DataError(
-            f"{out}: --overwrite replaces data sets only ({foreign}); choose another --out or remove it"
-        )
+        raise DataError(f"{out}: --overwrite replaces data sets only ({foreign}); choose another --out or remove it")
 
 
 def _publish(folder: Path, out: Path, overwrite: bool) -> None:

@@ -72,16 +72,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(
-            f"{path}: no such tokenizer file; give the path of a tokenizer.json or bpe:N to train one"
-        )
+        raise DataError(f"{path}: no such tokenizer file; give the path of a tokenizer.json or bpe:N to train one")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
         reason = str(error).splitlines()[0]
-        raise DataError(
-            f"{path}: not a tokenizer ({reason}); give a tokenizer.json that `tokenizers` wrote"
-        ) from None
+        raise DataError(f"{path}: not a tokenizer ({reason}); give a tokenizer.json that `tokenizers` wrote") from None
     # Truncation stored in the file would cut every document without a word.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -114,9 +110,7 @@ def special_ids(tokenizer: Tokenizer, bos: str | None = None, eos: str | None = 
         )
     start = found["bos"] if found["bos"] is not None else found["eos"]
     end = found["eos"] if found["eos"] is not None else found["bos"]
-    size = (
-        max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    )  # ids may have gaps: count ids, not entries
+    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps: count ids, not entries
     mask = _first(MASK_NAMES, added)
     if mask is None:
         return SpecialIds(start, end, mask=size, vocab_size=size + 1)

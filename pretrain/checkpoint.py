@@ -120,9 +120,7 @@ def read_weights(checkpoint: Checkpoint, averaged: bool = True) -> dict[str, Ten
     """
     known = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
     section = "ema/" if averaged and any(name.startswith("ema/") for name in known) else "weights/"
-    state = {
-        k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in known.items() if k.startswith(section)
-    }
+    state = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in known.items() if k.startswith(section)}
     _load(checkpoint, state, no_dist=True)
     return {name.removeprefix(section): tensor for name, tensor in state.items()}
 

@@ -123,9 +123,7 @@ def _os_line(error: OSError) -> str | None:
     """``PATH: cannot write: No space left on device``; None for what is not about a file or a disk."""
     if error.filename is None and error.errno not in WRITE_ERRORS:
         return None
-    where = (
-        f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
-    )
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
     reason = error.strerror or type(error).__name__
     if error.errno in WRITE_ERRORS:
         return f"{where}cannot write: {reason}"

@@ -33,9 +33,7 @@ class TrainConfig(OptimizationConfig):
     seed: int = Field(0, ge=0, description="seed of weights, noise and dropout")
     lr: float = Field(3e-4, gt=0, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the last step of cosine and linear decay")
-    decay: Literal["constant", "cosine", "linear"] = Field(
-        "constant", description="learning rate after warm-up"
-    )
+    decay: Literal["constant", "cosine", "linear"] = Field("constant", description="learning rate after warm-up")
     warmup_steps: int = Field(2500, ge=0, description="steps of linear warm-up")
 
     @model_validator(mode="after")
@@ -55,13 +53,9 @@ class EvalConfig(Section):
     """Evaluation of the NELBO on the validation split, on the full interval of noise levels."""
 
     every: int = Field(1000, ge=0, description="steps between evaluations; 0 evaluates at the end only")
-    rows: int | None = Field(
-        None, ge=2, description="first rows of the validation order used; null means all"
-    )
+    rows: int | None = Field(None, ge=2, description="first rows of the validation order used; null means all")
     draws: int = Field(1, ge=1, description="noise draws per row")
-    micro_batch: int | None = Field(
-        None, ge=1, description="rows per forward pass; null means train.micro_batch"
-    )
+    micro_batch: int | None = Field(None, ge=1, description="rows per forward pass; null means train.micro_batch")
     seed: int = Field(0, ge=0, description="seed of the evaluation noise, the same at every evaluation")
 
 

@@ -42,9 +42,7 @@ def main(args: list[str]) -> None:
     """`bd3 convert export RUN OUT` and `bd3 convert import SOURCE RUN`."""
     commands = {"export": export_run, "import": import_run}
     if not args or args[0] in ("-h", "--help"):
-        print(
-            "usage: bd3 convert export RUN OUT | bd3 convert import SOURCE RUN   (--help after either for options)"
-        )
+        print("usage: bd3 convert export RUN OUT | bd3 convert import SOURCE RUN   (--help after either for options)")
         return
     if args[0] not in commands:
         raise ConfigError(f"bd3 convert {args[0]}: unknown direction{did_you_mean(args[0], commands)}")
@@ -69,9 +67,7 @@ def export_run(args: list[str]) -> None:
     )
     _, _, back = load_exported(out)
     if any(not torch.equal(tensor, back[name]) for name, tensor in loaded.weights.items()):
-        raise ConfigError(
-            f"{out}: does not read back as the weights written; check the disk and export again"
-        )
+        raise ConfigError(f"{out}: does not read back as the weights written; check the disk and export again")
     count = sum(tensor.numel() for tensor in back.values())
     print(f"{out}: step {loaded.checkpoint.step}, {options.weights} weights, {count:,} parameters")
 
@@ -84,9 +80,7 @@ def import_run(args: list[str]) -> None:
         raise ConfigError(f"{run}: exists already; give a folder that does not")
     ours = source.is_dir() and read_json(source / "config.json").get("model_type") == "bd3_megatron"
     model, diffusion, weights = load_exported(source) if ours else load_reference(source)
-    config = RunConfig(
-        run=str(run), model=model, diffusion=diffusion, train=TrainConfig(precision=options.precision)
-    )
+    config = RunConfig(run=str(run), model=model, diffusion=diffusion, train=TrainConfig(precision=options.precision))
     world = parallel.start(ParallelConfig())
     try:
         engine = MegatronEngine(model, diffusion, config.kernels, config.parallel, config.train, world)

@@ -60,9 +60,7 @@ def _torchrun(environ: Mapping[str, str]) -> Ranks:
         raise ConfigError(f"RANK={rank}: not below WORLD_SIZE={world_size}; start with torchrun")
     if local_rank > rank:
         raise ConfigError(f"LOCAL_RANK={local_rank}: above RANK={rank}; start with torchrun")
-    return Ranks(
-        rank, world_size, local_rank, environ["MASTER_ADDR"], _number(environ, "MASTER_PORT"), "torchrun"
-    )
+    return Ranks(rank, world_size, local_rank, environ["MASTER_ADDR"], _number(environ, "MASTER_PORT"), "torchrun")
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

@@ -132,12 +132,8 @@ class EvalOptions(Section):
     rows: int | None = Field(None, ge=2, description="rows used; null means all of the split")
     draws: int = Field(1, ge=1, description="noise draws per row; more make the bound's estimate less noisy")
     seed: int = Field(0, ge=0, description="seed of the evaluation noise")
-    micro_batch: int | None = Field(
-        None, ge=1, description="rows per forward pass; null means as in training"
-    )
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = Field(
-        False, description="print one line of JSON"
-    )
+    micro_batch: int | None = Field(None, ge=1, description="rows per forward pass; null means as in training")
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
 
 
 def main(args: list[str]) -> None:

@@ -26,18 +26,14 @@ class SampleOptions(Section):
     tokens: int | None = Field(None, ge=1, description="tokens to add; null fills the model's row")
     count: int = Field(1, ge=1, description="samples")
     method: Literal["first_hitting", "steps"] = Field("first_hitting", description="how a block is unmasked")
-    steps: int | None = Field(
-        None, ge=1, description="steps per block for --method steps; null means one per token"
-    )
+    steps: int | None = Field(None, ge=1, description="steps per block for --method steps; null means one per token")
     top_p: float = Field(0.9, gt=0, le=1, description="nucleus")
     temperature: float = Field(1.0, ge=0, description="0 takes the most likely token")
     seed: int = Field(0, ge=0, description="seed of the samples")
     step: int | None = Field(None, ge=0, description="checkpoint to take; null means the newest")
     weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights")
     stop: bool = Field(True, description="stop at EOS and at low entropy")
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = Field(
-        False, description="one line of JSON per sample"
-    )
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="one line of JSON per sample")
 
 
 def main(args: list[str]) -> None:
@@ -70,11 +66,7 @@ def main(args: list[str]) -> None:
     for number, (ids, end) in enumerate(zip(result.ids.tolist(), result.ends)):
         text = tokenizer.decode(ids[1:end], skip_special_tokens=True)
         if options.json_output:
-            print(
-                json.dumps(
-                    {"sample": number, "text": text, "tokens": end, "nfe": result.nfe}, ensure_ascii=False
-                )
-            )
+            print(json.dumps({"sample": number, "text": text, "tokens": end, "nfe": result.nfe}, ensure_ascii=False))
         else:
             print(text if options.count == 1 else f"--- sample {number + 1}\n{text}")
     print(f"{sum(result.ends)} tokens in {result.nfe} calls (step {loaded.checkpoint.step})", file=sys.stderr)

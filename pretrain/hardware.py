@@ -33,9 +33,7 @@ def peak_flops(stated_tflops: float | None, precision: str) -> float:
         for part, tflops in _BF16_PEAKS.items():
             if part in name:
                 return tflops * 1e12
-    return measured_matmul_flops(
-        torch.bfloat16 if precision == "bf16" and torch.cuda.is_available() else torch.float32
-    )
+    return measured_matmul_flops(torch.bfloat16 if precision == "bf16" and torch.cuda.is_available() else torch.float32)
 
 
 def measured_matmul_flops(dtype: torch.dtype = torch.float32, repeats: int = 5) -> float:

@@ -38,17 +38,13 @@ class RunOptions(RunConfig):
     """A training run. Later wins: defaults, preset, file, flags."""
 
     preset: str | None = Field(None, description="start from a preset: " + ", ".join(presets()))
-    config: str | None = Field(
-        None, description="YAML file with any of these keys, as bd3 config prints them"
-    )
+    config: str | None = Field(None, description="YAML file with any of these keys, as bd3 config prints them")
 
 
 class ShowOptions(RunOptions):
     """Print the resolved configuration as YAML for --config. Later wins: defaults, preset, file, flags."""
 
-    world_size: int | None = Field(
-        None, ge=1, description="check that the layout fits this number of processes"
-    )
+    world_size: int | None = Field(None, ge=1, description="check that the layout fits this number of processes")
 
 
 Options = TypeVar("Options", bound=RunOptions)
@@ -128,9 +124,7 @@ def _preset(name: str) -> tuple[str, str]:
     """A preset's name for messages and its text."""
     if name not in presets():
         raise ConfigError(f"preset={name}: unknown preset; use {', '.join(presets())}")
-    return f"preset {name}", resources.files("pretrain").joinpath("presets", f"{name}.yaml").read_text(
-        "utf-8"
-    )
+    return f"preset {name}", resources.files("pretrain").joinpath("presets", f"{name}.yaml").read_text("utf-8")
 
 
 def _read_text(path: Path) -> str:
@@ -156,9 +150,7 @@ def _overlay(values: dict[str, Any], source: str, text: str) -> None:
     _overlay_section(values, RunConfig, document, source, prefix="")
 
 
-def _overlay_section(
-    values: dict[str, Any], cls: type[BaseModel], document: Any, source: str, prefix: str
-) -> None:
+def _overlay_section(values: dict[str, Any], cls: type[BaseModel], document: Any, source: str, prefix: str) -> None:
     if document is None:
         return
     if not isinstance(document, Mapping):

@@ -124,9 +124,7 @@ def _parse(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            whole = (
-                line.endswith(b"\n") and isinstance(record["step"], int) and isinstance(record["split"], str)
-            )
+            whole = line.endswith(b"\n") and isinstance(record["step"], int) and isinstance(record["split"], str)
         except (ValueError, TypeError, KeyError):
             whole = False
         if whole:

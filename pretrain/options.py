@@ -54,9 +54,7 @@ def parse_options(cls: type[Model], args: list[str], prog: str, default: Model |
         for path, words in given.items():
             put(values, path, _convert(cls, path, words))
         validate(cls, values)
-        text = " ".join(
-            re.sub(r"[^\x20-\x7e]", " ", output.getvalue()).split()
-        )  # tyro alone objects: show its words
+        text = " ".join(re.sub(r"[^\x20-\x7e]", " ", output.getvalue()).split())  # tyro alone objects: show its words
         raise ConfigError(text or "the options cannot be used together") from None
 
 
@@ -88,9 +86,7 @@ def scan_options(cls: type[BaseModel], args: Iterable[str]) -> dict[str, list[st
             given[path] = [value] if equals else _take(fields[path], rest)
             _convert(cls, path, given[path])
         else:
-            raise ConfigError(
-                f"{word.partition('=')[0]}: unknown option{did_you_mean(flag, [*names, *negations])}"
-            )
+            raise ConfigError(f"{word.partition('=')[0]}: unknown option{did_you_mean(flag, [*names, *negations])}")
     if loose:
         _place(cls, loose, given)
     return given
@@ -263,8 +259,7 @@ def _place(cls: type[BaseModel], loose: list[str], given: dict[str, list[str]]) 
         name, equals, value = extra.partition("=")
         known = equals and name.replace("-", "_") in fields
         raise ConfigError(
-            f"{show(extra)}: unexpected argument"
-            + (f"; did you mean {_flag(name)} {value}?" if known else "")
+            f"{show(extra)}: unexpected argument" + (f"; did you mean {_flag(name)} {value}?" if known else "")
         )
     given[path] = loose
     _convert(cls, path, loose)

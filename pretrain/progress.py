@@ -79,9 +79,7 @@ class Progress:
         every: steps between lines where there is no terminal; the first and the last step always have one.
     """
 
-    def __init__(
-        self, total_steps: int, start_step: int = 0, every: int = 10, stream: TextIO | None = None
-    ) -> None:
+    def __init__(self, total_steps: int, start_step: int = 0, every: int = 10, stream: TextIO | None = None) -> None:
         self._total, self._start, self._every = total_steps, start_step, every
         self._stream = stream if stream is not None else sys.stderr
         self._bar = self._task = None

@@ -35,9 +35,7 @@ def resolve_model(model: ModelConfig, manifest: Manifest, path: str) -> ModelCon
     for name in ("vocab_size", "mask_id", "bos_id", "eos_id"):
         stated, there = getattr(model, name), getattr(manifest, name)
         if stated is not None and stated != there and name != "vocab_size":
-            raise ConfigError(
-                f"model.{name}={stated}: {path} has {there}; leave model.{name} null to follow the data"
-            )
+            raise ConfigError(f"model.{name}={stated}: {path} has {there}; leave model.{name} null to follow the data")
         if name == "vocab_size" and stated is not None and stated < there:
             raise ConfigError(
                 f"model.vocab_size={stated}: {path} has {there} ids; use {there} or more, or leave it null"
@@ -54,9 +52,7 @@ def open_split(path: str | None, split: SplitName, model: ModelConfig) -> RowRea
         DataError: no data set there, or damaged shards.
     """
     if path is None:
-        raise ConfigError(
-            "data.path: not set; give the folder that bd3 prep wrote with --data.path (bd3 eval: --data)"
-        )
+        raise ConfigError("data.path: not set; give the folder that bd3 prep wrote with --data.path (bd3 eval: --data)")
     reader = RowReader(path, split)
     resolve_model(model, reader.manifest, path)
     return reader
@@ -89,9 +85,7 @@ def load(run: Path, step: int | None = None, averaged: bool = True) -> LoadedRun
         ConfigError: not a run folder, or no such checkpoint.
     """
     if not (run / CONFIG).is_file():
-        raise ConfigError(
-            f"{run}: not a run folder ({CONFIG} is missing); give the folder that bd3 pretrain wrote"
-        )
+        raise ConfigError(f"{run}: not a run folder ({CONFIG} is missing); give the folder that bd3 pretrain wrote")
     config = load_saved(run / CONFIG)
     found = checkpoint.find(run, step)
     return LoadedRun(config, found, checkpoint.read_weights(found, averaged))

@@ -56,9 +56,7 @@ def train(config: RunConfig) -> Path:
     config = config.model_copy(update={"model": model})
     run = Path(config.run)
     _check_same_run(run, config)
-    world = parallel.start(
-        config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, _store(ranks, config)
-    )
+    world = parallel.start(config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, _store(ranks, config))
     try:
         if world.is_first:
             _prepare_folder(run, config, reader.manifest)
@@ -153,9 +151,7 @@ class Trainer:
         config = self.config
         micro = config.eval.micro_batch or config.train.micro_batch
         with self.throughput.paused(), self.engine.averaged():
-            result = evaluate(
-                self.engine, self.validation, config.model, config.diffusion, config.eval, micro
-            )
+            result = evaluate(self.engine, self.validation, config.model, config.diffusion, config.eval, micro)
         if self.first:
             self.metrics.validation(self.step, asdict(result))
             self._say(
@@ -255,16 +251,12 @@ def _check_same_run(run: Path, config: RunConfig) -> None:
     """A run folder goes on with the configuration it was started with."""
     if not (run / runs.CONFIG).is_file():
         if (run / "checkpoints").exists():
-            raise ConfigError(
-                f"run={run}: has checkpoints but no {runs.CONFIG}; put it back or use another --run"
-            )
+            raise ConfigError(f"run={run}: has checkpoints but no {runs.CONFIG}; put it back or use another --run")
         return
     before, now = load_saved(run / runs.CONFIG).model_dump(), config.model_dump()
     for path, old, new in _differences(before, now):
         if not any(path == free or path.startswith(free + ".") for free in _FREE):
-            raise ConfigError(
-                f"{path}={new}: the run in {run} was started with {old}; use that, or another --run"
-            )
+            raise ConfigError(f"{path}={new}: the run in {run} was started with {old}; use that, or another --run")
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""):

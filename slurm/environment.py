@@ -63,9 +63,7 @@ def number(environ: Mapping[str, str], name: str) -> int:
     """
     value = environ.get(name)
     if value is None:
-        raise ValueError(
-            f"{name}: not set, though other variables of the launcher are; start the tasks with srun"
-        )
+        raise ValueError(f"{name}: not set, though other variables of the launcher are; start the tasks with srun")
     if not re.fullmatch(r"[0-9]+", value):
         raise ValueError(f"{name}={value}: not a number")
     return int(value)

@@ -82,9 +82,7 @@ def read_golden(path: str | Path) -> Golden:
     """
     tensors, metadata = read_safetensors(Path(path))
     state = {name.removeprefix("weights."): x for name, x in tensors.items() if name.startswith("weights.")}
-    grads = {
-        name.replace("grads.", "backbone.", 1): x for name, x in tensors.items() if name.startswith("grads.")
-    }
+    grads = {name.replace("grads.", "backbone.", 1): x for name, x in tensors.items() if name.startswith("grads.")}
     model, diffusion = reference_sections(metadata, state, str(path))
     missing = [name for name in ("x0", "xt", "t", "nll") if name not in tensors]
     if missing or not grads or "loss" not in metadata:
@@ -116,10 +114,7 @@ def compare(golden: Golden, run: Model) -> Difference:
     nll = run(golden.model, golden.diffusion, weights, golden.x0, golden.xt, golden.t)
     loss = nll.mean()
     grads = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    errors = {
-        name.removeprefix("backbone."): relative(grad, golden.grads[name])
-        for name, grad in zip(leaves, grads)
-    }
+    errors = {name.removeprefix("backbone."): relative(grad, golden.grads[name]) for name, grad in zip(leaves, grads)}
     # nan must win, and max() does not promise that.
     worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
     return Difference(

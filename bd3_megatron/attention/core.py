@@ -72,9 +72,7 @@ class TwoStreamAttention(MegatronModule):
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         self.cache: BlockCache | None = None
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_) -> Tensor:
         """``[L, S b, n, d]`` queries, ``[L, S b, g, d]`` keys and values -> ``[L, S b, n d]``."""
         if self.cache is not None:
             out = self.cache.attend(query, key, value, self.scale)

@@ -43,9 +43,7 @@ class Streams:
         return self.noisy if self.clean else -1
 
 
-def sees(
-    query_stream: Tensor, query_block: Tensor, key_stream: Tensor, key_block: Tensor, clean: int
-) -> Tensor:
+def sees(query_stream: Tensor, query_block: Tensor, key_stream: Tensor, key_block: Tensor, clean: int) -> Tensor:
     """The block-causal two-stream mask (arXiv 2503.09573, section 3.2; one row of it per table row of the paper).
 
     A query sees its own block of its own stream, and every earlier block of the clean stream. For a noisy query

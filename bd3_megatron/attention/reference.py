@@ -24,9 +24,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, streams: Streams, scale: f
 
     def end_to_end(x: Tensor) -> Tensor:  # [L, S b, n, d] -> [b, n, S L, d]
         x = x.repeat_interleave(heads // x.shape[2], dim=2)
-        return (
-            x.view(length, count, batch, heads, width).permute(2, 3, 1, 0, 4).reshape(batch, heads, -1, width)
-        )
+        return x.view(length, count, batch, heads, width).permute(2, 3, 1, 0, 4).reshape(batch, heads, -1, width)
 
     out = F.scaled_dot_product_attention(
         end_to_end(query),

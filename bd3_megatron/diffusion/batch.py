@@ -32,9 +32,7 @@ class Batch:
     tokens: int
 
     def to(self, device: torch.device) -> Batch:
-        ids, labels, weight = (
-            x.to(device, non_blocking=True) for x in (self.input_ids, self.labels, self.weight)
-        )
+        ids, labels, weight = (x.to(device, non_blocking=True) for x in (self.input_ids, self.labels, self.weight))
         return Batch(ids, labels, weight, self.tokens)
 
 

@@ -212,9 +212,7 @@ class MegatronEngine:
             return
         decay = min(self.optimization.ema_decay, (1 + self.updates) / (10 + self.updates))
         masters = self._masters()
-        torch._foreach_lerp_(
-            [self.ema[name] for name in masters], [m.detach() for m in masters.values()], 1 - decay
-        )
+        torch._foreach_lerp_([self.ema[name] for name in masters], [m.detach() for m in masters.values()], 1 - decay)
 
 
 def _forward_step(forward_only: bool, data_iterator: Iterator[Batch], model: torch.nn.Module):

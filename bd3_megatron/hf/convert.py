@@ -135,9 +135,7 @@ def load_exported(folder: str | Path) -> Loaded:
     return model, diffusion, from_hf(read_weights(folder), model)
 
 
-def hf_config(
-    model: ModelConfig, diffusion: DiffusionConfig, tokens: TokenIds, dtype: torch.dtype
-) -> dict[str, Any]:
+def hf_config(model: ModelConfig, diffusion: DiffusionConfig, tokens: TokenIds, dtype: torch.dtype) -> dict[str, Any]:
     """The export's ``config.json``; ``noise`` is what training needs and the exported model does not."""
     resolved = model.model_copy(
         update={
@@ -183,9 +181,7 @@ def _tokenizer(path: Path, tokens: TokenIds, model: ModelConfig) -> Tokenizer:
             )
     for name, value in (("bos", tokens.bos), ("eos", tokens.eos)):
         if value is not None and tokenizer.id_to_token(value) is None:
-            raise ConfigError(
-                f"tokens.{name}={value}: tokenizer {path} has no such id; its entries are {size}"
-            )
+            raise ConfigError(f"tokens.{name}={value}: tokenizer {path} has no such id; its entries are {size}")
     if tokenizer.get_vocab_size() > model.vocab_size:
         raise ConfigError(
             f"tokenizer={path}: its {tokenizer.get_vocab_size()} entries exceed model.vocab_size="

@@ -44,9 +44,7 @@ def entries(model: ModelConfig) -> list[Entry]:
         ConfigError: the model's vocabulary is not known yet.
     """
     if model.vocab_size is None:
-        raise ConfigError(
-            "model.vocab_size=null: the weights' shapes depend on it; set it to the number of tokens"
-        )
+        raise ConfigError("model.vocab_size=null: the weights' shapes depend on it; set it to the number of tokens")
     vocabulary = (model.vocab_size, model.hidden)
     table = [Entry("embedding.word_embeddings.weight", {"model.embed_tokens.weight": vocabulary})]
     for index in range(model.layers):
@@ -71,9 +69,7 @@ def _layer(model: ModelConfig, megatron: str, hf: str) -> list[Entry]:
     if not dit:
         table.append(Entry(f"{attention}q_layernorm.weight", {f"{hf}self_attn.q_norm.weight": (width,)}))
         table.append(Entry(f"{attention}k_layernorm.weight", {f"{hf}self_attn.k_norm.weight": (width,)}))
-    table.append(
-        Entry(f"{attention}linear_proj.weight", {f"{hf}self_attn.o_proj.weight": (hidden, rows["q"])})
-    )
+    table.append(Entry(f"{attention}linear_proj.weight", {f"{hf}self_attn.o_proj.weight": (hidden, rows["q"])}))
     table += _norm(model, f"{megatron}pre_mlp_layernorm", f"{hf}post_attention_layernorm")
     table.append(Entry(f"{mlp}linear_fc1.weight", up))
     table.append(Entry(f"{mlp}linear_fc2.weight", {f"{hf}mlp.down_proj.weight": (hidden, ffn)}))
@@ -141,9 +137,7 @@ def check_shapes(weights: Weights, expected: Mapping[str, Shape]) -> None:
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ConfigError(
-                f"weights: {names[0]}{more} {problem}; the checkpoint is not of this model's shape"
-            )
+            raise ConfigError(f"weights: {names[0]}{more} {problem}; the checkpoint is not of this model's shape")
     for name, shape in expected.items():
         if tuple(weights[name].shape) != shape:
             raise ConfigError(

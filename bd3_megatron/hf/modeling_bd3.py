@@ -174,9 +174,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, KeysValues]:
         b, s, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(b, s, self.heads, self.width)).transpose(1, 2)  # [b, heads, s, d]
-        k = self.k_norm(self.k_proj(x).view(b, s, self.groups, self.width)).transpose(
-            1, 2
-        )  # [b, groups, s, d]
+        k = self.k_norm(self.k_proj(x).view(b, s, self.groups, self.width)).transpose(1, 2)  # [b, groups, s, d]
         v = self.v_proj(x).view(b, s, self.groups, self.width).transpose(1, 2)
         q, k = rotate(q, *angles), rotate(k, *angles)
         if past is not None:
@@ -257,9 +255,7 @@ class CleanBlocks:
 
     def __init__(self, backbone: Backbone, rows: int, use_cache: bool):
         self.backbone, self.use_cache = backbone, use_cache
-        self.ids = torch.empty(
-            rows, 0, dtype=torch.long, device=backbone.embed_tokens.weight.device
-        )  # [b, n]
+        self.ids = torch.empty(rows, 0, dtype=torch.long, device=backbone.embed_tokens.weight.device)  # [b, n]
         self.past: list[KeysValues] | None = None
 
     def append(self, ids: Tensor) -> Tensor:
@@ -334,9 +330,7 @@ class Sampler:
     def _ancestral(self, block: Tensor, model: BD3ForMaskedLM, clean: CleanBlocks) -> None:
         """Time falls from 1 to 0 in equal steps; between t and s a mask goes with probability (t - s) / t."""
         for remaining in range(self.steps, 0, -1):  # t = remaining / steps, s = (remaining - 1) / steps
-            uniform = torch.rand(
-                block.shape, dtype=torch.float64, device=block.device, generator=self.generator
-            )
+            uniform = torch.rand(block.shape, dtype=torch.float64, device=block.device, generator=self.generator)
             reveal = (block == model.config.mask_token_id) & (uniform < 1 / remaining)
             if reveal.any():
                 block[reveal] = self.draw(model.logits(clean.hidden(block)[reveal]))
@@ -433,9 +427,7 @@ class BD3ForMaskedLM(PreTrainedModel):
             return (logits,) if loss is None else (loss, logits)
         return MaskedLMOutput(loss=loss, logits=logits)
 
-    def loss(
-        self, logits: Tensor, input_ids: Tensor, labels: Tensor, weights: Tensor | None = None
-    ) -> Tensor:
+    def loss(self, logits: Tensor, input_ids: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Scalar NELBO in nats per token; arguments as in :meth:`forward`."""
         weights = torch.ones(1, 1, device=labels.device) if weights is None else weights
         weights = weights.expand(labels.shape)
@@ -481,9 +473,7 @@ class BD3ForMaskedLM(PreTrainedModel):
         Raises:
             ValueError: one line naming the argument that does not fit.
         """
-        how = Sampler(
-            sampler, self.config.block_size if steps is None else steps, top_p, temperature, generator
-        )
+        how = Sampler(sampler, self.config.block_size if steps is None else steps, top_p, temperature, generator)
         prompt = self._prompt(input_ids)
         rows, given = prompt.shape
         size, eos = self.config.causal_block, self.config.eos_token_id if stop_at_eos else None
@@ -511,18 +501,12 @@ class BD3ForMaskedLM(PreTrainedModel):
         device = self.model.embed_tokens.weight.device
         if input_ids is None:
             if self.config.bos_token_id is None:
-                raise ValueError(
-                    "input_ids=None: the configuration has no bos_token_id to start from; pass a prompt"
-                )
+                raise ValueError("input_ids=None: the configuration has no bos_token_id to start from; pass a prompt")
             return torch.tensor([[self.config.bos_token_id]], device=device)
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise ValueError(
-                f"input_ids: shape {list(input_ids.shape)}; pass [rows, tokens] with one token or more"
-            )
+            raise ValueError(f"input_ids: shape {list(input_ids.shape)}; pass [rows, tokens] with one token or more")
         if (input_ids == self.config.mask_token_id).any():
-            raise ValueError(
-                f"input_ids: holds the mask id {self.config.mask_token_id}; a prompt has real tokens only"
-            )
+            raise ValueError(f"input_ids: holds the mask id {self.config.mask_token_id}; a prompt has real tokens only")
         return input_ids.to(device)
 
     def _end_at_eos(self, ids: Tensor, given: int, eos: int | None) -> Tensor:

@@ -33,9 +33,7 @@ def load_reference(path: str | Path, mask_id: int | None = None) -> Loaded:
         state = read_weights(path)
     else:
         tensors, config = read_safetensors(path)
-        state = {
-            name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")
-        }
+        state = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
         if not state:
             raise ConfigError(f"{path}: no tensors named weights.*; give a golden file or a bd3lm folder")
     model, diffusion = reference_sections(config, state, str(path), mask_id)
@@ -73,9 +71,7 @@ def reference_sections(
             "omega": float(config.get("sampling_eps_max", 1.0)),
         }
     except KeyError as error:
-        raise ConfigError(
-            f"{source}: the configuration has no {error.args[0]}; is it a bd3lm model?"
-        ) from None
+        raise ConfigError(f"{source}: the configuration has no {error.args[0]}; is it a bd3lm model?") from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{source}: the configuration holds no number where one belongs: {error}") from None
     return section(ModelConfig, model, source), section(DiffusionConfig, diffusion, source)

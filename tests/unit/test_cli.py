@@ -108,9 +108,7 @@ def test_help_of_a_command() -> None:
         ),
     ],
 )
-def test_errors_a_user_can_mend(
-    command, error: Exception, line: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_a_user_can_mend(command, error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(_: list[str]) -> None:
         raise error
 
@@ -125,9 +123,7 @@ def test_an_unreadable_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert cli.user_line(error) == f"{tmp_path}: cannot read: Permission denied"
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("a bug"), RuntimeError("a bug"), ConnectionResetError(104, "reset")]
-)
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), ConnectionResetError(104, "reset")])
 def test_bugs_keep_their_traceback(command, error: Exception) -> None:
     def fail(_: list[str]) -> None:
         raise error

@@ -121,9 +121,7 @@ def test_host_lists(hosts: str, names: list[str]) -> None:
     assert expand_hosts(hosts) == names
 
 
-@pytest.mark.parametrize(
-    "hosts", ["", "a,,b", "n[1-3", "n1-3]", "n[]", "n[3-1]", "n[a-b]", "n[1,]", "n[[1]]"]
-)
+@pytest.mark.parametrize("hosts", ["", "a,,b", "n[1-3", "n1-3]", "n[]", "n[3-1]", "n[a-b]", "n[1,]", "n[[1]]"])
 def test_garbled_host_lists(hosts: str) -> None:
     with pytest.raises(ValueError, match=r"host list|numbers and ranges"):
         expand_hosts(hosts)

@@ -169,11 +169,7 @@ def test_help_lists_every_option_with_its_description(capsys: pytest.CaptureFixt
 
 
 @settings(deadline=None)
-@given(
-    st.lists(
-        st.text(max_size=8) | st.sampled_from(["--out", "--inner.low=2", "--shares", "--no-switch", "-"])
-    )
-)
+@given(st.lists(st.text(max_size=8) | st.sampled_from(["--out", "--inner.low=2", "--shares", "--no-switch", "-"])))
 def test_no_words_break_the_parser(args: list[str]) -> None:
     """Whatever is typed gives a value or a ConfigError of one line, and nothing is printed."""
     assume("-h" not in args and "--help" not in args)

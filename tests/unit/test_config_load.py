@@ -128,9 +128,7 @@ def test_sections_are_checked_against_each_other() -> None:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_what_bd3_config_prints_can_be_read_back(
-    name: str, file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_bd3_config_prints_can_be_read_back(name: str, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--preset", name, "--train.adam-eps", "1.5e-9", "--data.path", "données: 1"]
     load.main(args)
     text = capsys.readouterr().out

@@ -27,15 +27,11 @@ def test_large_data_sets_stay_in_range_without_repeats(rows, seed, first):
     assert len(np.unique(found)) == len(positions)
 
 
-@given(
-    st.integers(1, 50), seeds, st.lists(st.integers(0, 10**6), min_size=1, max_size=40), st.integers(1, 40)
-)
+@given(st.integers(1, 50), seeds, st.lists(st.integers(0, 10**6), min_size=1, max_size=40), st.integers(1, 40))
 def test_positions_may_be_batched_and_ordered_anyhow(rows, seed, positions, cut):
     order = RowOrder(rows, seed)
     together = np.stack(order.epoch_and_row(np.array(positions)))
-    halves = [
-        np.stack(order.epoch_and_row(np.array(part, np.int64))) for part in (positions[:cut], positions[cut:])
-    ]
+    halves = [np.stack(order.epoch_and_row(np.array(part, np.int64))) for part in (positions[:cut], positions[cut:])]
     alone = [np.stack(order.epoch_and_row(np.array([p]))) for p in positions]
     assert (together == np.concatenate(halves, axis=1)).all()
     assert (together == np.concatenate(alone, axis=1)).all()
@@ -51,10 +47,7 @@ def test_epochs_and_seeds_differ():
 def test_golden_orders():
     """Pinned: another order would break the resumption of every run that began under this one."""
     assert RowOrder(10, 0).epoch_and_row(np.arange(20))[1].tolist() == GOLDEN_TEN
-    assert (
-        RowOrder(10**12, 2**64 - 1).epoch_and_row(np.array([0, 1, 10**12, 10**18]))[1].tolist()
-        == GOLDEN_LARGE
-    )
+    assert RowOrder(10**12, 2**64 - 1).epoch_and_row(np.array([0, 1, 10**12, 10**18]))[1].tolist() == GOLDEN_LARGE
 
 
 def test_rows_and_places_look_independent():

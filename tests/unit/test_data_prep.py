@@ -89,8 +89,7 @@ def test_rows_are_the_documents_of_each_split_packed(data_set):
 def test_manifest_numbers(data_set):
     config, manifest = data_set
     train, held_out = (
-        RowReader(config.out, name).rows(np.arange(manifest.splits[name].rows))[:, 1:]
-        for name in manifest.splits
+        RowReader(config.out, name).rows(np.arange(manifest.splits[name].rows))[:, 1:] for name in manifest.splits
     )
     counts = np.bincount(train.ravel(), minlength=manifest.vocab_size)
     share = counts[counts > 0] / counts.sum()

@@ -71,9 +71,7 @@ def written(folder: Path, dtype: str) -> tuple[np.ndarray, list[list[int]]]:
     )
     save_manifest(manifest, folder)
     tokens = np.concatenate([chunk.tokens for chunk in chunks])
-    starts = [
-        chunk.docs[chunk.docs[:, 0] == i, 1].tolist() for chunk in chunks for i in range(len(chunk.tokens))
-    ]
+    starts = [chunk.docs[chunk.docs[:, 0] == i, 1].tolist() for chunk in chunks for i in range(len(chunk.tokens))]
     return tokens, starts
 
 

@@ -39,9 +39,7 @@ def test_reads_documents_with_ids_and_offsets(tmp_path, name):
 @given(st.lists(st.text(st.characters(codec="utf-8")).filter(str.strip)))
 def test_any_text_comes_back(tmp_path_factory, texts):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
-    path.write_text(
-        "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), "utf-8", newline=""
-    )
+    path.write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), "utf-8", newline="")
     assert [d.text for d in read_documents([path])] == texts
 
 

@@ -75,9 +75,7 @@ def other_weight(tensors, metadata):
     tensors["weights.backbone.blocks.0.attn_qkv.weight"][0] *= 1.01
 
 
-@pytest.mark.parametrize(
-    "change", [scale_gradient, shift_nll, nan_nll, nan_gradient, other_loss, other_weight]
-)
+@pytest.mark.parametrize("change", [scale_gradient, shift_nll, nan_nll, nan_gradient, other_loss, other_weight])
 def test_a_perturbed_file_is_a_miss(change, tmp_path, capsys):
     path = rewritten(FILES[1], tmp_path / "changed.safetensors", change)
     assert golden.main([path]) == 1

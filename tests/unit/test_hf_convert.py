@@ -26,9 +26,7 @@ TOKENS = TokenIds(bos=0, eos=1, mask=6)
 DIFFUSION = DiffusionConfig(block_size=4, beta=0.3, omega=0.8, resample=True, schedule="cosine")
 MODELS = {
     "qwen3": ModelConfig(layers=2, hidden=16, heads=4, kv_heads=2, length=8, vocab_size=7, rope_theta=500.0),
-    "tied": ModelConfig(
-        layers=1, hidden=16, heads=2, length=8, vocab_size=7, tie_embeddings=True, dropout=0.1
-    ),
+    "tied": ModelConfig(layers=1, hidden=16, heads=2, length=8, vocab_size=7, tie_embeddings=True, dropout=0.1),
     "dit": ModelConfig(backbone="dit", layers=2, hidden=16, heads=4, length=8, vocab_size=7, mask_id=6),
 }
 
@@ -145,23 +143,17 @@ def test_the_fold_scales_and_shifts_by_the_constant_condition():
     model = load_reference(GOLDEN)[0]
     condition = torch.nn.functional.silu(state["backbone.sigma_map.mlp.2.bias"])
     block = "backbone.blocks.1"
-    modulation = (
-        state[f"{block}.adaLN_modulation.weight"] @ condition + state[f"{block}.adaLN_modulation.bias"]
-    )
+    modulation = state[f"{block}.adaLN_modulation.weight"] @ condition + state[f"{block}.adaLN_modulation.bias"]
     shift, scale, gate, _, _, mlp_gate = modulation.view(6, 64)
     folded = fold_reference(state, model)
     layer = "decoder.layers.1"
     torch.testing.assert_close(folded[f"{layer}.input_layernorm.bias"], shift)
-    torch.testing.assert_close(
-        folded[f"{layer}.input_layernorm.weight"], state[f"{block}.norm1.weight"] * (1 + scale)
-    )
+    torch.testing.assert_close(folded[f"{layer}.input_layernorm.weight"], state[f"{block}.norm1.weight"] * (1 + scale))
     torch.testing.assert_close(
         folded[f"{layer}.self_attention.linear_proj.weight"],
         torch.diag(gate) @ state[f"{block}.attn_out.weight"],
     )
-    torch.testing.assert_close(
-        folded[f"{layer}.mlp.linear_fc2.bias"], mlp_gate * state[f"{block}.mlp.2.bias"]
-    )
+    torch.testing.assert_close(folded[f"{layer}.mlp.linear_fc2.bias"], mlp_gate * state[f"{block}.mlp.2.bias"])
 
 
 # ---- our own export ----
@@ -197,8 +189,7 @@ def test_every_field_of_the_model_survives_the_export(tmp_path):
     )  # fmt: skip
     defaults = ModelConfig()
     assert all(
-        getattr(model, field) != getattr(defaults, field)
-        for field in set(ModelConfig.model_fields) - {"backbone"}
+        getattr(model, field) != getattr(defaults, field) for field in set(ModelConfig.model_fields) - {"backbone"}
     )
     export(random_weights(model), model, DIFFUSION, TOKENS, None, tmp_path / "out")
     assert load_exported(tmp_path / "out")[0] == model
@@ -283,9 +274,7 @@ def test_an_occupied_folder_is_left_alone(tmp_path):
     assert entries_of(out) == ["README.md", "config.json", "model.safetensors", "modeling_bd3.py"]
 
 
-@pytest.mark.parametrize(
-    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"]
-)
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["disk", "ctrl-c"])
 def test_nothing_is_left_of_an_export_that_fails(error, tmp_path, monkeypatch):
     def fail(*arguments):
         raise error
@@ -296,10 +285,7 @@ def test_nothing_is_left_of_an_export_that_fails(error, tmp_path, monkeypatch):
     with pytest.raises(expected) as caught:
         export(random_weights(model), model, DIFFUSION, TOKENS, None, tmp_path / "out")
     if expected is ConfigError:
-        assert (
-            str(caught.value)
-            == f"out={tmp_path / 'out'}: cannot be written: [Errno 28] No space left on device"
-        )
+        assert str(caught.value) == f"out={tmp_path / 'out'}: cannot be written: [Errno 28] No space left on device"
     assert entries_of(tmp_path) == []
 
 

@@ -13,9 +13,7 @@ from bd3_megatron.hf.convert import TokenIds, hf_config
 from bd3_megatron.hf.mapping import entries, from_hf, to_hf
 from bd3_megatron.hf.modeling_bd3 import BD3Config, BD3ForMaskedLM
 
-TOY = ModelConfig(
-    layers=2, hidden=16, heads=4, kv_heads=2, head_dim=6, ffn_hidden=24, length=8, vocab_size=11
-)
+TOY = ModelConfig(layers=2, hidden=16, heads=4, kv_heads=2, head_dim=6, ffn_hidden=24, length=8, vocab_size=11)
 
 
 @st.composite
@@ -91,15 +89,11 @@ def test_gradients_flow_through_both_maps():
 def test_a_missing_an_unknown_and_a_misshaped_weight_are_told():
     weights = random_megatron(TOY)
     short = {name: x for name, x in weights.items() if "layernorm" not in name}
-    with pytest.raises(
-        ConfigError, match=r"^weights: decoder\.layers\.0\.input_layernorm\.weight and 7 more missing"
-    ):
+    with pytest.raises(ConfigError, match=r"^weights: decoder\.layers\.0\.input_layernorm\.weight and 7 more missing"):
         to_hf(short, TOY)
     with pytest.raises(ConfigError, match=r"^weights: output_layer\.bias unknown; "):
         to_hf(weights | {"output_layer.bias": torch.zeros(11)}, TOY)
-    with pytest.raises(
-        ConfigError, match=r"^weights: final_norm\.weight has shape \[17\], the model needs \[16\]"
-    ):
+    with pytest.raises(ConfigError, match=r"^weights: final_norm\.weight has shape \[17\], the model needs \[16\]"):
         to_hf(weights | {"final_norm.weight": torch.zeros(17)}, TOY)
     with pytest.raises(ConfigError, match=r"^weights: model\.embed_tokens\.weight and \d+ more missing"):
         from_hf({}, TOY)

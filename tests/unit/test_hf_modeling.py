@@ -298,9 +298,7 @@ def test_a_text_ends_at_its_first_generated_eos(changes):
     prompt = torch.tensor([[1, EOS, 2], [1, 2, 3]])
     text = model.generate(prompt, 9)
     assert text.tolist() == [[1, EOS, 2, EOS], [1, 2, 3, EOS]]
-    assert model.generate(prompt, 9, stop_at_eos=False).tolist() == [
-        [*row, *[EOS] * 9] for row in prompt.tolist()
-    ]
+    assert model.generate(prompt, 9, stop_at_eos=False).tolist() == [[*row, *[EOS] * 9] for row in prompt.tolist()]
 
 
 def test_a_row_that_ended_is_padded_while_others_go_on():
@@ -372,9 +370,7 @@ def test_saving_and_loading_keep_the_model(changes, tmp_path):
 
 
 def test_a_fresh_model_is_initialized():
-    model = BD3ForMaskedLM(
-        BD3Config(backbone="dit", hidden_size=64, num_attention_heads=4, intermediate_size=64)
-    )
+    model = BD3ForMaskedLM(BD3Config(backbone="dit", hidden_size=64, num_attention_heads=4, intermediate_size=64))
     assert model.model.embed_tokens.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert (model.model.norm.weight == 1).all()
     assert (model.lm_head.bias == 0).all()

@@ -57,9 +57,7 @@ def test_every_key_changes_the_noise():
 
 def test_levels_are_uniform_at_every_block_of_a_batch_of_one_row():
     diffusion = DiffusionConfig(block_size=4)
-    levels = np.stack(
-        [draw_noise(diffusion, 16, 0, keys([0], batch, epoch=batch)).t[0, 0] for batch in range(4000)]
-    )
+    levels = np.stack([draw_noise(diffusion, 16, 0, keys([0], batch, epoch=batch)).t[0, 0] for batch in range(4000)])
     # Standard error of a uniform's mean over 4000 draws is 0.0046.
     assert np.abs(levels.mean(0) - 0.5).max() < 0.02
 
