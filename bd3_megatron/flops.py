@@ -1,4 +1,4 @@
-"""Counts of floating-point operations and parameters, with their assumptions stated.
+"""Counts of floating-point operations, with their assumptions stated.
 
 A multiply-add is two operations. Norms, activations, rotary embeddings and softmax are left out, as is the embedding
 lookup. A token is a data token: L per row, however many streams carry it. A training step is three forward passes
@@ -34,19 +34,6 @@ def layer_parameters(model: ModelConfig) -> dict[str, int]:
         "output": inner * model.hidden,
         "mlp": (2 if model.backbone == "dit" else 3) * model.hidden * model.ffn,
     }
-
-
-def parameter_count(model: ModelConfig) -> int:
-    """Parameters of the model, vocabulary unpadded. Needs ``model.vocab_size``."""
-    if model.vocab_size is None:
-        raise ValueError("model.vocab_size is not known")
-    dit = model.backbone == "dit"
-    norms = (4 if dit else 2) * model.hidden + (0 if dit else 2 * model.width_per_head)
-    biases = model.ffn + model.hidden if dit else 0
-    per_layer = sum(layer_parameters(model).values()) + norms + biases
-    head = 0 if model.tie_embeddings else model.hidden * model.vocab_size + (model.vocab_size if dit else 0)
-    final_norm = (2 if dit else 1) * model.hidden
-    return model.layers * per_layer + model.hidden * model.vocab_size + head + final_norm
 
 
 def forward_flops(model: ModelConfig, diffusion: DiffusionConfig, mask_rate: float = 0.5) -> Flops:

@@ -185,8 +185,10 @@ def sample(
         report: told the number of tokens so far after every block.
 
     Raises:
-        ValueError: the rows would be longer than the model's length.
+        ValueError: the rows would be longer than the model's length, or a prompt holds the mask.
     """
+    if (prompt == model.model.mask_id).any():
+        raise ValueError(f"the prompt holds the mask id {model.model.mask_id}; a prompt has real tokens only")
     if model.streams.noisy == 0:
         return _sample_causal(model, prompt, new_tokens, sampling, eos_id, generator, report)
     size, mask_id, total = model.streams.block_size, model.model.mask_id, prompt.shape[1] + new_tokens

@@ -7,12 +7,14 @@ is skipped with a warning in favour of the one before.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from bd3_megatron.config import ConfigError
 from bd3_megatron.engine.base import Engine
@@ -52,31 +55,59 @@ def save(run: Path, engine: Engine, step: int, meta: dict[str, Any], keep: int) 
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    dcp.save(engine.state(), checkpoint_id=partial)
+    try:
+        with _plain_errors(final):
+            dcp.save(engine.state(), checkpoint_id=partial)
+        if engine.world.is_first:
+            listing = {
+                "step": step,
+                "meta": meta,
+                "files": {p.name: _stamp(p) for p in sorted(partial.iterdir())},
+            }
+            _write_synced(partial / COMPLETE, json.dumps(listing, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+            _sync_folder(folder)
+    except BaseException:
+        if engine.world.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     if engine.world.is_first:
-        listing = {
-            "step": step,
-            "meta": meta,
-            "files": {p.name: _stamp(p) for p in sorted(partial.iterdir())},
-        }
-        _write_synced(partial / COMPLETE, json.dumps(listing, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        _sync_folder(folder)
-        for old in _folders(run)[:-keep]:
+        # A checkpoint of a later step is one that was passed over as damaged: it must not push out a good one.
+        for old in [path for path in _folders(run) if _step(path) <= step][:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
     return final
 
 
+@contextlib.contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    """Raise what failed on the first failing rank, not torch's wrapper around it, which is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, OSError) and cause.filename is None:
+            cause.filename = str(path)
+        if isinstance(cause, RuntimeError) and "inline_container" in str(cause):
+            # torch's archive writer lost the system's error and found its file shorter than it should be.
+            cause = OSError(errno.EIO, "some of it is missing; is the disk full?", str(path))
+        raise cause from error
+
+
 def newest(run: Path, warn: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
     """The newest checkpoint whose files match its list, or None if there is none."""
     for path in reversed(_folders(run)):
-        problem, listing = _examine(path)
-        if problem is None:
-            return Checkpoint(path, listing["step"], listing["meta"])
-        warn(f"{path}: {problem}; using the checkpoint before it")
+        found = _examine(path)
+        if isinstance(found, Checkpoint):
+            return found
+        warn(f"{path}: {found}; skipped")
     return None
+
+
+def exists(run: Path) -> bool:
+    """Whether the run has any checkpoint, whole or not."""
+    return bool(_folders(run))
 
 
 def find(run: Path, step: int | None = None) -> Checkpoint:
@@ -96,10 +127,10 @@ def find(run: Path, step: int | None = None) -> Checkpoint:
     if not path.is_dir():
         there = ", ".join(str(_step(p)) for p in _folders(run)) or "none"
         raise ConfigError(f"step {step}: no checkpoint {path}; there are: {there}")
-    problem, listing = _examine(path)
-    if problem is not None:
-        raise ConfigError(f"{path}: {problem}; use another step")
-    return Checkpoint(path, listing["step"], listing["meta"])
+    found = _examine(path)
+    if not isinstance(found, Checkpoint):
+        raise ConfigError(f"{path}: {found}; use another step")
+    return found
 
 
 def restore(checkpoint: Checkpoint, engine: Engine) -> None:
@@ -142,27 +173,28 @@ def _load(checkpoint: Checkpoint, state: dict[str, Tensor], **options: Any) -> N
 
 def _folders(run: Path) -> list[Path]:
     """Checkpoint folders by ascending step, complete or not."""
-    return sorted((run / "checkpoints").glob(f"{_PREFIX}[0-9]*"), key=_step)
+    found = (run / "checkpoints").glob(f"{_PREFIX}*")
+    return sorted((path for path in found if path.name.removeprefix(_PREFIX).isdecimal()), key=_step)
 
 
 def _step(path: Path) -> int:
     return int(path.name.removeprefix(_PREFIX))
 
 
-def _examine(path: Path) -> tuple[str | None, dict[str, Any]]:
-    """What is wrong with a checkpoint (None: nothing), and its list."""
+def _examine(path: Path) -> Checkpoint | str:
+    """The checkpoint in a folder, or what is wrong with it."""
     try:
         listing = json.loads((path / COMPLETE).read_text())
         for name, stamp in listing["files"].items():
             if _stamp(path / name, hashed=False)["bytes"] != stamp["bytes"]:
-                return f"{name} has another size than listed", {}
+                return f"{name} has another size than listed"
             if _stamp(path / name)["sha256"] != stamp["sha256"]:
-                return f"{name} has another checksum than listed", {}
+                return f"{name} has another checksum than listed"
+        return Checkpoint(path, listing["step"], listing["meta"])
     except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing", {}
+        return f"{Path(error.filename).name} is missing"
     except (ValueError, KeyError, TypeError):
-        return f"{COMPLETE} is unreadable", {}
-    return None, listing
+        return f"{COMPLETE} is unreadable"
 
 
 def _stamp(path: Path, hashed: bool = True) -> dict[str, Any]:

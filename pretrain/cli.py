@@ -26,7 +26,7 @@ USAGE_ERROR = 2
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 
-WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+WRITE_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,7 +130,8 @@ def _os_line(error: OSError) -> str | None:
     if isinstance(error, PermissionError):
         readable = os.access(error.filename, os.R_OK) or not os.path.exists(error.filename)
         return f"{where}cannot {'write' if readable else 'read'}: {reason}"
-    return f"{where}{reason}"
+    # Making or opening something below a path that does not allow it: /proc/x, file/x.
+    return f"{where}cannot read or write: {reason}"
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ class EvalOptions(Section):
     draws: int = Field(1, ge=1, description="noise draws per row; more make the bound's estimate less noisy")
     seed: int = Field(0, ge=0, description="seed of the evaluation noise")
     micro_batch: int | None = Field(None, ge=1, description="rows per forward pass; null means as in training")
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
 
 
 def main(args: list[str]) -> None:
@@ -153,13 +153,11 @@ def main(args: list[str]) -> None:
         "draws": options.draws,
         "unigram_perplexity": manifest.validation_unigram_perplexity,
     }
-    if options.json_output:
+    if options.json_:
         print(json.dumps(values))
         return
     print(f"checkpoint          step {loaded.checkpoint.step}, {options.weights} weights")
-    print(
-        f"validation rows     {result.rows} of {len(reader)}, {result.tokens} tokens, {options.draws} noise draw(s) each"
-    )
+    print(f"validation rows     {result.rows} of {len(reader)}, {result.tokens} tokens, {options.draws} draw(s) each")
     print(f"NELBO               {result.nelbo:.4f} +- {result.nelbo_stderr:.4f} nats per token")
     print(f"perplexity          {result.perplexity:.2f} +- {result.perplexity_stderr:.2f}")
     print(f"unigram perplexity  {manifest.validation_unigram_perplexity:.2f} (same rows, train counts)")

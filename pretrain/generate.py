@@ -33,7 +33,7 @@ class SampleOptions(Section):
     step: int | None = Field(None, ge=0, description="checkpoint to take; null means the newest")
     weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights")
     stop: bool = Field(True, description="stop at EOS and at low entropy")
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="one line of JSON per sample")
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="one line of JSON per sample")
 
 
 def main(args: list[str]) -> None:
@@ -46,6 +46,10 @@ def main(args: list[str]) -> None:
         raise ConfigError(f"{run}: has no {runs.TOKENIZER}; copy the one the model was trained with into it")
     tokenizer = Tokenizer.from_file(str(run / runs.TOKENIZER))
     prompt = [model.bos_id, *tokenizer.encode(options.prompt, add_special_tokens=False).ids]
+    if model.mask_id in prompt:
+        raise ConfigError(
+            f"--prompt: holds the mask token (id {model.mask_id}); leave it out, a prompt has real tokens only"
+        )
     space = model.length - len(prompt)
     if space < 1 or (options.tokens or 0) > space:
         raise ConfigError(
@@ -65,7 +69,7 @@ def main(args: list[str]) -> None:
     )
     for number, (ids, end) in enumerate(zip(result.ids.tolist(), result.ends)):
         text = tokenizer.decode(ids[1:end], skip_special_tokens=True)
-        if options.json_output:
+        if options.json_:
             print(json.dumps({"sample": number, "text": text, "tokens": end, "nfe": result.nfe}, ensure_ascii=False))
         else:
             print(text if options.count == 1 else f"--- sample {number + 1}\n{text}")

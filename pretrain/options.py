@@ -190,7 +190,8 @@ def show(value: Any) -> str:
 
 
 def _flag(path: str) -> str:
-    return "--" + path.replace("_", "-")
+    # A trailing underscore keeps a field's name off pydantic's own methods: json_ is --json.
+    return "--" + path.rstrip("_").replace("_", "-")
 
 
 def _negation(path: str) -> str:
@@ -250,19 +251,19 @@ def _convert(cls: type[BaseModel], path: str, words: list[str]) -> Any:
 
 
 def _place(cls: type[BaseModel], loose: list[str], given: dict[str, list[str]]) -> None:
-    """Give the words that belong to no flag to the positional field."""
+    """Give the words that belong to no flag to the positional fields, in order; a list takes all that is left."""
     fields = leaves(cls)
-    positional = [path for path, field in fields.items() if _is_positional(field)]
-    path = positional[0] if positional else None
-    if path is None or (_kind(fields[path]) is None and len(loose) > 1):
-        extra = loose[0] if path is None else loose[1]
-        name, equals, value = extra.partition("=")
+    for path in (path for path, field in fields.items() if _is_positional(field)):
+        words, loose = (loose[:1], loose[1:]) if _kind(fields[path]) is None else (loose, [])
+        if words:
+            given[path] = words
+            _convert(cls, path, words)
+    if loose:
+        name, equals, value = loose[0].partition("=")
         known = equals and name.replace("-", "_") in fields
         raise ConfigError(
-            f"{show(extra)}: unexpected argument" + (f"; did you mean {_flag(name)} {value}?" if known else "")
+            f"{show(loose[0])}: unexpected argument" + (f"; did you mean {_flag(name)} {value}?" if known else "")
         )
-    given[path] = loose
-    _convert(cls, path, loose)
 
 
 def _canonical(cls: type[BaseModel], given: Mapping[str, list[str]]) -> list[str]:
@@ -270,7 +271,7 @@ def _canonical(cls: type[BaseModel], given: Mapping[str, list[str]]) -> list[str
     fields = leaves(cls)
     first: list[str] = []
     flags: list[str] = []
-    for path, words in given.items():
+    for path, words in sorted(given.items(), key=lambda item: list(fields).index(item[0])):
         field = fields[path]
         value = _convert(cls, path, words)
         if isinstance(value, list | tuple):

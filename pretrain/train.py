@@ -90,7 +90,10 @@ class Trainer:
             noise_seed=train.seed,
         )
         self.step = self._resume()
-        self.metrics = MetricsWriter(run, self.step, config.log.tensorboard) if self.first else None
+        # At step 0 the first evaluation is made (again): of a run that got no further, no record is kept.
+        kept = self.step or -1
+        board = config.log.tensorboard and self.step < train.steps
+        self.metrics = MetricsWriter(run, kept, board) if self.first else None
         self.progress = Progress(train.steps, self.step, config.log.every) if self.first else None
         self.throughput = Throughput(
             self.step,
@@ -127,9 +130,10 @@ class Trainer:
         lr = learning_rate(train, step)
         result = self.engine.train_step(batches, lr)
         self.step = step + 1
-        if not math.isfinite(result.loss):
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise ConfigError(
-                f"step {self.step}: the loss is {result.loss}; the last checkpoint is kept, lower train.lr={train.lr:g}"
+                f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}; lower train.lr={train.lr:g} "
+                f"and start another --run, or the same one from its last checkpoint"
             )
         if self.first:
             self._record(result, lr)
@@ -177,6 +181,10 @@ class Trainer:
         """Step of the newest good checkpoint after restoring it; 0 for a new run."""
         found = checkpoint.newest(self.folder, warn=self._say)
         if found is None:
+            if checkpoint.exists(self.folder):
+                raise ConfigError(
+                    f"{self.folder}/checkpoints: none is whole; put one back, or start again with another --run"
+                )
             return 0
         digest = self.reader.manifest.tokenizer_sha256
         if found.meta.get("tokenizer_sha256", digest) != digest:
@@ -207,7 +215,7 @@ class Trainer:
     def _describe(self) -> str:
         config, world = self.config, self.engine.world
         return (
-            f"{flops.parameter_count(config.model) / 1e6:.2f}M parameters, {config.model.backbone}, "
+            f"{config.model.parameters(config.model.vocab_size) / 1e6:.2f}M parameters, {config.model.backbone}, "
             f"L={config.model.length}, B'={config.diffusion.block_size}, {config.train.precision}, "
             f"{world.size} process(es) on {world.device.type}; {len(self.reader)} train rows, "
             f"{config.train.steps * config.train.global_batch / len(self.reader):.2f} epochs"

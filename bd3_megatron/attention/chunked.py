@@ -49,73 +49,50 @@ def attend(query: Tensor, key: Tensor, value: Tensor, streams: Streams, scale: f
     """
     length, rows, heads, width = query.shape
     count, batch, groups = streams.count, rows // streams.count, key.shape[2]
-    repeats = heads // groups
     tile = tile_size(length, streams.block_size)
+    attend_tile = _tile_of_one_block if tile == streams.block_size else _tile_of_blocks
 
-    # Splitting (not slicing) keeps the backward pass from filling a full-length gradient for every tile.
-    queries = query.view(length, count, batch, groups, repeats, width).split(tile)
-    keys = key.view(length, count, batch, groups, width).split(tile)
-    values = value.view(length, count, batch, groups, width).split(tile)
-    one_block = tile == streams.block_size
-    attend_tile = _tile_of_one_block if one_block else _tile_of_blocks
-
-    clean_keys: list[Tensor] = []  # [b, g, C, d] of every tile so far
-    clean_values: list[Tensor] = []
+    queries = query.view(length, count, batch, groups, heads // groups, width).split(tile)
+    tiles = [_key_tiles(x.view(length, count, batch, groups, width), tile, streams) for x in (key, value)]
     out = []
-    for q, k, v in zip(queries, keys, values):
-        q = q.permute(2, 3, 1, 4, 0, 5)  # [b, g, S, r, C, d]
-        k, v = (x.permute(2, 3, 1, 0, 4) for x in (k, v))  # [b, g, S, C, d]
-        out.append(attend_tile(q, k, v, clean_keys, clean_values, streams, scale).permute(4, 2, 0, 1, 3, 5))
-    return torch.cat(out).reshape(length, rows, heads, width)  # from tiles of [C, S, b, g, r, d]
+    for i, q in enumerate(queries):
+        before = [clean[:i] for _, clean in tiles]
+        here = [(noisy[i], clean[i] if clean else None) for noisy, clean in tiles]
+        mixed = attend_tile(q.permute(2, 3, 1, 4, 0, 5), before, here, i * tile, streams, scale)
+        out.append(mixed.permute(4, 2, 0, 1, 3, 5))  # [b, g, S, r, C, d] -> [C, S, b, g, r, d]
+    return torch.cat(out).reshape(length, rows, heads, width)
 
 
-def _tile_of_blocks(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    clean_keys: list,
-    clean_values: list,
-    streams: Streams,
-    scale: float | None,
-) -> Tensor:
-    """All streams of a tile of several blocks in one masked call."""
+def _key_tiles(x: Tensor, tile: int, streams: Streams) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Tiles ``[b, g, C, d]`` of keys or values ``[L, S, b, g, d]``: of every noisy draw, and of the clean stream.
+
+    Splitting (not slicing) keeps the backward pass from filling a full-length gradient for every tile.
+    """
+    by_stream = [[t.permute(1, 2, 0, 3) for t in stream.split(tile)] for stream in x.unbind(1)]
+    noisy, clean = by_stream[: streams.noisy], by_stream[streams.noisy :]
+    return [list(draws) for draws in zip(*noisy)] or [[]] * len(by_stream[0]), clean[0] if clean else []
+
+
+def _tile_of_blocks(q: Tensor, before: list, here: list, start: int, streams: Streams, scale: float | None) -> Tensor:
+    """All streams of a tile of several blocks in one masked call; ``q`` and the result are [b, g, S, r, C, d]."""
     *_, size, width = q.shape
-    start = sum(x.shape[2] for x in clean_keys)
-    if streams.clean:
-        clean_keys.append(k[:, :, -1])
-        clean_values.append(v[:, :, -1])
-    mask = _tile_mask(start, start + size, streams, q.shape[3], q.device)
-    out = F.scaled_dot_product_attention(
-        q.reshape(*q.shape[:2], -1, width),
-        torch.cat([*clean_keys, k[:, :, : streams.noisy].flatten(2, 3)], 2),
-        torch.cat([*clean_values, v[:, :, : streams.noisy].flatten(2, 3)], 2),
-        attn_mask=mask,
-        scale=scale,
+    key, value = (
+        torch.cat([*past, *([] if clean is None else [clean]), *noisy], 2) for past, (noisy, clean) in zip(before, here)
     )
+    mask = _tile_mask(start, start + size, streams, q.shape[3], q.device)
+    out = F.scaled_dot_product_attention(q.reshape(*q.shape[:2], -1, width), key, value, attn_mask=mask, scale=scale)
     return out.view(q.shape)
 
 
 def _tile_of_one_block(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    clean_keys: list,
-    clean_values: list,
-    streams: Streams,
-    scale: float | None,
+    q: Tensor, before: list, here: list, start: int, streams: Streams, scale: float | None
 ) -> Tensor:
     """A tile that is one block: each stream sees all of its own block and all clean blocks before, so no mask."""
-    width = q.shape[-1]
-    out = [
-        F.scaled_dot_product_attention(
-            q[:, :, s].reshape(*q.shape[:2], -1, width),
-            torch.cat([*clean_keys, k[:, :, s]], 2),
-            torch.cat([*clean_values, v[:, :, s]], 2),
-            scale=scale,
-        ).view(q[:, :, s].shape)
-        for s in range(streams.count)
-    ]
-    if streams.clean:
-        clean_keys.append(k[:, :, -1])
-        clean_values.append(v[:, :, -1])
+    own = [[*noisy, *([] if clean is None else [clean])] for noisy, clean in here]
+    out = []
+    for s in range(streams.count):
+        key, value = (torch.cat([*past, streams_here[s]], 2) for past, streams_here in zip(before, own))
+        one = q[:, :, s]
+        flat = one.reshape(*one.shape[:2], -1, one.shape[-1])
+        out.append(F.scaled_dot_product_attention(flat, key, value, scale=scale).view(one.shape))
     return torch.stack(out, 2)

@@ -119,7 +119,7 @@ def _draw_mask(diffusion: DiffusionConfig, t: NDArray[np.float64], uniforms: _Un
         again = uniforms(t.size * size).reshape(-1, size) < p
         bits = np.where(missed[:, None], again, bits)
     raise ConfigError(
-        f"diffusion.beta={diffusion.beta:g}, diffusion.omega={diffusion.omega:g}: {_MOST_REDRAWS} redraws of a block of "
-        f"{size} never masked a fraction inside under the {diffusion.schedule} schedule; widen the interval or "
+        f"diffusion.beta={diffusion.beta:g}, diffusion.omega={diffusion.omega:g}: {_MOST_REDRAWS} redraws of a block "
+        f"of {size} never masked a fraction inside under the {diffusion.schedule} schedule; widen the interval or "
         f"set diffusion.resample=false"
     )

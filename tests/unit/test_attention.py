@@ -51,13 +51,13 @@ def test_backend_equals_the_reference_at_a_length_of_many_tiles(name, size):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(case=cases())
 def test_mask_says_what_the_objective_says(case):
     length, streams, *_ = case
     mask = dense_mask(length, streams)
-    for q in range(len(mask)):
-        for k in range(0, len(mask), 3):
+    for q in range(0, len(mask), 1 + len(mask) // 100):
+        for k in range(0, len(mask), 1 + len(mask) // 50):
             query_stream, i = q // length, q % length // streams.block_size
             key_stream, j = k // length, k % length // streams.block_size
             query_noisy, key_noisy = query_stream < streams.noisy, key_stream < streams.noisy

@@ -98,7 +98,7 @@ def test_help_of_a_command() -> None:
         (DataError("a.jsonl: line 3 is not JSON"), "a.jsonl: line 3 is not JSON"),
         (
             FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/b"),
-            "/a/b: No such file or directory",
+            "/a/b: cannot read or write: No such file or directory",
         ),
         (OSError(errno.ENOSPC, "No space left on device"), "cannot write: No space left on device"),
         (OSError(errno.EROFS, "Read-only file system", "/a"), "/a: cannot write: Read-only file system"),

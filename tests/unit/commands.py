@@ -1,0 +1,84 @@
+"""The `bd3` command in processes of its own that can be killed, without the seconds that its imports take.
+
+A server process imports the program once; every command is a fork of it that does what the console script does.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+_FORKS = multiprocessing.get_context("forkserver")
+_COMMANDS = ("prepare", "train", "evaluate", "generate", "convert")
+_LATE = ["matplotlib.pyplot", "torch.utils.tensorboard"]  # what commands import where they need it
+_FORKS.set_forkserver_preload([f"pretrain.{name}" for name in _COMMANDS] + _LATE)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+
+def start(*args: object, log: Path, before: Callable[[], None] | None = None) -> BaseProcess:
+    """Start ``bd3 args``; what it prints goes to ``log.out`` and ``log.err``.
+
+    Args:
+        before: called in the new process first, to prepare what the command will meet there.
+    """
+    process = _FORKS.Process(target=_main, args=([str(arg) for arg in args], str(log), before), daemon=True)
+    process.start()
+    return process
+
+
+def bd3(*args: object, log: Path, before: Callable[[], None] | None = None) -> Done:
+    """Run ``bd3 args`` to its end."""
+    process = start(*args, log=log, before=before)
+    process.join()
+    out, err = (log.with_suffix(end).read_text(errors="replace") for end in (".out", ".err"))
+    return Done(process.exitcode, out, err)
+
+
+def die_at(module: str, name: str, call: int) -> None:
+    """Kill this process, as ``kill -9`` would, when ``module.name`` is called for the ``call``-th time."""
+    *owners, function = name.split(".")
+    owner = functools.reduce(getattr, owners, importlib.import_module(module))
+    original, count = getattr(owner, function), itertools.count(1)
+
+    @functools.wraps(original)
+    def deadly(*args, **options):
+        if next(count) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **options)
+
+    setattr(owner, function, deadly)
+
+
+def limit_files(size: int) -> None:
+    """No file of this process may grow over ``size`` bytes: a full disk, near enough."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def _main(args: list[str], log: str, before: Callable[[], None] | None) -> None:
+    for end, descriptor in ((".out", 1), (".err", 2)):
+        file = os.open(log + end, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(file, descriptor)
+        os.close(file)
+    from pretrain.cli import main
+
+    if before is not None:
+        before()
+    sys.exit(main(args))

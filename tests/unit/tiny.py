@@ -1,0 +1,89 @@
+"""Small models, rows and batches that the tests compute with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bd3_megatron.attention.mask import Streams
+from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, OptimizationConfig, ParallelConfig
+from bd3_megatron.diffusion.batch import Batch, causal_batch, diffusion_batch
+from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
+from bd3_megatron.engine.megatron import MegatronEngine
+from bd3_megatron.hf.convert import TokenIds, hf_config
+from bd3_megatron.hf.mapping import entries, to_hf
+from bd3_megatron.hf.modeling_bd3 import BD3Config, BD3ForMaskedLM
+from bd3_megatron.model import BlockDiffusionModel
+from bd3_megatron.parallel import World
+
+BOS, EOS, MASK, VOCABULARY = 0, 1, 40, 41
+BACKBONES = ("qwen3", "dit")
+
+
+def shape(backbone: str = "qwen3", **changes) -> ModelConfig:
+    """Two layers of 32 over rows of 16 tokens; qwen3 with grouped queries."""
+    grouped = {"kv_heads": 2} if backbone == "qwen3" else {}
+    sizes = {"layers": 2, "hidden": 32, "heads": 4, "length": 16, "vocab_size": VOCABULARY}
+    ids = {"mask_id": MASK, "bos_id": BOS, "eos_id": EOS}
+    return ModelConfig(**{"backbone": backbone, **sizes, **ids, **grouped, **changes})
+
+
+def weights_of(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Random weights under Megatron names, every norm and bias included."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {entry.megatron: torch.randn(entry.shape, generator=generator) for entry in entries(model)}
+    return {name: 0.2 * x + name.endswith("norm.weight") for name, x in drawn.items()}
+
+
+def build(
+    model: ModelConfig,
+    diffusion: DiffusionConfig,
+    weights: Mapping[str, Tensor],
+    kernels: KernelConfig | None = None,
+    bf16: bool = False,
+) -> BlockDiffusionModel:
+    """The model that is trained, with these weights."""
+    network = BlockDiffusionModel(model, diffusion, kernels, bf16=bf16)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(weights[name])
+    return network
+
+
+def engine(world: World, model: ModelConfig, diffusion: DiffusionConfig, seed: int = 0, **options) -> MegatronEngine:
+    """A training engine with random weights; ``options`` of the optimizer, in fp32 unless they say otherwise."""
+    optimization = OptimizationConfig(**{"precision": "fp32", **options})
+    made = MegatronEngine(model, diffusion, KernelConfig(), ParallelConfig(), optimization, world)
+    made.set_weights(weights_of(model, seed))
+    return made
+
+
+def oracle(model: ModelConfig, diffusion: DiffusionConfig, weights: Mapping[str, Tensor]) -> BD3ForMaskedLM:
+    """The model in plain torch, with the same weights."""
+    tokens = TokenIds(model.bos_id, model.eos_id, model.mask_id)
+    network = BD3ForMaskedLM(BD3Config(**hf_config(model, diffusion, tokens, torch.float32)))
+    missing, unknown = network.load_state_dict(to_hf(weights, model), strict=False)
+    assert not unknown
+    assert missing == (["lm_head.weight"] if model.tie_embeddings else [])
+    return network.eval()
+
+
+def rows_of(model: ModelConfig, count: int, seed: int = 0) -> np.ndarray:
+    """Clean rows ``[count, L]``: BOS, then any token but BOS, EOS and the mask."""
+    rows = np.random.default_rng(seed).integers(2, MASK, (count, model.length))
+    rows[:, 0] = BOS
+    return rows
+
+
+def batch_of(model: ModelConfig, diffusion: DiffusionConfig, count: int, seed: int = 0) -> Batch:
+    """A micro-batch of random rows with the noise of step 0."""
+    rows = rows_of(model, count, seed)
+    if diffusion.objective == "causal":
+        return causal_batch(rows)
+    number = np.arange(count)
+    keys = SampleKeys(np.zeros_like(number), number, number, batch=0, batch_rows=count)
+    noise = draw_noise(diffusion, model.length, seed, keys)
+    return diffusion_batch(rows, noise, model.mask_id, Streams.of(diffusion, model.length))
