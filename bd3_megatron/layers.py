@@ -83,8 +83,6 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, bf16: bool)
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        # Weights are drawn by name in model.py, so that they do not depend on the layout.
-        perform_initialization=False,
         use_cpu_initialization=not torch.cuda.is_available(),
         bf16=bf16,
         params_dtype=dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,15 @@ def resolve_model(model: ModelConfig, manifest: Manifest, path: str) -> ModelCon
             )
         decided[name] = there if stated is None else stated
     return ModelConfig(**model.model_dump() | decided)
+
+
+def data_identity(manifest: Manifest) -> str:
+    """Digest of what the rows and the tokenizer are, wherever the data set lies."""
+    digest = hashlib.sha256(manifest.tokenizer_sha256.encode())
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            digest.update(shard.sha256.encode())
+    return digest.hexdigest()
 
 
 def open_split(path: str | None, split: SplitName, model: ModelConfig) -> RowReader:

@@ -172,7 +172,7 @@ class Trainer:
             "seed": config.train.seed,
             "beta": config.diffusion.beta,
             "omega": config.diffusion.omega,
-            "tokenizer_sha256": self.reader.manifest.tokenizer_sha256,
+            "data": runs.data_identity(self.reader.manifest),
         }
         with self.throughput.paused():
             checkpoint.save(self.folder, self.engine, self.step, meta, config.checkpoint.keep)
@@ -186,10 +186,10 @@ class Trainer:
                     f"{self.folder}/checkpoints: none is whole; put one back, or start again with another --run"
                 )
             return 0
-        digest = self.reader.manifest.tokenizer_sha256
-        if found.meta.get("tokenizer_sha256", digest) != digest:
+        data = runs.data_identity(self.reader.manifest)
+        if found.meta.get("data", data) != data:
             raise ConfigError(
-                f"data.path={self.config.data.path}: its tokenizer is not the one {found.path} was trained with; "
+                f"data.path={self.config.data.path}: not the data {found.path} was trained on; "
                 f"use the data set of the run, or another --run"
             )
         checkpoint.restore(found, self.engine)
