@@ -7,13 +7,17 @@ only live here as validators; checks across sections are in :func:`check_layout`
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class ConfigError(ValueError):
     """A mistake in the configuration or the command line; its text is one line fit for the user."""
+
+
+# What Philox, torch's generators and JSON all take.
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Section(BaseModel):

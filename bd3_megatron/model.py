@@ -22,6 +22,9 @@ from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.layers import Norm, layer_spec, transformer_config
+from bd3_megatron.shards import global_shape, local_shard
+
+EMBEDDING = "embedding.word_embeddings.weight"
 
 
 class BlockDiffusionModel(LanguageModule):
@@ -165,11 +168,18 @@ def padded_vocabulary(vocab_size: int, tensor: int) -> int:
 
 
 def global_name(name: str, model: BlockDiffusionModel) -> str:
-    """A parameter's name with the layer counted over all pipeline stages."""
+    """A parameter's name with the layer counted over all pipeline stages; a tied head is the embedding."""
+    if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+        return EMBEDDING
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) + get_transformer_layer_offset(model.config))
     return ".".join(parts)
+
+
+def vocabulary_rows(name: str, model: ModelConfig) -> int | None:
+    """Rows without padding of a tensor with one row per token; None for the others."""
+    return model.vocab_size if name == EMBEDDING or name.startswith("output_layer.") else None
 
 
 @torch.no_grad()
@@ -194,34 +204,5 @@ def initialize(model: BlockDiffusionModel, seed: int) -> None:
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
             # Unpadded rows, so that the drawn values do not depend on the padding to the tensor-parallel size.
             rows, columns = global_shape(parameter)
-            if "word_embeddings" in name or name.startswith("output_layer"):
-                rows = shape.vocab_size
-            full = torch.randn(rows, columns, generator=generator) * std
+            full = torch.randn(vocabulary_rows(name, shape) or rows, columns, generator=generator) * std
             parameter.copy_(local_shard(full, parameter))
-
-
-def global_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Shape of the whole tensor that a tensor-parallel rank holds a shard of."""
-    shape = list(parameter.shape)
-    if getattr(parameter, "tensor_model_parallel", False):
-        shape[parameter.partition_dim] *= parallel_state.get_tensor_model_parallel_world_size()
-    return tuple(shape)
-
-
-def local_shard(full: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, zero-padded where the vocabulary was rounded up.
-
-    A stride of 2 marks the fused gate and up projections: each rank holds its part of both.
-    """
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return full
-    rank, size = (
-        parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-    )
-    dim, stride = parameter.partition_dim, parameter.partition_stride
-    missing = global_shape(parameter)[dim] - full.shape[dim]
-    if missing:
-        full = torch.cat([full, full.new_zeros(missing, *full.shape[1:])])
-    parts = full.chunk(size * stride, dim)
-    return torch.cat([parts[s * size + rank] for s in range(stride)], dim)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from bd3_megatron import cpu_compat
-from bd3_megatron.config import ParallelConfig
+from bd3_megatron.config import ConfigError, ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,14 @@ def start(
         parallel: the layout; checked beforehand by :func:`bd3_megatron.config.check_layout`.
         rank, size, local_rank: this process among all, and on its node (it picks the GPU).
         store: rendezvous; None needs a world of 1.
+
+    Raises:
+        ConfigError: the backend needs a GPU and there is none.
     """
     cpu_compat.install()
     cuda = torch.cuda.is_available()
+    if parallel.backend == "nccl" and not cuda:
+        raise ConfigError("parallel.backend=nccl: no CUDA device here; use auto or gloo")
     if cuda:
         torch.cuda.set_device(local_rank)
     backend = parallel.backend if parallel.backend != "auto" else ("nccl" if cuda else "gloo")

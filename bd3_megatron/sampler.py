@@ -18,6 +18,10 @@ _ENTROPY_WINDOW = 256
 _ENTROPY_FLOOR = 4.0  # nats
 
 
+# (block [b, l], chosen bool [b, l]) -> logits [n, V] of the n chosen positions; see BlockForward.logits.
+BlockLogits = Callable[[Tensor, Tensor], Tensor]
+
+
 class BlockForward:
     """The model's forward pass on one block at a time, after the clean blocks so far.
 
@@ -45,13 +49,20 @@ class BlockForward:
                 attention.cache = None
 
     @torch.no_grad()
-    def logits(self, block: Tensor) -> Tensor:
-        """Logits of a (noisy) block of ids ``[b, l]`` -> ``[b, l, V]`` in fp32, -inf for the mask token."""
+    def logits(self, block: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Logits of a (noisy) block of ids ``[b, l]`` in fp32, -inf for the mask token.
+
+        Args:
+            chosen: the positions to predict, bool ``[b, l]``; only they reach the head. None means all.
+
+        Returns:
+            ``[n, V]`` for the n chosen positions in row-major order; ``[b, l, V]`` where none were named.
+        """
         self.model.eval()
         with self._cached(append=False):
-            hidden = self.model.hidden_states(block, self.length)
-        logits = gather_from_tensor_model_parallel_region(self.model.logits(hidden))
-        return logits[..., : self.model.model.vocab_size].transpose(0, 1).float()
+            hidden = self.model.hidden_states(block, self.length).transpose(0, 1)  # [b, l, h]
+        logits = self.model.logits(hidden if chosen is None else hidden[chosen])
+        return gather_from_tensor_model_parallel_region(logits)[..., : self.model.model.vocab_size].float()
 
     @torch.no_grad()
     def append(self, block: Tensor) -> None:
@@ -84,7 +95,8 @@ class Sampling:
 
 @dataclass
 class Samples:
-    """Sampled ids ``[b, n]`` (eos from the first end on), and the calls that changed state (NFE)."""
+    """Sampled ids ``[b, n]`` (eos from the first end on), where each row ends, and the calls that changed state (NFE),
+    those for the cut tail of the last block included."""
 
     ids: Tensor
     nfe: int
@@ -96,7 +108,8 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     logits = logits.double()
     if sampling.temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
-    p = torch.softmax(logits / sampling.temperature, -1)
+    # Shifted before the division: a tiny temperature then gives -inf at worst, never inf.
+    p = torch.softmax((logits - logits.amax(-1, keepdim=True)) / sampling.temperature, -1)
     if sampling.top_p < 1:
         ordered, index = p.sort(-1, descending=True)
         kept = ordered.cumsum(-1) - ordered < sampling.top_p  # always keeps the most likely token
@@ -114,7 +127,7 @@ def _draw(p: Tensor, generator: torch.Generator) -> Tensor:
 def first_hitting(
     block: Tensor,
     mask_id: int,
-    logits: Callable[[Tensor], Tensor],
+    logits: BlockLogits,
     sampling: Sampling,
     generator: torch.Generator,
 ) -> int:
@@ -125,11 +138,10 @@ def first_hitting(
     """
     calls = 0
     while (masked := block == mask_id).any():
-        p = probabilities(logits(block), sampling)
+        # A row that is full already draws too (any position) and takes none.
         position = torch.multinomial(masked.double() + ~masked.any(1, keepdim=True), 1, generator=generator)  # [b, 1]
-        token = _draw(p.gather(1, position[..., None].expand(-1, -1, p.shape[-1])), generator)
-        open_row = masked.any(1, keepdim=True)
-        block.scatter_(1, position, torch.where(open_row, token, block.gather(1, position)))
+        chosen = masked & torch.zeros_like(masked).scatter(1, position, True)
+        block[chosen] = _draw(probabilities(logits(block, chosen), sampling), generator)
         calls += 1
     return calls
 
@@ -137,7 +149,7 @@ def first_hitting(
 def ancestral(
     block: Tensor,
     mask_id: int,
-    logits: Callable[[Tensor], Tensor],
+    logits: BlockLogits,
     sampling: Sampling,
     generator: torch.Generator,
 ) -> int:
@@ -147,19 +159,16 @@ def ancestral(
     the block does not change, so steps that unmask nothing cost no call.
     """
     steps = sampling.steps or block.shape[1]
-    calls, p = 0, None
+    calls = 0
     for i in range(steps, 0, -1):
         masked = block == mask_id
         if not masked.any():
             break
+        # At i = 1 all: rand is below 1.
         chosen = masked & (torch.rand(block.shape, generator=generator, device=block.device) < 1 / i)
-        if i == 1:
-            chosen = masked
-        if not chosen.any():
-            continue
-        p = probabilities(logits(block), sampling)
-        block[chosen] = _draw(p, generator)[chosen]
-        calls += 1
+        if chosen.any():
+            block[chosen] = _draw(probabilities(logits(block, chosen), sampling), generator)
+            calls += 1
     return calls
 
 

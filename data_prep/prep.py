@@ -142,9 +142,12 @@ def _bpe_size(tokenizer: str) -> int | None:
     """N of ``bpe:N``, None for a path."""
     if not tokenizer.startswith("bpe:"):
         return None
-    if not tokenizer[4:].isdecimal():
-        raise DataError(f"tokenizer={tokenizer}: after bpe: goes a number of entries; write bpe:4096")
-    return int(tokenizer[4:])
+    digits = tokenizer[4:]
+    if not digits.isdecimal() or len(digits) > 8:  # the trainer reserves memory for all entries it may find
+        raise DataError(
+            f"tokenizer={tokenizer[:40]}: after bpe: goes a number of entries below 100000000; write bpe:4096"
+        )
+    return int(digits)
 
 
 def _identify(files: Sequence[Path]) -> list[SourceFile]:

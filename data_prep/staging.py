@@ -40,7 +40,8 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
                 parent.rmdir()
         if isinstance(error, OSError):
             raise DataError(
-                f"{out}: cannot be written ({error}); make room, check the rights, or choose another --out"
+                f"{out}: cannot be written ({error.strerror or error}); "
+                "make room, check the rights, or choose another folder"
             ) from None
         raise
 

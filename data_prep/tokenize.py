@@ -72,7 +72,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such tokenizer file; give the path of a tokenizer.json or bpe:N to train one")
+        raise DataError(
+            f"{path}: no such tokenizer file; give the path of a tokenizer.json (bd3 prep trains one for bpe:N)"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception

@@ -24,12 +24,13 @@ from bd3_megatron.config import (
     OptimizationConfig,
     ParallelConfig,
     Section,
+    check_layout,
 )
 from bd3_megatron.diffusion.batch import Batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.parallel import World
-from pretrain.options import did_you_mean, parse_options
+from pretrain.options import did_you_mean, parse_options, validate
 
 # What the step is compared with: the dense (2L)^2 mask, and logits for every row of both streams.
 PLAIN = KernelConfig(attention="reference", masked_rows_only=False)
@@ -39,7 +40,7 @@ class StepOptions(Section):
     """Cost of one training step (forward, backward, optimizer, EMA) beside the plain path of the same model:
     dense two-stream mask and logits for every row. CPU time of one process on CPU, wall time on CUDA."""
 
-    lengths: tuple[int, ...] = Field((256, 1024), description="row lengths L")
+    lengths: tuple[Annotated[int, Field(ge=2)], ...] = Field((256, 1024), min_length=1, description="row lengths L")
     backbone: Literal["dit", "qwen3"] = Field("dit", description="the paper's backbone or the Qwen3-shaped one")
     layers: int = Field(4, ge=1)
     hidden: int = Field(256, ge=1)
@@ -53,24 +54,29 @@ class StepOptions(Section):
     json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
 
 
-def main(args: list[str]) -> None:
-    """`bd3 bench step`."""
+def main(args: list[str]) -> int:
+    """`bd3 bench step`; the exit code."""
     commands: dict[str, Callable[[list[str]], None]] = {"step": bench_step}
     if not args or args[0] in ("-h", "--help"):
         print("usage: bd3 bench step   (--help after it for options)")
-        return
+        return 0 if args else 2
     if args[0] not in commands:
         raise ConfigError(f"bd3 bench {args[0]}: unknown benchmark{did_you_mean(args[0], commands)}")
     commands[args[0]](args[1:])
+    return 0
 
 
 def bench_step(args: list[str]) -> None:
     """Print a row per length: seconds of both paths, their ratio, and the ratio of their FLOPs."""
     options = parse_options(StepOptions, args, "bd3 bench step")
+    diffusion = DiffusionConfig(block_size=options.block_size)
+    models = [_model(options, length) for length in options.lengths]
+    for model in models:
+        check_layout(model, diffusion, ParallelConfig(), world_size=1)
     torch.set_num_threads(options.threads)
     world = parallel.start(ParallelConfig())
     try:
-        rows = [_step_row(options, length, world) for length in options.lengths]
+        rows = [_step_row(options, model, diffusion, world) for model in models]
     finally:
         parallel.stop()
     if options.json_:
@@ -87,18 +93,21 @@ def bench_step(args: list[str]) -> None:
         )
 
 
-def _step_row(options: StepOptions, length: int, world: World) -> dict[str, float]:
-    model = ModelConfig(
-        backbone=options.backbone,
-        layers=options.layers,
-        hidden=options.hidden,
-        heads=options.heads,
-        ffn_hidden=4 * options.hidden if options.backbone == "dit" else _gated_width(options.hidden),
-        length=length,
-        vocab_size=options.vocab_size,
-        mask_id=options.vocab_size - 1,
-    )
-    diffusion = DiffusionConfig(block_size=options.block_size)
+def _model(options: StepOptions, length: int) -> ModelConfig:
+    values = {
+        "backbone": options.backbone,
+        "layers": options.layers,
+        "hidden": options.hidden,
+        "heads": options.heads,
+        "ffn_hidden": 4 * options.hidden if options.backbone == "dit" else _gated_width(options.hidden),
+        "length": length,
+        "vocab_size": options.vocab_size,
+        "mask_id": options.vocab_size - 1,
+    }
+    return validate(ModelConfig, values)
+
+
+def _step_row(options: StepOptions, model: ModelConfig, diffusion: DiffusionConfig, world: World) -> dict[str, float]:
     optimization = OptimizationConfig(precision=options.precision)
     batches = [_random_batch(model, diffusion, options.batch, step) for step in range(options.repeats + 1)]
     paths = []
@@ -110,12 +119,12 @@ def _step_row(options: StepOptions, length: int, world: World) -> dict[str, floa
     turns = [[path(batch) for path in paths] for batch in batches[: options.repeats]]
     ours, plain = (statistics.median(times) for times in zip(*turns))
     return {
-        "length": length,
+        "length": model.length,
         "ratio": statistics.median(a / b for a, b in turns),
         "seconds": ours,
         "plain_seconds": plain,
         "flop_ratio": _flop_ratio(model, diffusion),
-        "tokens_per_second": options.batch * length / ours,
+        "tokens_per_second": options.batch * model.length / ours,
     }
 
 

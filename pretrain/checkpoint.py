@@ -153,7 +153,8 @@ def read_weights(checkpoint: Checkpoint, averaged: bool = True) -> dict[str, Ten
     section = "ema/" if averaged and any(name.startswith("ema/") for name in known) else "weights/"
     state = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in known.items() if k.startswith(section)}
     _load(checkpoint, state, no_dist=True)
-    return {name.removeprefix(section): tensor for name, tensor in state.items()}
+    # Fused gate and up projections are stored as [2, ffn, h].
+    return {name.removeprefix(section): t.flatten(0, 1) if t.dim() == 3 else t for name, t in state.items()}
 
 
 def _load(checkpoint: Checkpoint, state: dict[str, Tensor], **options: Any) -> None:

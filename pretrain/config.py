@@ -13,6 +13,7 @@ from bd3_megatron.config import (
     OptimizationConfig,
     ParallelConfig,
     Section,
+    Seed,
     divisors,
 )
 
@@ -21,16 +22,16 @@ class DataConfig(Section):
     """Where the rows come from."""
 
     path: str | None = Field(None, description="folder that bd3 prep wrote")
-    seed: int | None = Field(None, ge=0, description="seed of the row order; null means train.seed")
+    seed: Seed | None = Field(None, description="seed of the row order; null means train.seed")
 
 
 class TrainConfig(OptimizationConfig):
     """Optimization. The defaults are the paper's recipe, with the batch of one machine."""
 
-    steps: int = Field(1000, ge=1, description="optimizer steps in all")
+    steps: int = Field(1000, ge=1, description="optimizer steps in all; a decaying learning rate ends here")
     global_batch: int = Field(512, ge=1, description="rows per optimizer step over all ranks")
     micro_batch: int = Field(8, ge=1, description="rows per forward pass on one rank")
-    seed: int = Field(0, ge=0, description="seed of weights, noise and dropout")
+    seed: Seed = Field(0, description="seed of weights, noise and dropout")
     lr: float = Field(3e-4, gt=0, description="peak learning rate")
     min_lr: float = Field(0.0, ge=0, description="learning rate at the last step of cosine and linear decay")
     decay: Literal["constant", "cosine", "linear"] = Field("constant", description="learning rate after warm-up")
@@ -52,11 +53,11 @@ class TrainConfig(OptimizationConfig):
 class EvalConfig(Section):
     """Evaluation of the NELBO on the validation split, on the full interval of noise levels."""
 
-    every: int = Field(1000, ge=0, description="steps between evaluations; 0 evaluates at the end only")
+    every: int = Field(1000, ge=0, description="steps between evaluations; 0 evaluates at the start and the end only")
     rows: int | None = Field(None, ge=2, description="first rows of the validation order used; null means all")
     draws: int = Field(1, ge=1, description="noise draws per row")
     micro_batch: int | None = Field(None, ge=1, description="rows per forward pass; null means train.micro_batch")
-    seed: int = Field(0, ge=0, description="seed of the evaluation noise, the same at every evaluation")
+    seed: Seed = Field(0, description="seed of the evaluation noise, the same at every evaluation")
 
 
 class CheckpointConfig(Section):

@@ -12,9 +12,11 @@ from pydantic import Field
 from bd3_megatron import parallel
 from bd3_megatron.config import ConfigError, ParallelConfig, Section
 from bd3_megatron.engine.megatron import MegatronEngine
-from bd3_megatron.hf.convert import TokenIds, export, load_exported
-from bd3_megatron.hf.files import read_json
+from bd3_megatron.hf.convert import MODEL_TYPE, TokenIds, export, load_exported
+from bd3_megatron.hf.files import Loaded, read_json
 from bd3_megatron.hf.reference import load_reference
+from data_prep.staging import staged
+from data_prep.tokenize import load_tokenizer, special_ids
 from pretrain import checkpoint, runs
 from pretrain.config import RunConfig, TrainConfig
 from pretrain.load import save_config
@@ -36,17 +38,22 @@ class ImportOptions(Section):
     source: Annotated[str, tyro.conf.Positional] = Field(description="Hugging Face folder, or a golden file")
     run: Annotated[str, tyro.conf.Positional] = Field(description="run folder to write; must not exist")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the run's weights and activations")
+    tokenizer: str | None = Field(None, description="tokenizer.json of the model; null takes SOURCE's, if it has one")
+    bos: str | None = Field(None, description="token that begins a row; null looks for the usual names")
+    eos: str | None = Field(None, description="token that ends a document; null looks for the usual names")
+    mask_id: int | None = Field(None, ge=0, description="null: the tokenizer's mask, else the vocabulary's last id")
 
 
-def main(args: list[str]) -> None:
-    """`bd3 convert export RUN OUT` and `bd3 convert import SOURCE RUN`."""
+def main(args: list[str]) -> int:
+    """`bd3 convert export RUN OUT` and `bd3 convert import SOURCE RUN`; the exit code."""
     commands = {"export": export_run, "import": import_run}
     if not args or args[0] in ("-h", "--help"):
         print("usage: bd3 convert export RUN OUT | bd3 convert import SOURCE RUN   (--help after either for options)")
-        return
+        return 0 if args else 2
     if args[0] not in commands:
         raise ConfigError(f"bd3 convert {args[0]}: unknown direction{did_you_mean(args[0], commands)}")
     commands[args[0]](args[1:])
+    return 0
 
 
 def export_run(args: list[str]) -> None:
@@ -73,23 +80,51 @@ def export_run(args: list[str]) -> None:
 
 
 def import_run(args: list[str]) -> None:
-    """Write a run folder whose checkpoint of step 0 holds the imported weights."""
+    """Write a run folder whose checkpoint of step 0 holds the imported weights; all of it or nothing."""
     options = parse_options(ImportOptions, args, "bd3 convert import")
     source, run = Path(options.source), Path(options.run)
     if run.exists():
         raise ConfigError(f"{run}: exists already; give a folder that does not")
-    ours = source.is_dir() and read_json(source / "config.json").get("model_type") == "bd3_megatron"
-    model, diffusion, weights = load_exported(source) if ours else load_reference(source)
+    beside = source / runs.TOKENIZER
+    tokenizer = Path(options.tokenizer) if options.tokenizer else beside if beside.is_file() else None
+    model, diffusion, weights = _read_source(source, tokenizer, options)
     config = RunConfig(run=str(run), model=model, diffusion=diffusion, train=TrainConfig(precision=options.precision))
     world = parallel.start(ParallelConfig())
     try:
         engine = MegatronEngine(model, diffusion, config.kernels, config.parallel, config.train, world)
         engine.set_weights(weights)
-        run.mkdir(parents=True)
-        checkpoint.save(run, engine, 0, {"tokens": 0, "imported_from": source.name}, keep=1)
-        if (source / runs.TOKENIZER).is_file():
-            (run / runs.TOKENIZER).write_bytes((source / runs.TOKENIZER).read_bytes())
-        save_config(config, run / runs.CONFIG)
+        with staged(run.absolute(), overwrite=False) as folder:
+            checkpoint.save(folder, engine, 0, {"tokens": 0, "imported_from": source.name}, keep=1)
+            if tokenizer is not None:
+                (folder / runs.TOKENIZER).write_bytes(tokenizer.read_bytes())
+            save_config(config, folder / runs.CONFIG)
     finally:
         parallel.stop()
     print(f"{run}: {sum(t.numel() for t in weights.values()):,} parameters as the checkpoint of step 0")
+
+
+def _read_source(source: Path, tokenizer_file: Path | None, options: ImportOptions) -> Loaded:
+    """Model, objective and weights. An export states its special tokens; a reference model's are its tokenizer's."""
+    named = {"--bos": options.bos, "--eos": options.eos, "--mask-id": options.mask_id}
+    stated = [flag for flag, value in named.items() if value is not None]
+    tokenizer = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
+    if source.is_dir() and read_json(source / "config.json").get("model_type") == MODEL_TYPE:
+        if stated:
+            raise ConfigError(f"{stated[0]}: {source} states its own special tokens; leave it out")
+        model, diffusion, weights = load_exported(source)
+    elif tokenizer is None:
+        if options.bos or options.eos:
+            raise ConfigError(f"{stated[0]}: names a token of a tokenizer; give that with --tokenizer")
+        model, diffusion, weights = load_reference(source, options.mask_id)
+    else:
+        special = special_ids(tokenizer, options.bos, options.eos)
+        own_mask = special.mask if tokenizer.id_to_token(special.mask) is not None else None
+        mask_id = own_mask if options.mask_id is None else options.mask_id
+        model, diffusion, weights = load_reference(source, mask_id)
+        model = model.model_copy(update={"bos_id": special.bos, "eos_id": special.eos})
+    if tokenizer is not None and tokenizer.get_vocab_size() > model.vocab_size:
+        raise ConfigError(
+            f"{tokenizer_file}: has {tokenizer.get_vocab_size()} tokens, the model {model.vocab_size}; "
+            f"give the tokenizer it was trained with"
+        )
+    return model, diffusion, weights

@@ -15,7 +15,7 @@ import tyro
 from megatron.core import parallel_state
 from pydantic import Field
 
-from bd3_megatron.config import DiffusionConfig, ModelConfig, Section
+from bd3_megatron.config import DiffusionConfig, ModelConfig, Section, Seed
 from bd3_megatron.diffusion.noise import Purpose, SampleKeys
 from bd3_megatron.engine.base import Engine
 from data_prep.order import RowOrder
@@ -47,6 +47,10 @@ class Evaluation:
     rows: int
     tokens: int
 
+    def record(self) -> dict[str, float | int | None]:
+        """The fields for JSON, which has no NaN: the standard error of a single row is null."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
+
 
 def likelihood_bound(diffusion: DiffusionConfig) -> DiffusionConfig:
     """The objective under which likelihood is reported, whatever interval and schedule it was trained on.
@@ -73,7 +77,8 @@ def evaluate(
     Rows are split over data-parallel ranks; the result is the same on every rank and under every layout.
     """
     diffusion = likelihood_bound(diffusion)
-    order = RowOrder(len(reader), options.seed)
+    # Always the same rows, whatever the seed: it is of the noise alone.
+    order = RowOrder(len(reader), 0)
     count = min(options.rows or len(reader), len(reader))
     _, rows = order.epoch_and_row(np.arange(count))
     share = -(-count // engine.world.data_size)
@@ -131,7 +136,7 @@ class EvalOptions(Section):
     data: str | None = Field(None, description="data set; null means the one the run was trained on")
     rows: int | None = Field(None, ge=2, description="rows used; null means all of the split")
     draws: int = Field(1, ge=1, description="noise draws per row; more make the bound's estimate less noisy")
-    seed: int = Field(0, ge=0, description="seed of the evaluation noise")
+    seed: Seed = Field(0, description="seed of the evaluation noise")
     micro_batch: int | None = Field(None, ge=1, description="rows per forward pass; null means as in training")
     json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
 
@@ -142,22 +147,24 @@ def main(args: list[str]) -> None:
     run = Path(options.run)
     loaded = runs.load(run, options.step, averaged=options.weights == "ema")
     reader = runs.open_split(options.data or loaded.config.data.path, "validation", loaded.config.model)
-    engine = loaded.engine()
-    settings = EvalConfig(rows=options.rows, draws=options.draws, seed=options.seed)
+    # The causal objective has no noise to draw.
+    draws = 1 if loaded.config.diffusion.objective == "causal" else options.draws
+    settings = EvalConfig(rows=options.rows, draws=draws, seed=options.seed)
     micro = options.micro_batch or loaded.config.eval.micro_batch or loaded.config.train.micro_batch
-    result = evaluate(engine, reader, loaded.config.model, loaded.config.diffusion, settings, micro)
+    with loaded.engine() as engine:
+        result = evaluate(engine, reader, loaded.config.model, loaded.config.diffusion, settings, micro)
     manifest = reader.manifest
-    values = asdict(result) | {
+    values = result.record() | {
         "step": loaded.checkpoint.step,
         "weights": options.weights,
-        "draws": options.draws,
+        "draws": draws,
         "unigram_perplexity": manifest.validation_unigram_perplexity,
     }
     if options.json_:
         print(json.dumps(values))
         return
     print(f"checkpoint          step {loaded.checkpoint.step}, {options.weights} weights")
-    print(f"validation rows     {result.rows} of {len(reader)}, {result.tokens} tokens, {options.draws} draw(s) each")
+    print(f"validation rows     {result.rows} of {len(reader)}, {result.tokens} tokens, {draws} draw(s) each")
     print(f"NELBO               {result.nelbo:.4f} +- {result.nelbo_stderr:.4f} nats per token")
     print(f"perplexity          {result.perplexity:.2f} +- {result.perplexity_stderr:.2f}")
-    print(f"unigram perplexity  {manifest.validation_unigram_perplexity:.2f} (same rows, train counts)")
+    print(f"unigram perplexity  {manifest.validation_unigram_perplexity:.2f} (whole split, train counts)")

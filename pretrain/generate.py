@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 import torch
 import tyro
 from pydantic import Field
-from tokenizers import Tokenizer
 
-from bd3_megatron.config import ConfigError, Section
+from bd3_megatron.config import ConfigError, Section, Seed
 from bd3_megatron.sampler import Sampling, sample
+from data_prep.tokenize import load_tokenizer
 from pretrain import runs
 from pretrain.options import parse_options
 
@@ -29,7 +29,7 @@ class SampleOptions(Section):
     steps: int | None = Field(None, ge=1, description="steps per block for --method steps; null means one per token")
     top_p: float = Field(0.9, gt=0, le=1, description="nucleus")
     temperature: float = Field(1.0, ge=0, description="0 takes the most likely token")
-    seed: int = Field(0, ge=0, description="seed of the samples")
+    seed: Seed = Field(0, description="seed of the samples")
     step: int | None = Field(None, ge=0, description="checkpoint to take; null means the newest")
     weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights")
     stop: bool = Field(True, description="stop at EOS and at low entropy")
@@ -42,9 +42,11 @@ def main(args: list[str]) -> None:
     run = Path(options.run)
     loaded = runs.load(run, options.step, averaged=options.weights == "ema")
     model = loaded.config.model
-    if not (run / runs.TOKENIZER).is_file() or model.bos_id is None:
+    if not (run / runs.TOKENIZER).is_file():
         raise ConfigError(f"{run}: has no {runs.TOKENIZER}; copy the one the model was trained with into it")
-    tokenizer = Tokenizer.from_file(str(run / runs.TOKENIZER))
+    if model.bos_id is None:
+        raise ConfigError(f"{run / runs.CONFIG}: model.bos_id=null: set it to the id that begins a row")
+    tokenizer = load_tokenizer(run / runs.TOKENIZER)
     prompt = [model.bos_id, *tokenizer.encode(options.prompt, add_special_tokens=False).ids]
     if model.mask_id in prompt:
         raise ConfigError(
@@ -56,21 +58,23 @@ def main(args: list[str]) -> None:
             f"--tokens {options.tokens or 1}: the prompt has {len(prompt)} tokens with BOS and a row of this model "
             f"{model.length}; use {max(space, 0)} or fewer, or a shorter prompt"
         )
-    engine = loaded.engine()
-    generator = torch.Generator(engine.world.device).manual_seed(options.seed)
     sampling = Sampling(options.method, options.steps, options.top_p, options.temperature, options.stop)
-    result = sample(
-        engine.module,
-        torch.tensor([prompt] * options.count, device=engine.world.device),
-        options.tokens or space,
-        sampling,
-        model.eos_id if options.stop else None,
-        generator,
-    )
+    with loaded.engine() as engine:
+        device = engine.world.device
+        result = sample(
+            engine.module,
+            torch.tensor([prompt] * options.count, device=device),
+            options.tokens or space,
+            sampling,
+            model.eos_id if options.stop else None,
+            torch.Generator(device).manual_seed(options.seed),
+        )
     for number, (ids, end) in enumerate(zip(result.ids.tolist(), result.ends)):
         text = tokenizer.decode(ids[1:end], skip_special_tokens=True)
         if options.json_:
-            print(json.dumps({"sample": number, "text": text, "tokens": end, "nfe": result.nfe}, ensure_ascii=False))
+            record = {"sample": number, "text": text, "tokens": end - len(prompt), "nfe": result.nfe}
+            print(json.dumps(record, ensure_ascii=False))
         else:
             print(text if options.count == 1 else f"--- sample {number + 1}\n{text}")
-    print(f"{sum(result.ends)} tokens in {result.nfe} calls (step {loaded.checkpoint.step})", file=sys.stderr)
+    new = sum(end - len(prompt) for end in result.ends)
+    print(f"{new} new tokens in {result.nfe} calls (step {loaded.checkpoint.step})", file=sys.stderr)

@@ -61,7 +61,13 @@ def load_run_config(args: list[str], prog: str = "bd3 pretrain") -> RunConfig:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write ``config`` as YAML under a temporary name and rename it: ``path`` is complete or untouched."""
+    """Write ``config`` as YAML under a temporary name and rename it: ``path`` is complete or untouched.
+
+    ``data.path`` is stored absolute, because what reads the file later may be called from another folder.
+    """
+    if config.data.path is not None:
+        data = config.data.model_copy(update={"path": os.path.abspath(config.data.path)})
+        config = config.model_copy(update={"data": data})
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -174,6 +180,13 @@ def _overlay_section(values: dict[str, Any], cls: type[BaseModel], document: Any
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which a key given twice is an error: the first would be lost without a word."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError):  # as in 2020-99-99, or !!int x
+            problem = f"{show(node.value)} is not the {node.tag.rpartition(':')[2]} it looks like; put quotes around it"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

@@ -45,6 +45,8 @@ def parse_options(cls: type[Model], args: list[str], prog: str, default: Model |
     if any(arg in HELP for arg in args):
         tyro.cli(cls, prog=prog, args=["--help"], default=default)
     given = scan_options(cls, args)
+    if default is None:
+        _check_positionals(cls, given, prog)
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -77,13 +79,16 @@ def scan_options(cls: type[BaseModel], args: Iterable[str]) -> dict[str, list[st
         if not _is_flag(word):
             loose.append(word)
             continue
-        flag, equals, value = word.partition("=")
-        flag = flag.replace("_", "-")
+        flag, (_, equals, value) = _name(word), word.partition("=")
         if flag in negations and not equals:
             given[negations[flag]] = ["false"]
         elif flag in names:
             path = names[flag]
             given[path] = [value] if equals else _take(fields[path], rest)
+            if not given[path] and _kind(fields[path]) is None and rest and _name(rest[0]) not in {*names, *negations}:
+                raise ConfigError(
+                    f"{flag}: a value is missing; one that begins with - is written {flag}={show(rest[0])}"
+                )
             _convert(cls, path, given[path])
         else:
             raise ConfigError(f"{word.partition('=')[0]}: unknown option{did_you_mean(flag, [*names, *negations])}")
@@ -138,10 +143,7 @@ def validate(cls: type[Model], values: Mapping[str, Any]) -> Model:
     if first["type"] == "value_error":
         raise ConfigError(str(first["ctx"]["error"]))
     if first["type"] == "missing":
-        field = leaves(cls).get(path)
-        raise ConfigError(
-            f"{path}: required; give it" if field and _is_positional(field) else f"{_flag(path)}: required"
-        )
+        raise ConfigError(f"{_flag(path)}: required")
     if first["type"] == "extra_forbidden":
         raise ConfigError(f"{path}: unknown key{did_you_mean(path, leaves(cls))}")
     raise ConfigError(f"{path}={show(first['input'])}: {_remedy(first)}")
@@ -192,6 +194,11 @@ def show(value: Any) -> str:
 def _flag(path: str) -> str:
     # A trailing underscore keeps a field's name off pydantic's own methods: json_ is --json.
     return "--" + path.rstrip("_").replace("_", "-")
+
+
+def _name(word: str) -> str:
+    """The flag in ``--model.kv_heads=4``, as :func:`_flag` writes it."""
+    return word.partition("=")[0].replace("_", "-")
 
 
 def _negation(path: str) -> str:
@@ -266,6 +273,18 @@ def _place(cls: type[BaseModel], loose: list[str], given: dict[str, list[str]]) 
         )
 
 
+def _check_positionals(cls: type[BaseModel], given: Mapping[str, list[str]], prog: str) -> None:
+    """Refuse a command line without its positional words and show how the command is called."""
+    required = {path: field for path, field in leaves(cls).items() if field.is_required()}
+    missing = [path for path, field in required.items() if _is_positional(field) and path not in given]
+    if missing:
+        words = [prog]
+        for path, field in required.items():
+            words += [] if _is_positional(field) else [_flag(path)]
+            words.append(path.upper() + ("..." if _kind(field) else ""))
+        raise ConfigError(f"{missing[0].upper()} is missing; usage: {' '.join(words)} [OPTIONS]")
+
+
 def _canonical(cls: type[BaseModel], given: Mapping[str, list[str]]) -> list[str]:
     """The arguments as tyro wants them: positionals first, switches by name, ``None`` for null, 4 for 4.0."""
     fields = leaves(cls)
@@ -299,7 +318,7 @@ def _remedy(error: Mapping[str, Any]) -> str:
         "less_than": "use a value below {lt:g}",
         "literal_error": "use {expected}",
         "finite_number": "not a finite number",
-        "string_type": "not a text; put quotes around it",
+        "string_type": "a text is needed" if error["input"] is None else "not a text; put quotes around it",
         "too_short": "give at least {min_length}",
         "value_error": "{error}",
     }

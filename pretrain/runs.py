@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from torch import Tensor
 from bd3_megatron import parallel
 from bd3_megatron.config import ConfigError, ModelConfig
 from bd3_megatron.engine.megatron import MegatronEngine
+from bd3_megatron.hf.mapping import check_shapes, entries
 from data_prep.manifest import Manifest, SplitName
 from data_prep.reader import RowReader
 from pretrain import checkpoint
@@ -76,26 +79,38 @@ class LoadedRun:
     checkpoint: checkpoint.Checkpoint
     weights: dict[str, Tensor]
 
-    def engine(self) -> MegatronEngine:
-        """The model with these weights in a world of 1, ready to evaluate or sample."""
+    @contextmanager
+    def engine(self) -> Iterator[MegatronEngine]:
+        """The model with these weights, ready to evaluate or sample, in a world of 1 that ends with the context."""
         config = self.config
-        alone = config.parallel.model_copy(update={"tensor": 1, "pipeline": 1, "sequence": False})
+        # Another machine than the one trained on may have no GPU.
+        alone = config.parallel.model_copy(update={"tensor": 1, "pipeline": 1, "sequence": False, "backend": "auto"})
         world = parallel.start(alone)
-        engine = MegatronEngine(
-            config.model, config.diffusion, config.kernels, alone, config.train, world, training=False
-        )
-        engine.set_weights(self.weights)
-        return engine
+        try:
+            engine = MegatronEngine(
+                config.model, config.diffusion, config.kernels, alone, config.train, world, training=False
+            )
+            engine.set_weights(self.weights)
+            yield engine
+        finally:
+            parallel.stop()
 
 
 def load(run: Path, step: int | None = None, averaged: bool = True) -> LoadedRun:
     """Read a run folder.
 
     Raises:
-        ConfigError: not a run folder, or no such checkpoint.
+        ConfigError: not a run folder, no such checkpoint, or one of another model than the configuration's.
     """
     if not (run / CONFIG).is_file():
         raise ConfigError(f"{run}: not a run folder ({CONFIG} is missing); give the folder that bd3 pretrain wrote")
     config = load_saved(run / CONFIG)
     found = checkpoint.find(run, step)
-    return LoadedRun(config, found, checkpoint.read_weights(found, averaged))
+    if config.model.mask_id is None:
+        raise ConfigError(f"{run / CONFIG}: model.mask_id=null: set it to the id the model was trained with")
+    weights = checkpoint.read_weights(found, averaged)
+    try:
+        check_shapes(weights, {entry.megatron: entry.shape for entry in entries(config.model)})
+    except ConfigError as error:
+        raise ConfigError(f"{run / CONFIG}: {error}") from None
+    return LoadedRun(config, found, weights)

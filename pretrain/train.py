@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
 import platform
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from bd3_megatron import flops, parallel
 from bd3_megatron.config import ConfigError, check_layout
+from bd3_megatron.diffusion.schedule import mean_mask_probability
 from bd3_megatron.engine.base import StepResult
 from bd3_megatron.engine.megatron import MegatronEngine
 from data_prep.manifest import Manifest
@@ -31,7 +33,8 @@ from pretrain.metrics import MetricsWriter, read_metrics, series
 from pretrain.plots import ascii_curve, plot_curves
 from pretrain.progress import Progress, Throughput
 
-# What may change when a run goes on: how long, where and how it is watched, not what is computed.
+# What may change when a run goes on: how long, where and how it is watched. (A decaying learning rate follows
+# train.steps, so a longer run has another rate from here on.)
 _FREE = ("run", "parallel", "log", "eval", "checkpoint", "train.steps", "train.micro_batch", "data.path")
 
 
@@ -52,31 +55,47 @@ def train(config: RunConfig) -> Path:
     if config.data.path is None:
         raise ConfigError("data.path: not set; give the folder that bd3 prep wrote with --data.path")
     reader = RowReader(config.data.path, "train")
+    validation = RowReader(config.data.path, "validation")
     model = runs.resolve_model(config.model, reader.manifest, config.data.path)
     config = config.model_copy(update={"model": model})
     run = Path(config.run)
     _check_same_run(run, config)
+    found = _checkpoint_to_resume(run, config, reader.manifest)
     world = parallel.start(config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, _store(ranks, config))
+    lock = None
     try:
         if world.is_first:
-            _prepare_folder(run, config, reader.manifest)
+            lock = _prepare_folder(run, config, reader.manifest)
         dist.barrier()
         engine = MegatronEngine(
             model, config.diffusion, config.kernels, config.parallel, config.train, world, config.train.seed
         )
-        Trainer(config, run, engine, reader).run()
+        if found is not None:
+            checkpoint.restore(found, engine)
+        with Trainer(config, run, engine, reader, validation, found.step if found else 0) as trainer:
+            trainer.run()
     finally:
+        if lock is not None:
+            os.close(lock)
         parallel.stop()
     return run
 
 
 class Trainer:
-    """The loop over steps: train, record, evaluate, checkpoint."""
+    """The loop over steps: train, record, evaluate, checkpoint. Leaving the context closes files and progress bar."""
 
-    def __init__(self, config: RunConfig, run: Path, engine: MegatronEngine, reader: RowReader):
-        self.config, self.folder, self.engine, self.reader = config, run, engine, reader
+    def __init__(
+        self,
+        config: RunConfig,
+        run: Path,
+        engine: MegatronEngine,
+        reader: RowReader,
+        validation: RowReader,
+        step: int,
+    ):
+        self.config, self.folder, self.engine, self.step = config, run, engine, step
+        self.reader, self.validation = reader, validation
         self.first = engine.world.is_first
-        self.validation = RowReader(config.data.path, "validation")
         train = config.train
         self.batches = Batches(
             reader,
@@ -89,7 +108,6 @@ class Trainer:
             order_seed=train.seed if config.data.seed is None else config.data.seed,
             noise_seed=train.seed,
         )
-        self.step = self._resume()
         # At step 0 the first evaluation is made (again): of a run that got no further, no record is kept.
         kept = self.step or -1
         board = config.log.tensorboard and self.step < train.steps
@@ -98,10 +116,18 @@ class Trainer:
         self.throughput = Throughput(
             self.step,
             self._tokens(self.step),
-            useful_flops=flops.training_flops_per_token(config.model, config.diffusion),
+            useful_flops=flops.training_flops_per_token(config.model, config.diffusion, _mask_rate(config)),
             model_flops=flops.six_n(config.model),
             peak_flops=peak_flops(config.log.peak_tflops, train.precision) * engine.world.size,
         )
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.first:
+            self.progress.close()
+            self.metrics.close()
 
     def run(self) -> None:
         """Train to the last step, leave a checkpoint, an evaluation and the curves of it."""
@@ -157,7 +183,7 @@ class Trainer:
         with self.throughput.paused(), self.engine.averaged():
             result = evaluate(self.engine, self.validation, config.model, config.diffusion, config.eval, micro)
         if self.first:
-            self.metrics.validation(self.step, asdict(result))
+            self.metrics.validation(self.step, result.record())
             self._say(
                 f"step {self.step} | validation perplexity {result.perplexity:.2f} +- {result.perplexity_stderr:.2f} "
                 f"(unigram {self.reader.manifest.validation_unigram_perplexity:.2f}) | "
@@ -177,30 +203,11 @@ class Trainer:
         with self.throughput.paused():
             checkpoint.save(self.folder, self.engine, self.step, meta, config.checkpoint.keep)
 
-    def _resume(self) -> int:
-        """Step of the newest good checkpoint after restoring it; 0 for a new run."""
-        found = checkpoint.newest(self.folder, warn=self._say)
-        if found is None:
-            if checkpoint.exists(self.folder):
-                raise ConfigError(
-                    f"{self.folder}/checkpoints: none is whole; put one back, or start again with another --run"
-                )
-            return 0
-        data = runs.data_identity(self.reader.manifest)
-        if found.meta.get("data", data) != data:
-            raise ConfigError(
-                f"data.path={self.config.data.path}: not the data {found.path} was trained on; "
-                f"use the data set of the run, or another --run"
-            )
-        checkpoint.restore(found, self.engine)
-        return found.step
-
     def _finish(self) -> None:
         unigram = self.reader.manifest.validation_unigram_perplexity
         plot = plot_curves(self.folder, reference={"unigram": unigram})
         records = read_metrics(self.folder)
         self.progress.close()
-        self.metrics.close()
         _, losses = series(records, "train", "loss")
         _, perplexities = series(records, "validation", "perplexity")
         self._say(ascii_curve(losses, "train loss"))
@@ -222,13 +229,8 @@ class Trainer:
         )
 
     def _say(self, text: str) -> None:
-        if not self.engine.world.is_first:
-            return
-        progress = getattr(self, "progress", None)
-        if progress is not None:
-            progress.message(text)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        if self.first:
+            self.progress.message(text)
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
@@ -276,8 +278,38 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
             yield f"{prefix}{key}", old, new
 
 
-def _prepare_folder(run: Path, config: RunConfig, manifest: Manifest) -> None:
+def _checkpoint_to_resume(run: Path, config: RunConfig, manifest: Manifest) -> checkpoint.Checkpoint | None:
+    """The newest good checkpoint, or None for a new run; refuses to go on with other data."""
+    found = checkpoint.newest(run, warn=lambda text: print(text, file=sys.stderr, flush=True))
+    if found is None and checkpoint.exists(run):
+        raise ConfigError(f"{run}/checkpoints: none is whole; put one back, or start again with another --run")
+    data = runs.data_identity(manifest)
+    if found is not None and found.meta.get("data", data) != data:
+        raise ConfigError(
+            f"data.path={config.data.path}: not the data {found.path} was trained on; "
+            f"use the data set of the run, or another --run"
+        )
+    return found
+
+
+def _mask_rate(config: RunConfig) -> float:
+    diffusion = config.diffusion
+    return mean_mask_probability(diffusion.schedule, diffusion.beta, diffusion.omega)
+
+
+def _prepare_folder(run: Path, config: RunConfig, manifest: Manifest) -> int:
+    """Make the run folder and write what describes the run; returns the descriptor that holds the folder's lock.
+
+    Raises:
+        ConfigError: another process of this machine trains in it.
+    """
     run.mkdir(parents=True, exist_ok=True)
+    lock = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ConfigError(f"run={run}: another process is training in it; wait for it or use another --run") from None
     tokenizer = run / runs.TOKENIZER
     if not tokenizer.exists():
         partial = tokenizer.with_suffix(".partial")
@@ -287,6 +319,7 @@ def _prepare_folder(run: Path, config: RunConfig, manifest: Manifest) -> None:
     lines += [f"{name} {version(name)}" for name in ("bd3-megatron", "torch", "megatron-core", "numpy")]
     (run / "versions.txt").write_text("\n".join(lines) + "\n")
     save_config(config, run / runs.CONFIG)
+    return lock
 
 
 def _store(ranks: Ranks, config: RunConfig) -> dist.Store | None:

@@ -57,3 +57,8 @@ def mask_probability_and_weight(schedule: str, t: Levels) -> tuple[Levels, Level
         KeyError: unknown schedule name.
     """
     return SCHEDULES[schedule](np.asarray(t, dtype=np.float64))
+
+
+def mean_mask_probability(schedule: str, beta: float, omega: float) -> float:
+    """Expected fraction of masked tokens for ``t ~ U[beta, omega]``."""
+    return float(mask_probability_and_weight(schedule, np.linspace(beta, omega, 1001))[0].mean())

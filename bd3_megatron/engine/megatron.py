@@ -23,8 +23,9 @@ from bd3_megatron import cpu_compat
 from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, OptimizationConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.engine.base import StepResult
-from bd3_megatron.model import BlockDiffusionModel, global_name, initialize, local_shard
+from bd3_megatron.model import BlockDiffusionModel, global_name, initialize, vocabulary_rows
 from bd3_megatron.parallel import World
+from bd3_megatron.shards import local_shard, whole_view
 
 
 class MegatronEngine:
@@ -50,15 +51,16 @@ class MegatronEngine:
         self.world = world
         self.optimization = optimization
         bf16 = optimization.precision == "bf16"
-        self.module = BlockDiffusionModel(
-            model,
-            diffusion,
-            kernels,
-            parallel,
-            bf16=bf16,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-        )
+        with cpu_compat.redirected():  # tied weights over stages are shared by a call that names CUDA
+            self.module = BlockDiffusionModel(
+                model,
+                diffusion,
+                kernels,
+                parallel,
+                bf16=bf16,
+                pre_process=parallel_state.is_pipeline_first_stage(),
+                post_process=parallel_state.is_pipeline_last_stage(),
+            )
         initialize(self.module, seed)
         self.module.to(world.device)
         self.chunk = Float16Module(self.module.config, self.module) if bf16 else self.module
@@ -123,11 +125,11 @@ class MegatronEngine:
         state = {}
         for name, master in self._masters().items():
             slots = self._slots(master)
-            state[f"weights/{name}"] = master.detach()
-            state[f"exp_avg/{name}"] = slots["exp_avg"]
-            state[f"exp_avg_sq/{name}"] = slots["exp_avg_sq"]
+            held = {"weights": master, "exp_avg": slots["exp_avg"], "exp_avg_sq": slots["exp_avg_sq"]}
             if self.ema:
-                state[f"ema/{name}"] = self.ema[name]
+                held["ema"] = self.ema[name]
+            rows = vocabulary_rows(name, self.module.model)
+            state |= {f"{section}/{name}": whole_view(tensor, master, rows) for section, tensor in held.items()}
         return state
 
     def loaded(self, steps: int) -> None:

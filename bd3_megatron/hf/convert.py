@@ -111,7 +111,8 @@ def export(
         partial.chmod(0o755)
         os.replace(partial, out)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"out={out}: cannot be written: {error}") from None
+        # An OSError's full text names the temporary folder.
+        raise ConfigError(f"out={out}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -171,6 +172,9 @@ def _tokenizer(path: Path, tokens: TokenIds, model: ModelConfig) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise ConfigError(f"tokenizer={path}: not a readable tokenizer.json: {error}") from None
+    # Stored in the file, they would cut or fill prompts without a word.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     size = tokenizer.get_vocab_size()
     if tokenizer.id_to_token(tokens.mask) is None:
         tokenizer.add_special_tokens([AddedToken(MASK_TOKEN, special=True, normalized=False)])

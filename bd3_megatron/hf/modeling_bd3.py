@@ -306,7 +306,10 @@ class Sampler:
         """One token per logit vector, ``[..., V] -> [...]``; in fp64, because fp32 distorts the tail."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        probabilities = torch.softmax(logits.double() / self.temperature, dim=-1).flatten(0, -2)
+        logits = logits.double()
+        # Shifted before the division: a tiny temperature then gives -inf at worst, never inf.
+        shifted = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        probabilities = torch.softmax(shifted, dim=-1).flatten(0, -2)
         if self.top_p < 1:
             ordered, order = probabilities.sort(dim=-1, descending=True)
             # A token stays when the likelier ones fall short of top_p, so at least the first does.

@@ -49,6 +49,14 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
 
 
+@pytest.mark.parametrize("name", ["convert", "bench"])
+def test_a_command_of_commands_alone_shows_them(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [cli.main([name]), cli.main([name, "--help"])] == [2, 0]
+    once, again = capsys.readouterr().out.splitlines()
+    assert once == again
+    assert once.startswith(f"usage: bd3 {name} ")
+
+
 @pytest.mark.parametrize(
     ("name", "line"),
     [
@@ -168,6 +176,6 @@ def test_prep_prints_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert shown[0].startswith(f"{out}: 16 tokens per row, vocabulary ")
     assert [line.split(":")[0].strip() for line in shown[1:3]] == ["train", "validation"]
     assert cli.main(["prep", "--out", str(out)]) == 2
-    assert capsys.readouterr().err == "inputs: required; give it\n"
+    assert capsys.readouterr().err == "INPUTS is missing; usage: bd3 prep INPUTS... --out OUT [OPTIONS]\n"
     assert cli.main(["prep", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "x")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

@@ -144,7 +144,8 @@ def test_the_default_need_not_be_valid_by_itself() -> None:
         ("a --out o --steps 1 x", "steps=1 x: not an integer"),
         ("a --out o --shares web", "shares=web: keys and values come in pairs"),
         ("a", "--out: required"),
-        ("--out o", "inputs: required; give it"),
+        ("--out o", "INPUTS is missing; usage: bd3 example INPUTS... --out OUT [OPTIONS]"),
+        ("a --out -x", "--out: a value is missing; one that begins with - is written --out=-x"),
     ],
 )
 def test_mistakes(words: str, line: str) -> None:

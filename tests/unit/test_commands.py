@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer
 from transformers import AutoModelForMaskedLM, AutoTokenizer, dynamic_module_utils
 
@@ -21,6 +22,7 @@ from bd3_megatron.config import DiffusionConfig, ModelConfig
 from bd3_megatron.diffusion.noise import Purpose, SampleKeys
 from data_prep.order import RowOrder
 from data_prep.reader import RowReader
+from pretrain import runs
 from pretrain.batches import make_batch
 from pretrain.evaluate import likelihood_bound
 from pretrain.load import load_saved
@@ -28,6 +30,7 @@ from pretrain.metrics import read_metrics
 from tests.conftest import LENGTH
 from tests.unit.commands import Done, bd3
 
+GOLDEN = Path(__file__).parents[1] / "data" / "bd3lm_block8.safetensors"
 MODELS = {
     "qwen3": "--model.kv-heads 2 --model.tie-embeddings true --diffusion.block-size 4",
     "dit": "--model.backbone dit --diffusion.block-size 8 --diffusion.draws 2",
@@ -136,9 +139,10 @@ def test_samples_continue_the_prompt(loop):
     assert [sample["sample"] for sample in samples] == [0, 1]
     assert all(sample["text"].startswith("Emma") for sample in samples)
     assert len({sample["text"] for sample in samples}) == 2
-    assert all(sample["tokens"] <= LENGTH for sample in samples)
+    prompt = len(Tokenizer.from_file(str(loop.run / "tokenizer.json")).encode("Emma").ids)
+    assert all(sample["tokens"] <= LENGTH - prompt - 1 for sample in samples)  # BOS and prompt are not new
     total = sum(sample["tokens"] for sample in samples)
-    assert loop.done["sample"].err == f"{total} tokens in {samples[0]['nfe']} calls (step 3)\n"
+    assert loop.done["sample"].err == f"{total} new tokens in {samples[0]['nfe']} calls (step 3)\n"
 
 
 def test_the_exported_tokenizer_is_the_runs(loop):
@@ -199,8 +203,9 @@ MISTAKES = {
     "prep latin.jsonl --out new --tokenizer bpe:300": "latin.jsonl:1: not UTF-8 at byte 24",
     "prep corpus.jsonl --out new --tokenizer gpt5": "gpt5: no such tokenizer file",
     "prep corpus.jsonl --out new --tokenizer bpe:10": "tokenizer=bpe:10: no room for",
+    "prep corpus.jsonl --out new --tokenizer bpe:99999999999999999999999": "after bpe: goes a number of entries below",
     "prep corpus.jsonl --out file/new --tokenizer bpe:300": "file/new: cannot be written",
-    "prep corpus.jsonl --out /proc/new --tokenizer bpe:300": "/proc/new: cannot be written",
+    "prep corpus.jsonl --out /proc/new --tokenizer bpe:300": "/proc/new: cannot be written (No such file or directory)",
     "prep corpus.jsonl --out run --tokenizer bpe:300": "run: exists and is not a data set",
     # pretrain
     f"{PRETRAIN} --train.stepz 3": "--train.stepz: unknown option; did you mean --train.steps?",
@@ -219,7 +224,7 @@ MISTAKES = {
     f"{PRETRAIN} --run /proc/new": "/proc/new: cannot read or write: No such file or directory",
     f"{PRETRAIN} --parallel.tensor 2": "their product 2 does not divide the world of 1",
     # eval
-    "eval": "run: required; give it",
+    "eval": "RUN is missing; usage: bd3 eval RUN [OPTIONS]",
     "eval nowhere": "nowhere: not a run folder (config.yaml is missing)",
     "eval data": "data: not a run folder (config.yaml is missing)",
     "eval run --step 7": "step 7: no checkpoint run/checkpoints/step-00000007; there are: 1",
@@ -231,17 +236,31 @@ MISTAKES = {
     "sample run --top-p 0": "top_p=0: use a value above 0",
     "sample run --method best": "method=best: use first_hitting or steps",
     "sample run --prompt <|mask|>": "--prompt: holds the mask token",
+    "sample run --prompt -x": "--prompt: a value is missing; one that begins with - is written --prompt=-x",
+    "sample run --seed 99999999999999999999": "seed=99999999999999999999: use a value below 9.22337e+18",
     # convert
     "convert exprot run new": "bd3 convert exprot: unknown direction; did you mean export?",
     "convert export nowhere new": "nowhere: not a run folder",
     "convert export run data": "out=data: exists and is not an empty folder",
     "convert export run file/new": "out=file/new: cannot be written",
-    "convert export run /proc/new": "out=/proc/new: cannot be written",
+    "convert export run /proc/new": "out=/proc/new: cannot be written: No such file or directory",
     "convert import nowhere new": "nowhere: no such file",
     "convert import data new": "data/config.json: no such file",
     "convert import file new": "file: not a readable safetensors file",
     "convert import run run": "run: exists already",
+    f"convert import {GOLDEN} /proc/new": "/proc/new: cannot be written (No such file or directory)",
+    f"convert import {GOLDEN} new --mask-id 999": "model.mask_id=999: not below model.vocab_size=",
+    f"convert import {GOLDEN} new --bos <s>": "--bos: names a token of a tokenizer; give that with --tokenizer",
+    f"convert import {GOLDEN} new --tokenizer file": "file: not a tokenizer",
+    f"convert import {GOLDEN} new --tokenizer data/tokenizer.json": "data/tokenizer.json: has 300 tokens, the model ",
+    # bench
+    "bench step --heads 3": "model.heads=3: model.hidden=256 is not divisible by 3",
+    "bench step --lengths 64 100": "diffusion.block_size=16: model.length=100 is not divisible by 16",
+    "bench step --lengths 1 --block-size 1": "lengths=1: use 2 or more",
+    "bench step --lengths": "lengths=: give at least 1",
 }
+if not torch.cuda.is_available():
+    MISTAKES[f"{PRETRAIN} --parallel.backend nccl"] = "parallel.backend=nccl: no CUDA device here; use auto or gloo"
 
 
 @pytest.mark.parametrize("line", MISTAKES)
@@ -271,6 +290,58 @@ def test_a_run_without_a_tokenizer_or_with_damaged_checkpoints_is_told(workplace
             2,
             "run/checkpoints: no complete checkpoint; let bd3 pretrain reach one\n",
         )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("layers: 2", "layers: 1", "weights: decoder.layers.1."),
+        ("vocab_size: 300", "vocab_size: null", "model.vocab_size=null: "),
+        ("mask_id: 2", "mask_id: null", "model.mask_id=null: "),
+        ("bos_id: 0", "bos_id: null", "model.bos_id=null: "),
+    ],
+)
+def test_a_configuration_that_does_not_fit_the_checkpoint_is_told(old, new, line, workplace, tmp_path_factory):
+    config = workplace / "run" / "config.yaml"
+    text = config.read_text()
+    assert text.count(old) == 1
+    config.write_text(text.replace(old, new))
+    done = bd3("sample", "run", log=tmp_path_factory.mktemp("log") / "log")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert done.err.startswith(f"run/config.yaml: {line}")
+
+
+def test_the_runs_tokenizer_is_read_with_care(workplace, tmp_path_factory):
+    log, path = tmp_path_factory.mktemp("log") / "log", workplace / "run" / "tokenizer.json"
+    before = bd3("sample", "run", "--prompt", "Emma Woodhouse, handsome", log=log)
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(path))
+    assert bd3("sample", "run", "--prompt", "Emma Woodhouse, handsome", log=log) == before
+    assert before.code == 0
+    path.write_bytes(path.read_bytes()[:1000])
+    done = bd3("sample", "run", log=log)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert done.err.startswith("run/tokenizer.json: not a tokenizer (")
+
+
+def test_a_run_can_be_evaluated_from_elsewhere(workplace, tmp_path_factory, monkeypatch):
+    """Its data set is found, and a backend that needs a GPU is not asked for."""
+    log = tmp_path_factory.mktemp("log") / "log"
+    line = f"{PRETRAIN} --diffusion.block-size 4 --train.steps 1"
+    assert bd3(*line.split(), log=log).code == 0
+    config = workplace / "new" / "config.yaml"
+    config.write_text(config.read_text().replace("backend: auto", "backend: nccl"))
+    monkeypatch.chdir(log.parent)
+    assert bd3("eval", workplace / "new", "--rows", "8", log=log).code == 0
+
+
+def test_a_run_is_opened_as_often_as_one_likes(trained):
+    loaded = runs.load(trained)
+    for _ in range(2):
+        with loaded.engine() as engine:
+            assert engine.world.size == 1
+        assert not dist.is_initialized()
 
 
 def test_a_damaged_shard_is_told(workplace, tmp_path_factory):

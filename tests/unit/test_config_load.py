@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from bd3_megatron.config import ConfigError, ModelConfig, check_layout
 from pretrain import load
-from pretrain.config import RunConfig
+from pretrain.config import DataConfig, RunConfig
 from pretrain.load import load_run_config, load_saved, presets, save_config
 
 GPT2_AND_MASK = 50_258
@@ -98,6 +98,13 @@ def test_empty_files_and_sections(file: Path, text: str) -> None:
         ("train: {lr: .inf}", "train.lr=inf: not a finite number"),
         ("train: {dropout: .1}", "train.dropout: unknown key; did you mean model.dropout?"),
         ("run: 3", "run=3: not a text; put quotes around it"),
+        ("run: null", "run=null: a text is needed"),
+        (
+            "run:\n  2020-99-99",
+            "line 2 is not YAML: 2020-99-99 is not the timestamp it looks like; put quotes around it",
+        ),
+        ("train: {steps: !!int x}", "line 1 is not YAML: x is not the int it looks like"),
+        ("log: {tensorboard: !!bool x}", "line 1 is not YAML: x is not the bool it looks like"),
         ("model: 3", "model=3: not a section; write 'key: value' lines below it"),
         ("- model", "not a configuration; write 'key: value' lines"),
         ("model: [", "line 1 is not YAML: expected the node content, but found '<stream end>'"),
@@ -161,6 +168,12 @@ def test_saved_configurations_come_back_equal(
     save_config(config, path)
     assert load_saved(path) == config
     assert [file.name for file in path.parent.iterdir() if file.name.startswith(".saved")] == []
+
+
+def test_the_data_set_is_found_from_another_folder(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_config(RunConfig(data=DataConfig(path="some/../data")), file)
+    assert load_saved(file) == RunConfig(data=DataConfig(path=str(tmp_path / "data")))
 
 
 def test_a_failed_save_leaves_the_old_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

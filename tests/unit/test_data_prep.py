@@ -203,6 +203,7 @@ def test_a_data_set_with_a_cut_shard_is_not_reused(tmp_path):
         ({"validation_fraction": 1e-9}, "none of 60 documents falls into the validation split"),
         ({"validation_fraction": 1 - 1e-9}, "none of 60 documents falls into the train split"),
         ({"tokenizer": "bpe:many"}, "tokenizer=bpe:many"),
+        ({"tokenizer": "bpe:" + "9" * 5000}, "after bpe: goes a number of entries below 100000000"),
         ({"tokenizer": "bpe:100"}, "tokenizer=bpe:100"),
         ({"tokenizer": "missing.json"}, "missing.json: no such tokenizer file"),
         ({"bos": "<nope>"}, "--bos <nope>"),
@@ -270,7 +271,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shards.os, "fsync", full)
-    assert "No space left on device" in refused(tmp_path, asked(tmp_path))
+    says = refused(tmp_path, asked(tmp_path))
+    assert says.startswith(f"{tmp_path / 'data'}: cannot be written (No space left on device); make room")
 
 
 def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):

@@ -115,9 +115,9 @@ def test_the_seed_and_further_draws_change_the_estimate(world, reader):
 
 
 @pytest.mark.parametrize("rows", [2, 5, 33])
-def test_a_subset_is_the_first_rows_of_the_order(world, reader, rows):
+def test_a_subset_is_the_first_rows_of_one_order_whatever_the_seed(world, reader, rows):
     result = evaluated(world, reader, CAUSAL, rows=rows, seed=3)
-    _, chosen = RowOrder(len(reader), 3).epoch_and_row(np.arange(rows))
+    _, chosen = RowOrder(len(reader), 0).epoch_and_row(np.arange(rows))
     engine = tiny.engine(world, of_data(reader), CAUSAL)
     exact = log_likelihood(engine.module, torch.from_numpy(reader.rows(chosen)))
     assert (result.rows, result.tokens) == (rows, rows * 31)

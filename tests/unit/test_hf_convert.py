@@ -245,6 +245,17 @@ def test_the_tokenizer_gains_the_mask_it_lacks(tmp_path, tokenizer_file):
     assert tokenizer.decode([2, 6, 1], skip_special_tokens=True).strip() == "the"
 
 
+def test_an_exported_tokenizer_neither_cuts_nor_pads(tmp_path, tokenizer_file):
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=4)
+    tokenizer.save(str(tokenizer_file))
+    model = MODELS["qwen3"]
+    export(random_weights(model), model, DIFFUSION, TOKENS, tokenizer_file, tmp_path / "out")
+    written = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert (written.truncation, written.padding) == (None, None)
+
+
 def test_a_mask_of_the_tokenizers_own_is_kept(tmp_path, tokenizer_file):
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     tokenizer.add_special_tokens(["[MASK]"])
@@ -285,7 +296,7 @@ def test_nothing_is_left_of_an_export_that_fails(error, tmp_path, monkeypatch):
     with pytest.raises(expected) as caught:
         export(random_weights(model), model, DIFFUSION, TOKENS, None, tmp_path / "out")
     if expected is ConfigError:
-        assert str(caught.value) == f"out={tmp_path / 'out'}: cannot be written: [Errno 28] No space left on device"
+        assert str(caught.value) == f"out={tmp_path / 'out'}: cannot be written: No space left on device"
     assert entries_of(tmp_path) == []
 
 

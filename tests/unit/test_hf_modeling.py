@@ -322,6 +322,13 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(values, top_p, tempe
         assert likelier < top_p + 1e-9
 
 
+@pytest.mark.parametrize("temperature", [1e-9, 1e-320])
+def test_a_tiny_temperature_takes_the_likeliest_token(temperature):
+    logits = 30 * torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    how = Sampler("steps", 1, 0.9, temperature, torch.Generator().manual_seed(0))
+    assert torch.equal(how.draw(logits), logits.argmax(-1))
+
+
 def test_draws_follow_the_probabilities():
     probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
     how = Sampler("steps", 1, 0.8, 1.0, torch.Generator().manual_seed(0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from bd3_megatron.config import DiffusionConfig
 from bd3_megatron.model import BlockDiffusionModel
 from bd3_megatron.sampler import (
     BlockForward,
+    BlockLogits,
     Sampling,
     ancestral,
     first_hitting,
@@ -81,6 +81,19 @@ def test_the_cached_causal_forward_equals_the_whole_row():
 
 
 @pytest.mark.usefixtures("world")
+def test_only_chosen_positions_reach_the_head(monkeypatch):
+    model, block = network(BLOCKS[4]), prompt(4, 3)
+    chosen = torch.tensor([[False, True, False, True], [False] * 4, [True, False, False, False]])
+    forward = BlockForward(model)
+    expected = forward.logits(block)[chosen]
+    widths, head = [], model.logits
+    monkeypatch.setattr(model, "logits", lambda rows: widths.append(rows.shape) or head(rows))
+    torch.testing.assert_close(forward.logits(block, chosen), expected)
+    sample(model, prompt(1), 15, Sampling(), None, generator())
+    assert widths == [(3, 32), *[(2, 32)] * 15]  # of a sample, one position per row and call
+
+
+@pytest.mark.usefixtures("world")
 def test_training_goes_on_as_before_once_a_sample_was_taken():
     model, batch = network(BLOCKS[4]), tiny.batch_of(tiny.shape(), BLOCKS[4], 2)
     with torch.no_grad():
@@ -97,16 +110,15 @@ def test_the_likelihood_needs_blocks_of_one_token():
 
 # ---- filling one block ----
 
-Logits = Callable[[Tensor], Tensor]
 
-
-def recorded(vocabulary: int = 7) -> tuple[list[Tensor], Logits]:
+def recorded(vocabulary: int = 7) -> tuple[list[Tensor], BlockLogits]:
     """A stand-in for the model: random logits (-inf for the mask, the last id), and the blocks it was shown."""
     seen: list[Tensor] = []
 
-    def logits(block: Tensor) -> Tensor:
+    def logits(block: Tensor, chosen: Tensor) -> Tensor:
+        assert (block[chosen] == vocabulary - 1).all()  # nothing else is predicted
         seen.append(block.clone())
-        values = torch.randn(*block.shape, vocabulary, generator=generator(len(seen)))
+        values = torch.randn(int(chosen.sum()), vocabulary, generator=generator(len(seen)))
         values[..., -1] = -math.inf
         return values
 
@@ -205,6 +217,14 @@ def test_temperature_zero_takes_the_likeliest_token_whatever_the_nucleus():
     for top_p in (0.1, 1.0):
         p = probabilities(logits, Sampling(top_p=top_p, temperature=0))
         assert torch.equal(p, torch.nn.functional.one_hot(logits.argmax(-1), 9).double())
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 1e-320])
+def test_a_tiny_temperature_takes_the_likeliest_token(temperature):
+    logits = 30 * torch.randn(6, 9, generator=generator())
+    logits[:, -1] = -math.inf
+    p = probabilities(logits, Sampling(temperature=temperature))
+    assert torch.equal(p, torch.nn.functional.one_hot(logits.argmax(-1), 9).double())
 
 
 # ---- whole samples ----

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import itertools
 import json
 import math
+import os
 import random
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bd3_megatron.config import DiffusionConfig
+from data_prep.manifest import load_manifest
+from data_prep.prep import PrepConfig, prep
 from data_prep.reader import RowReader
 from pretrain import checkpoint
 from pretrain.batches import Batches
@@ -267,6 +271,35 @@ def test_another_configuration_in_the_same_folder_is_refused(uninterrupted, chan
     done = uninterrupted.finish(*change)
     assert (done.code, done.out, done.err) == (2, "", line.format(run=uninterrupted.run) + "\n")
     assert uninterrupted.files() == before
+
+
+def test_other_data_are_refused_and_the_run_stays_as_it_was(uninterrupted, data_set, tmp_path):
+    other = tmp_path / "other"
+    manifest = load_manifest(data_set)
+    texts = [json.dumps({"id": str(n), "text": f"word{n} " * 400}) for n in range(20)]
+    (tmp_path / "other.jsonl").write_text("\n".join(texts))
+    tokenizer = str(data_set / manifest.tokenizer)
+    prep(
+        PrepConfig(inputs=(str(tmp_path / "other.jsonl"),), out=str(other), length=manifest.length, tokenizer=tokenizer)
+    )
+    before = {path: path.read_bytes() for path in uninterrupted.run.rglob("*") if path.is_file()}
+    done = uninterrupted.finish("--data.path", other)
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith(f"data.path={other}: not the data ")
+    assert {path: path.read_bytes() for path in uninterrupted.run.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_in_use_is_refused(recipe):
+    recipe.run.mkdir(parents=True)
+    holder = os.open(recipe.run, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        done = recipe.finish()
+    finally:
+        os.close(holder)
+    assert done.code == 2
+    assert done.err.splitlines()[-1].endswith("another process is training in it; wait for it or use another --run")
+    assert list(recipe.run.iterdir()) == []
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_its_last_checkpoint(recipe):

@@ -1,0 +1,111 @@
+"""Every layout computes what one process computes: losses, gradients, updates, evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig
+from pretrain import checkpoint
+from tests.distributed.spawn import run_world
+from tests.distributed.workers import Outcome, resume, train
+
+# A vocabulary that no tensor-parallel size divides, grouped heads, an MLP with and without gating.
+MODELS = {
+    "qwen3": ModelConfig(layers=4, hidden=32, heads=4, kv_heads=2, length=16, vocab_size=61, mask_id=60),
+    "tied": ModelConfig(layers=4, hidden=32, heads=4, length=16, vocab_size=61, mask_id=60, tie_embeddings=True),
+    "dit": ModelConfig(backbone="dit", layers=4, hidden=32, heads=4, length=16, vocab_size=61, mask_id=60),
+}
+DIFFUSION = DiffusionConfig(block_size=4)
+LAYOUTS = {
+    2: {
+        "TP2": ParallelConfig(tensor=2),
+        "PP2": ParallelConfig(pipeline=2),
+        "TP2+SP": ParallelConfig(tensor=2, sequence=True),
+        "DP2": ParallelConfig(),
+    },
+    4: {
+        "TP2xPP2": ParallelConfig(tensor=2, pipeline=2),
+        "TP2+SPxDP2": ParallelConfig(tensor=2, sequence=True),
+        "PP4": ParallelConfig(pipeline=4),
+        "PP2xDP2": ParallelConfig(pipeline=2),
+    },
+}
+CASES = [(size, layout, model) for size, layouts in LAYOUTS.items() for layout in layouts for model in MODELS]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[tuple[str, str], list[Outcome]]:
+    """Outcome on every rank by (layout, model); each world's processes start once."""
+    single = ParallelConfig()
+    found = {("single", m): [o] for m, o in zip(MODELS, run_world(1, train, _runs({"single": single}))[0])}
+    for size, layouts in LAYOUTS.items():
+        by_rank = run_world(size, train, _runs(layouts))
+        keys = [(layout, model) for layout in layouts for model in MODELS]
+        found |= {key: [rank[i] for rank in by_rank] for i, key in enumerate(keys)}
+    return found
+
+
+def _runs(layouts: dict[str, ParallelConfig]) -> list:
+    return [
+        (f"{name}-{m}", model, DIFFUSION, layout) for name, layout in layouts.items() for m, model in MODELS.items()
+    ]
+
+
+@pytest.mark.parametrize(("size", "layout", "model"), CASES)
+def test_a_layout_equals_one_process(outcomes, size, layout, model):
+    expected = outcomes["single", model][0]
+    for outcome in outcomes[layout, model]:
+        assert outcome.losses == pytest.approx(expected.losses, rel=1e-5)
+        assert outcome.norms == pytest.approx(expected.norms, rel=1e-5)
+        for found, wanted, tolerance in (
+            (outcome.gradients, expected.gradients, 1e-5),
+            (outcome.state, expected.state, 1e-4),
+        ):
+            assert found.keys() == wanted.keys()
+            for name, tensor in wanted.items():
+                difference = (found[name] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-12)
+                assert difference < tolerance, name
+
+
+@pytest.mark.parametrize(("size", "layout", "model"), CASES)
+def test_evaluation_is_the_same_under_every_layout(outcomes, size, layout, model):
+    expected = outcomes["single", model][0].nll
+    by_rank = [outcome.nll for outcome in outcomes[layout, model]]
+    parts = {tuple(part.flatten().tolist()): part for part in by_rank}
+    # Ranks of one data-parallel group agree; the groups together hold the whole batch in order.
+    found = torch.cat(list(parts.values()))
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[Path, list[float]]:
+    """Folder and losses of four steps in one process."""
+    run = tmp_path_factory.mktemp("uninterrupted")
+    return run, run_world(1, resume, run, MODELS["qwen3"], DIFFUSION, ParallelConfig(), 4)[0]
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ((4, LAYOUTS[4]["TP2xPP2"]), (1, ParallelConfig())),
+        ((4, LAYOUTS[4]["TP2xPP2"]), (2, LAYOUTS[2]["DP2"])),
+        ((1, ParallelConfig()), (2, LAYOUTS[2]["TP2+SP"])),
+    ],
+    ids=["TP2xPP2-to-single", "TP2xPP2-to-DP2", "single-to-TP2+SP"],
+)
+def test_a_checkpoint_goes_on_under_another_layout(tmp_path, uninterrupted, first, then):
+    (size, layout), (other_size, other_layout) = first, then
+    run_world(size, resume, tmp_path, MODELS["qwen3"], DIFFUSION, layout, 2)
+    # Two steps after the restart: a wrong optimizer state shows at the second.
+    by_rank = run_world(other_size, resume, tmp_path, MODELS["qwen3"], DIFFUSION, other_layout, 4)
+    whole_run, losses = uninterrupted
+    for found in by_rank:
+        assert found == pytest.approx(losses[2:], rel=1e-5)
+    ours, expected = (checkpoint.read_weights(checkpoint.find(run)) for run in (tmp_path, whole_run))
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5)
