@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bd3_megatron.config import DiffusionConfig, ModelConfig
+from bd3_megatron.diffusion.schedule import mean_mask_probability
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,17 @@ def layer_parameters(model: ModelConfig) -> dict[str, int]:
     }
 
 
-def forward_flops(model: ModelConfig, diffusion: DiffusionConfig, mask_rate: float = 0.5) -> Flops:
+def forward_flops(model: ModelConfig, diffusion: DiffusionConfig, mask_rate: float | None = None) -> Flops:
     """Useful forward FLOPs per data token: what the objective needs at the least.
 
     That is: only pairs the mask admits, the last layer's clean stream only to its keys and values, and the head only
     on masked rows of the noisy streams.
+
+    Args:
+        mask_rate: fraction of tokens masked; None takes the mean of the configured schedule and interval.
     """
+    if mask_rate is None:
+        mask_rate = mean_mask_probability(diffusion.schedule, diffusion.beta, diffusion.omega)
     weights = layer_parameters(model)
     per_stream = 2 * sum(weights.values())
     pair = 4 * model.heads * model.width_per_head  # two products per admitted pair, over all heads
@@ -56,11 +62,11 @@ def forward_flops(model: ModelConfig, diffusion: DiffusionConfig, mask_rate: flo
         unused = 2 * (weights["query"] + weights["output"] + weights["mlp"]) if has_clean else 0
         linear = model.layers * streams * per_stream - unused
         pairs = model.layers * streams * one - (one if has_clean else 0)
-        predicted = draws * (1.0 if diffusion.beta >= 1 else mask_rate)
+        predicted = draws * mask_rate
     return Flops(linear, pairs * pair, predicted * 2 * model.hidden * (model.vocab_size or 0))
 
 
-def training_flops_per_token(model: ModelConfig, diffusion: DiffusionConfig, mask_rate: float = 0.5) -> float:
+def training_flops_per_token(model: ModelConfig, diffusion: DiffusionConfig, mask_rate: float | None = None) -> float:
     """Useful FLOPs of a training step per data token: three forward passes."""
     return 3 * forward_flops(model, diffusion, mask_rate).total
 

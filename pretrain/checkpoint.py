@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -27,6 +26,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from bd3_megatron.config import ConfigError
 from bd3_megatron.engine.base import Engine
+from data_prep.manifest import sha256_file
+from data_prep.shards import sync
 
 COMPLETE = "complete.json"
 _PREFIX = "step-"
@@ -64,10 +65,11 @@ def save(run: Path, engine: Engine, step: int, meta: dict[str, Any], keep: int) 
                 "meta": meta,
                 "files": {p.name: _stamp(p) for p in sorted(partial.iterdir())},
             }
-            _write_synced(partial / COMPLETE, json.dumps(listing, indent=1))
+            (partial / COMPLETE).write_text(json.dumps(listing, indent=1))
+            sync(partial / COMPLETE)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(partial, final)
-            _sync_folder(folder)
+            sync(folder)
     except BaseException:
         if engine.world.is_first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -187,7 +189,7 @@ def _examine(path: Path) -> Checkpoint | str:
     try:
         listing = json.loads((path / COMPLETE).read_text())
         for name, stamp in listing["files"].items():
-            if _stamp(path / name, hashed=False)["bytes"] != stamp["bytes"]:
+            if (path / name).stat().st_size != stamp["bytes"]:
                 return f"{name} has another size than listed"
             if _stamp(path / name)["sha256"] != stamp["sha256"]:
                 return f"{name} has another checksum than listed"
@@ -198,25 +200,6 @@ def _examine(path: Path) -> Checkpoint | str:
         return f"{COMPLETE} is unreadable"
 
 
-def _stamp(path: Path, hashed: bool = True) -> dict[str, Any]:
+def _stamp(path: Path) -> dict[str, Any]:
     """Size and checksum of a file."""
-    size = path.stat().st_size
-    if not hashed:
-        return {"bytes": size}
-    with path.open("rb") as file:
-        return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}

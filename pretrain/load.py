@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -14,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from bd3_megatron.config import ConfigError, check_layout
 from pretrain.config import RunConfig
+from pretrain.files import replace_file
 from pretrain.options import (
     as_section,
     check_value,
@@ -68,17 +68,7 @@ def save_config(config: RunConfig, path: Path) -> None:
     if config.data.path is not None:
         data = config.data.model_copy(update={"path": os.path.abspath(config.data.path)})
         config = config.model_copy(update={"data": data})
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(to_yaml(config))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    replace_file(path, to_yaml(config).encode())
 
 
 def load_saved(path: Path) -> RunConfig:

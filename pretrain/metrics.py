@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import numbers
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from bd3_megatron.config import ConfigError
+from pretrain.files import replace_file
 
 METRICS = "metrics.jsonl"
 THROUGHPUT = "throughput.jsonl"
@@ -139,16 +138,5 @@ def _truncate(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = b"".join(line for line, record in _parse(path) if record["step"] <= last_step)
-    if kept == path.read_bytes():
-        return
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, path.stat().st_mode & 0o777)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+    if kept != path.read_bytes():
+        replace_file(path, kept)

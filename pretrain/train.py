@@ -17,7 +17,6 @@ import torch.distributed as dist
 
 from bd3_megatron import flops, parallel
 from bd3_megatron.config import ConfigError, check_layout
-from bd3_megatron.diffusion.schedule import mean_mask_probability
 from bd3_megatron.engine.base import StepResult
 from bd3_megatron.engine.megatron import MegatronEngine
 from data_prep.manifest import Manifest
@@ -116,7 +115,7 @@ class Trainer:
         self.throughput = Throughput(
             self.step,
             self._tokens(self.step),
-            useful_flops=flops.training_flops_per_token(config.model, config.diffusion, _mask_rate(config)),
+            useful_flops=flops.training_flops_per_token(config.model, config.diffusion),
             model_flops=flops.six_n(config.model),
             peak_flops=peak_flops(config.log.peak_tflops, train.precision) * engine.world.size,
         )
@@ -290,11 +289,6 @@ def _checkpoint_to_resume(run: Path, config: RunConfig, manifest: Manifest) -> c
             f"use the data set of the run, or another --run"
         )
     return found
-
-
-def _mask_rate(config: RunConfig) -> float:
-    diffusion = config.diffusion
-    return mean_mask_probability(diffusion.schedule, diffusion.beta, diffusion.omega)
 
 
 def _prepare_folder(run: Path, config: RunConfig, manifest: Manifest) -> int:

@@ -232,7 +232,7 @@ def test_a_failed_write_leaves_what_was_there(world, run, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_synced", fail)
+    monkeypatch.setattr(checkpoint, "sync", fail)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(run, made(world), 4, {}, keep=1)
     assert contents(run) == before

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bd3_megatron.config import ConfigError
-from pretrain import metrics
 from pretrain.metrics import METRICS, THROUGHPUT, MetricsWriter, plain, read_metrics, series
 
 
@@ -117,7 +116,7 @@ def test_a_failed_truncation_leaves_the_file(tmp_path: Path, monkeypatch: pytest
     def no_space(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(metrics.os, "fsync", no_space)
+    monkeypatch.setattr("pretrain.files.os.fsync", no_space)
     with pytest.raises(OSError, match="No space"):
         MetricsWriter(tmp_path, resume_step=2)
     assert (tmp_path / METRICS).read_bytes() == before

@@ -195,8 +195,8 @@ DEATHS = [
     ("pretrain.metrics", "MetricsWriter._record", 1),
     ("pretrain.train", "Trainer._train_step", 1),  # evaluated at step 0, nothing else
     ("pretrain.train", "Trainer._save", 1),  # step 1 recorded, not saved
-    ("pretrain.checkpoint", "_write_synced", 1),  # tensors written, their list not
-    ("pretrain.checkpoint", "_sync_folder", 1),  # checkpoint of step 1 complete
+    ("pretrain.checkpoint", "_stamp", 1),  # tensors written, their list not
+    ("pretrain.checkpoint", "sync", 2),  # checkpoint of step 1 complete
     ("pretrain.train", "Trainer._evaluate", 1),  # before the validation of step 3
     ("pretrain.train", "Trainer._save", 1),  # after it
     ("pretrain.checkpoint", "os.replace", 3),  # step 5 about to appear
