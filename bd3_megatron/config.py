@@ -7,6 +7,7 @@ only live here as validators; checks across sections are in :func:`check_layout`
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -197,46 +198,154 @@ class ParallelConfig(Section):
 
     tensor: int = Field(1, ge=1, description="tensor-parallel size")
     pipeline: int = Field(1, ge=1, description="pipeline stages")
+    interleave: int = Field(1, ge=1, description="model chunks per stage; above 1 runs the interleaved 1F1B schedule")
+    context: int = Field(1, ge=1, description="context-parallel size: ranks that share the positions of a row")
     sequence: bool = Field(False, description="sequence parallelism over the tensor-parallel group")
+    distributed_optimizer: bool = Field(
+        False, description="shard master weights, moments and EMA over data-parallel ranks (Megatron's ZeRO-1)"
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations computed again in the backward pass: attention's, or every layer's"
+    )
+    embedding_weight: float = Field(
+        0.0, ge=0, description="layers that the embedding counts as when layers are split over stages"
+    )
+    head_weight: float = Field(0.0, ge=0, description="layers that the head counts as when layers are split")
     backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="process-group backend; auto: nccl on CUDA")
-    timeout_minutes: float = Field(10.0, gt=0, description="a collective that takes longer ends the job")
+    timeout_minutes: float = Field(10.0, gt=0, description="a rank that makes no progress for so long ends the job")
 
 
-def check_layout(model: ModelConfig, diffusion: DiffusionConfig, parallel: ParallelConfig, world_size: int) -> int:
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO over the tensor-parallel layers, instead of Megatron's data parallelism."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        0, description="what data-parallel ranks shard: 1 optimizer state, 2 gradients too, 3 weights too; 0: off"
+    )
+    offload: bool = Field(False, description="keep optimizer state and its update on the CPU (stages 2 and 3)")
+
+
+def split_layers(layers: int, stages: int, embedding_weight: float = 0.0, head_weight: float = 0.0) -> list[int]:
+    """Layers of each (virtual) stage, in order, so that the heaviest stage is as light as can be.
+
+    The embedding weighs on the first stage and the head on the last; every stage gets at least one layer. Where
+    layers do not divide, stages in the middle get the odd ones, later before earlier, because 1F1B holds fewer
+    micro-batches there; then the first, and last the one that has the head.
+
+    Raises:
+        ValueError: more stages than layers.
+    """
+    if stages > layers:
+        raise ValueError(f"{layers} layers cannot fill {stages} stages")
+    counts = [1] * stages
+    extra = [0.0] * stages
+    extra[0] += embedding_weight
+    extra[-1] += head_weight
+    preference = [*range(stages - 2, 0, -1), 0, stages - 1]
+    for _ in range(layers - stages):
+        lightest = min(preference, key=lambda s: counts[s] + extra[s])
+        counts[lightest] += 1
+    return counts
+
+
+def check_layout(
+    model: ModelConfig,
+    diffusion: DiffusionConfig,
+    parallel: ParallelConfig,
+    world_size: int,
+    zero: ZeroConfig | None = None,
+) -> int:
     """Check the layout against the model and return the data-parallel size.
 
     Raises:
         ConfigError: one line with the key, its value and the values that fit.
     """
+    zero = zero or ZeroConfig()
     if model.length % diffusion.block_size:
         raise ConfigError(
             f"diffusion.block_size={diffusion.block_size}: model.length={model.length} is not divisible by "
             f"{diffusion.block_size}; use {listing(divisors(model.length, model.length))}"
         )
+    _check_tensor(model, parallel)
+    _check_context(model, diffusion, parallel)
+    _check_pipeline(model, parallel)
+    _check_zero(model, parallel, zero)
+    size = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % size:
+        raise ConfigError(
+            f"parallel.tensor={parallel.tensor}, parallel.pipeline={parallel.pipeline}, "
+            f"parallel.context={parallel.context}: their product {size} does not divide the world of {world_size} "
+            f"processes; start a multiple of {size}, or use a product of {listing(divisors(world_size))}"
+        )
+    return world_size // size
+
+
+def _check_tensor(model: ModelConfig, parallel: ParallelConfig) -> None:
     tensor = parallel.tensor
+    fitting = listing(divisors(math.gcd(model.heads, model.groups, model.ffn)))
     for name, value in (
         ("model.heads", model.heads),
         ("model.kv_heads", model.groups),
         ("model.ffn_hidden", model.ffn),
     ):
         if value % tensor:
-            raise ConfigError(
-                f"parallel.tensor={tensor}: {name}={value} is not divisible by {tensor}; use {listing(divisors(value))}"
-            )
-    if parallel.sequence and model.length % tensor:
+            raise ConfigError(f"parallel.tensor={tensor}: {name}={value} is not divisible by {tensor}; use {fitting}")
+    local = model.length // parallel.context
+    if parallel.sequence and local % tensor:
         raise ConfigError(
-            f"parallel.sequence=true: model.length={model.length} is not divisible by "
-            f"parallel.tensor={tensor}; use another length"
+            f"parallel.sequence=true: the {local} positions of a rank are not divisible by "
+            f"parallel.tensor={tensor}; use another model.length, or parallel.sequence=false"
         )
-    if model.layers % parallel.pipeline:
+
+
+def _check_context(model: ModelConfig, diffusion: DiffusionConfig, parallel: ParallelConfig) -> None:
+    """A rank holds two chunks of the row, each of whole blocks (or parts of the only block)."""
+    context, length = parallel.context, model.length
+    # With one block per row there is no clean stream, and every query sees the whole row.
+    unit = 1 if diffusion.block_size == length else diffusion.block_size
+    if context > 1 and length % (2 * context * unit):
+        fitting = [c for c in range(1, 65) if c == 1 or length % (2 * c * unit) == 0]
         raise ConfigError(
-            f"parallel.pipeline={parallel.pipeline}: model.layers={model.layers} is not divisible by "
-            f"{parallel.pipeline}; use {listing(divisors(model.layers))}"
+            f"parallel.context={context}: model.length={length} does not make {2 * context} chunks of whole blocks "
+            f"(diffusion.block_size={diffusion.block_size}); use {listing(fitting)}"
         )
-    if world_size % (tensor * parallel.pipeline):
+
+
+def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
+    stages, layers = parallel.pipeline * parallel.interleave, model.layers
+    if parallel.interleave > 1 and parallel.pipeline == 1:
         raise ConfigError(
-            f"parallel.tensor={tensor}, parallel.pipeline={parallel.pipeline}: their product "
-            f"{tensor * parallel.pipeline} does not divide "
-            f"the world of {world_size} processes; start a multiple of {tensor * parallel.pipeline}"
+            f"parallel.interleave={parallel.interleave}: parallel.pipeline=1 has nothing to interleave; "
+            f"use parallel.interleave=1 or parallel.pipeline=2 and more"
         )
-    return world_size // (tensor * parallel.pipeline)
+    if stages > layers:
+        most = layers // parallel.interleave
+        remedy = f"use {listing(list(range(1, most + 1)))}" if most else "use parallel.interleave=1"
+        raise ConfigError(
+            f"parallel.pipeline={parallel.pipeline}: model.layers={layers} cannot fill {stages} stages"
+            f"{f' (parallel.interleave={parallel.interleave})' if parallel.interleave > 1 else ''}; {remedy}"
+        )
+
+
+def _check_zero(model: ModelConfig, parallel: ParallelConfig, zero: ZeroConfig) -> None:
+    stage = zero.stage
+    if stage == 0:
+        if zero.offload:
+            raise ConfigError("zero.offload=true: zero.stage=0 shards nothing; use zero.stage=2 or 3")
+        return
+    megatron = "zero.stage=0 with parallel.distributed_optimizer=true (ZeRO-1 of the Megatron engine)"
+    refused = [
+        (parallel.pipeline > 1 and stage > 1, f"parallel.pipeline={parallel.pipeline}", f"zero.stage=1 or {megatron}"),
+        (parallel.interleave > 1, f"parallel.interleave={parallel.interleave}", megatron),
+        (parallel.context > 1, f"parallel.context={parallel.context}", megatron),
+        (model.tie_embeddings and parallel.pipeline > 1, "model.tie_embeddings=true over stages", megatron),
+        (
+            parallel.distributed_optimizer,
+            "parallel.distributed_optimizer=true",
+            "one of the two: zero.stage=0 or parallel.distributed_optimizer=false",
+        ),
+    ]
+    for wrong, what, remedy in refused:
+        if wrong:
+            raise ConfigError(f"zero.stage={stage}: does not work with {what}; use {remedy}")
+    if zero.offload and stage == 1:
+        raise ConfigError("zero.offload=true: needs the partitioned gradients of zero.stage=2 or 3; use one of them")

@@ -16,9 +16,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.core import TwoStreamAttention
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.config import KernelConfig, ModelConfig, ParallelConfig
+from bd3_megatron.config import KernelConfig, ModelConfig, ParallelConfig, split_layers
 
 
 class Norm(torch.nn.Module):
@@ -89,14 +90,32 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, bf16: bool)
         pipeline_dtype=dtype,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.interleave if parallel.interleave > 1 else None,
+        pipeline_model_parallel_layout=pipeline_layout(model, parallel),
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence,
+        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
+        recompute_method="uniform" if parallel.recompute == "full" else None,
+        recompute_num_layers=1 if parallel.recompute == "full" else None,
         # Over gloo, batched point-to-point calls give wrong gradients with two interleaved stages.
         batch_p2p_comm=torch.cuda.is_available(),
         batch_p2p_sync=torch.cuda.is_available(),
     )
 
 
-def layer_spec(model: ModelConfig, streams: Streams, kernels: KernelConfig) -> ModuleSpec:
+def pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]] | None:
+    """What each virtual stage holds, in Megatron's words; None without a pipeline."""
+    if parallel.pipeline == 1:
+        return None
+    stages = parallel.pipeline * parallel.interleave
+    counts = split_layers(model.layers, stages, parallel.embedding_weight, parallel.head_weight)
+    layout = [["decoder"] * count for count in counts]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return layout
+
+
+def layer_spec(model: ModelConfig, streams: Streams, kernels: KernelConfig, context: ContextShard) -> ModuleSpec:
     """One layer from Megatron-core's own linear layers, with :class:`TwoStreamAttention` as core attention."""
     qk_norm = Norm if model.backbone == "qwen3" else None
     return ModuleSpec(
@@ -107,7 +126,9 @@ def layer_spec(model: ModelConfig, streams: Streams, kernels: KernelConfig) -> M
                 module=BiasFreeSelfAttention,
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=partial(TwoStreamAttention, streams=streams, backend=kernels.attention),
+                    core_attention=partial(
+                        TwoStreamAttention, streams=streams, context=context, backend=kernels.attention
+                    ),
                     linear_proj=RowParallelLinear,
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,

@@ -14,10 +14,16 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import ColumnParallelLinear, vocab_parallel_cross_entropy
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch
@@ -36,6 +42,7 @@ class BlockDiffusionModel(LanguageModule):
         model: shape, with ``vocab_size`` and ``mask_id`` resolved.
         bf16: parameters and activations in bf16 instead of fp32.
         pre_process, post_process: whether this stage is the first, the last.
+        chunk: which of the stage's model chunks this is, under the interleaved schedule; else None.
     """
 
     def __init__(
@@ -47,10 +54,13 @@ class BlockDiffusionModel(LanguageModule):
         bf16: bool = False,
         pre_process: bool = True,
         post_process: bool = True,
+        chunk: int | None = None,
+        config: TransformerConfig | None = None,
     ):
         kernels, parallel = kernels or KernelConfig(), parallel or ParallelConfig()
-        config = transformer_config(model, parallel, bf16)
+        config = config or transformer_config(model, parallel, bf16)
         super().__init__(config)
+        self.vp_stage = chunk  # Megatron's name for it
         self.model, self.kernels = model, kernels
         self.streams = Streams.of(diffusion, model.length)
         self.pre_process, self.post_process = pre_process, post_process
@@ -71,10 +81,13 @@ class BlockDiffusionModel(LanguageModule):
             rotary_base=model.rope_theta,
             use_cpu_initialization=config.use_cpu_initialization,
         )
-        spec = layer_spec(model, self.streams, kernels)
-        layers = TransformerBlockSubmodules(layer_specs=[spec] * (model.layers // parallel.pipeline))
+        self.context = ContextShard.of_this_rank(model.length)
+        spec = layer_spec(model, self.streams, kernels, self.context)
+        layers = TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config, chunk))
         # The final norm runs on the rows that the head reads, so it lies here and not in the block.
-        self.decoder = TransformerBlock(config, layers, post_layer_norm=False, pre_process=pre_process)
+        self.decoder = TransformerBlock(
+            config, layers, post_layer_norm=False, pre_process=pre_process, post_process=post_process, vp_stage=chunk
+        )
         if post_process:
             head = copy.copy(config)
             head.sequence_parallel = False  # the head reads gathered rows, not a shard of the sequence
@@ -104,15 +117,16 @@ class BlockDiffusionModel(LanguageModule):
         """Run this stage's layers.
 
         Args:
-            input_ids: ``[S b, l]``, streams stacked; read by the first stage only.
+            input_ids: ``[S b, l]``, streams stacked, of the positions this rank holds; read by the first stage only.
             offset: position of the first token, for a block that follows cached ones.
 
         Returns:
             ``[l, S b, h]``, or the stage's shard of the sequence under sequence parallelism.
         """
         hidden = self.embedding(input_ids, None) if self.pre_process else None
-        rotary = self.rotary(input_ids.shape[1], offset)
-        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
+        # "packed" keeps Megatron from picking context-parallel positions, which pins memory and so needs a GPU.
+        rotary = self.rotary(input_ids.shape[1] * self.context.size, offset, packed_seq=True)
+        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.context.take(rotary, 0))
 
     def logits(self, rows: Tensor) -> Tensor:
         """SUBS logits of hidden rows ``[..., h]`` -> ``[..., V / tensor]``: -inf for the mask token and padding."""
@@ -131,7 +145,8 @@ class BlockDiffusionModel(LanguageModule):
     def forward(self, batch: Batch) -> Tensor:
         """Weighted nll of every prediction, ``[R, L]`` in fp32 (hidden states on stages before the last).
 
-        Only rows with a weight reach the head, unless ``kernels.masked_rows_only`` is off.
+        ``batch`` holds the positions of this context-parallel rank, and so does the result. Only rows with a weight
+        reach the head, unless ``kernels.masked_rows_only`` is off.
         """
         hidden = self.hidden_states(batch.input_ids)
         if not self.post_process:
@@ -173,7 +188,7 @@ def global_name(name: str, model: BlockDiffusionModel) -> str:
         return EMBEDDING
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(int(parts[2]) + get_transformer_layer_offset(model.config))
+        parts[2] = str(int(parts[2]) + get_transformer_layer_offset(model.config, model.vp_stage))
     return ".".join(parts)
 
 

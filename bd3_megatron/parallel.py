@@ -15,7 +15,10 @@ from bd3_megatron.config import ConfigError, ParallelConfig
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: ``rank`` of ``size`` overall, and its data-parallel coordinates."""
+    """This process's place: ``rank`` of ``size`` overall, and its data-parallel coordinates.
+
+    Ranks of one tensor, context or pipeline group share ``data_rank``: they work on the same rows.
+    """
 
     rank: int
     size: int
@@ -62,7 +65,10 @@ def start(
             timeout=datetime.timedelta(minutes=parallel.timeout_minutes),
         )
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.interleave if parallel.interleave > 1 else None,
+        context_parallel_size=parallel.context,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     return World(
@@ -84,7 +90,8 @@ def stop() -> None:
 def seed_dropout(seed: int, step: int) -> None:
     """Set the dropout state as a function of (seed, step), so that a resumed run draws what it would have drawn.
 
-    Megatron derives each tensor-parallel rank's own state from it; data-parallel ranks are told apart here.
+    Megatron derives each tensor-parallel rank's own state from it; data- and context-parallel ranks are told apart
+    here.
     """
-    mixed = (seed * 1_000_003 + step) * 1_024 + parallel_state.get_data_parallel_rank()
+    mixed = (seed * 1_000_003 + step) * 1_024 + parallel_state.get_data_parallel_rank(with_context_parallel=True)
     tensor_parallel.model_parallel_cuda_manual_seed(mixed % 2**31, force_reset_rng=True)

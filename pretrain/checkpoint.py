@@ -26,8 +26,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from bd3_megatron.config import ConfigError
 from bd3_megatron.engine.base import Engine
+from bd3_megatron.shards import Held, Piece
 from data_prep.manifest import sha256_file
 from data_prep.shards import sync
+from pretrain.pieces import LoadPieces, SavePieces
 
 COMPLETE = "complete.json"
 _PREFIX = "step-"
@@ -58,7 +60,7 @@ def save(run: Path, engine: Engine, step: int, meta: dict[str, Any], keep: int) 
     dist.barrier()
     try:
         with _plain_errors(final):
-            dcp.save(engine.state(), checkpoint_id=partial)
+            dcp.save(engine.state(), checkpoint_id=partial, planner=SavePieces())
         if engine.world.is_first:
             listing = {
                 "step": step,
@@ -153,25 +155,26 @@ def read_weights(checkpoint: Checkpoint, averaged: bool = True) -> dict[str, Ten
     """
     known = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
     section = "ema/" if averaged and any(name.startswith("ema/") for name in known) else "weights/"
-    state = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in known.items() if k.startswith(section)}
+    tensors = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in known.items() if k.startswith(section)}
+    state = {k: Held(tuple(t.shape), (Piece((0,) * t.dim(), t),)) for k, t in tensors.items()}
     _load(checkpoint, state, no_dist=True)
     # Fused gate and up projections are stored as [2, ffn, h].
-    return {name.removeprefix(section): t.flatten(0, 1) if t.dim() == 3 else t for name, t in state.items()}
+    return {name.removeprefix(section): t.flatten(0, 1) if t.dim() == 3 else t for name, t in tensors.items()}
 
 
-def _load(checkpoint: Checkpoint, state: dict[str, Tensor], **options: Any) -> None:
+def _load(checkpoint: Checkpoint, state: dict[str, Held], **options: Any) -> None:
     known = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
-    for name, tensor in state.items():
+    for name, held in state.items():
         there = known.get(name)
-        if there is None or tuple(there.size) != tuple(tensor.shape):
+        if there is None or tuple(there.size) != held.shape:
             found = "absent" if there is None else f"of shape {list(there.size)}"
             raise ConfigError(
-                f"{checkpoint.path}: {name} is {found}, the configuration asks for {list(tensor.shape)}; "
+                f"{checkpoint.path}: {name} is {found}, the configuration asks for {list(held.shape)}; "
                 f"use the configuration the run was started with"
             )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(state, checkpoint_id=checkpoint.path, **options)
+        dcp.load(state, checkpoint_id=checkpoint.path, planner=LoadPieces(), **options)
 
 
 def _folders(run: Path) -> list[Path]:

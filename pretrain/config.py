@@ -14,6 +14,7 @@ from bd3_megatron.config import (
     ParallelConfig,
     Section,
     Seed,
+    ZeroConfig,
     divisors,
 )
 
@@ -87,6 +88,7 @@ class RunConfig(Section):
     diffusion: DiffusionConfig = DiffusionConfig()
     kernels: KernelConfig = KernelConfig()
     parallel: ParallelConfig = ParallelConfig()
+    zero: ZeroConfig = ZeroConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()

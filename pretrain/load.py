@@ -94,9 +94,11 @@ def main(args: list[str]) -> None:
     if model.vocab_size is not None:
         print(f"# parameters: {model.parameters(model.vocab_size):,}")
     if options.world_size is not None:
-        tensor, pipeline = parallel.tensor, parallel.pipeline
-        data = options.world_size // (tensor * pipeline)
-        print(f"# ranks: {options.world_size} = tensor {tensor} x pipeline {pipeline} x data {data}")
+        tensor, pipeline, context = parallel.tensor, parallel.pipeline, parallel.context
+        data = options.world_size // (tensor * pipeline * context)
+        print(
+            f"# ranks: {options.world_size} = tensor {tensor} x context {context} x pipeline {pipeline} x data {data}"
+        )
     print(to_yaml(config), end="")
 
 
@@ -111,8 +113,9 @@ def _resolve(cls: type[Options], args: list[str], prog: str) -> tuple[RunConfig,
     under = {name: field.default for name, field in cls.model_fields.items() if name not in values} | values
     options = parse_options(cls, args, prog, default=unchecked(cls, under))
     config = RunConfig(**{name: getattr(options, name) for name in RunConfig.model_fields})
-    world_size = getattr(options, "world_size", None) or config.parallel.tensor * config.parallel.pipeline
-    check_layout(config.model, config.diffusion, config.parallel, world_size)
+    parallel = config.parallel
+    world_size = getattr(options, "world_size", None) or parallel.tensor * parallel.pipeline * parallel.context
+    check_layout(config.model, config.diffusion, parallel, world_size, config.zero)
     return config, options
 
 

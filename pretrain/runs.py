@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bd3_megatron import parallel
-from bd3_megatron.config import ConfigError, ModelConfig
+from bd3_megatron.config import ConfigError, ModelConfig, ParallelConfig
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.hf.mapping import check_shapes, entries
 from data_prep.manifest import Manifest, SplitName
@@ -84,7 +84,7 @@ class LoadedRun:
         """The model with these weights, ready to evaluate or sample, in a world of 1 that ends with the context."""
         config = self.config
         # Another machine than the one trained on may have no GPU.
-        alone = config.parallel.model_copy(update={"tensor": 1, "pipeline": 1, "sequence": False, "backend": "auto"})
+        alone = ParallelConfig()
         world = parallel.start(alone)
         try:
             engine = MegatronEngine(

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from bd3_megatron import flops, parallel
 from bd3_megatron.config import ConfigError, check_layout
-from bd3_megatron.engine.base import StepResult
-from bd3_megatron.engine.megatron import MegatronEngine
+from bd3_megatron.engine import build_engine
+from bd3_megatron.engine.base import Engine, StepResult
 from data_prep.manifest import Manifest
 from data_prep.reader import RowReader
 from pretrain import checkpoint, runs
@@ -34,7 +34,7 @@ from pretrain.progress import Progress, Throughput
 
 # What may change when a run goes on: how long, where and how it is watched. (A decaying learning rate follows
 # train.steps, so a longer run has another rate from here on.)
-_FREE = ("run", "parallel", "log", "eval", "checkpoint", "train.steps", "train.micro_batch", "data.path")
+_FREE = ("run", "parallel", "zero", "log", "eval", "checkpoint", "train.steps", "train.micro_batch", "data.path")
 
 
 def main(args: list[str]) -> None:
@@ -49,8 +49,8 @@ def train(config: RunConfig) -> Path:
         ConfigError, DataError: one line for a mistake of the user, before anything is written.
     """
     ranks = read_ranks()
-    data_size = check_layout(config.model, config.diffusion, config.parallel, ranks.world_size)
-    _check_batches(config.train, data_size)
+    data_size = check_layout(config.model, config.diffusion, config.parallel, ranks.world_size, config.zero)
+    _check_batches(config, data_size)
     if config.data.path is None:
         raise ConfigError("data.path: not set; give the folder that bd3 prep wrote with --data.path")
     reader = RowReader(config.data.path, "train")
@@ -66,8 +66,15 @@ def train(config: RunConfig) -> Path:
         if world.is_first:
             lock = _prepare_folder(run, config, reader.manifest)
         dist.barrier()
-        engine = MegatronEngine(
-            model, config.diffusion, config.kernels, config.parallel, config.train, world, config.train.seed
+        engine = build_engine(
+            model,
+            config.diffusion,
+            config.kernels,
+            config.parallel,
+            config.zero,
+            config.train,
+            world,
+            config.train.seed,
         )
         if found is not None:
             checkpoint.restore(found, engine)
@@ -87,7 +94,7 @@ class Trainer:
         self,
         config: RunConfig,
         run: Path,
-        engine: MegatronEngine,
+        engine: Engine,
         reader: RowReader,
         validation: RowReader,
         step: int,
@@ -247,12 +254,15 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _check_batches(train: TrainConfig, data_size: int) -> None:
-    per_rank = train.micro_batch * data_size
-    if train.global_batch % per_rank:
+def _check_batches(config: RunConfig, data_size: int) -> None:
+    train, parallel = config.train, config.parallel
+    # The interleaved schedule hands micro-batches on in groups as large as the pipeline.
+    unit = train.micro_batch * data_size * (parallel.pipeline if parallel.interleave > 1 else 1)
+    if train.global_batch % unit:
+        groups = f" and parallel.pipeline={parallel.pipeline} interleaved stages" if parallel.interleave > 1 else ""
         raise ConfigError(
             f"train.global_batch={train.global_batch}: not a multiple of train.micro_batch={train.micro_batch} times "
-            f"{data_size} data-parallel ranks; use a multiple of {per_rank}"
+            f"{data_size} data-parallel ranks{groups}; use a multiple of {unit}"
         )
 
 

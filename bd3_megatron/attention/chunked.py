@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.mask import Streams, sees
 
 
@@ -40,34 +41,70 @@ def _tile_mask(start: int, end: int, streams: Streams, repeats: int, device: tor
     return sees(query_stream[:, None], query_block[:, None], key_stream, key_block, streams.clean_index)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, streams: Streams, scale: float | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    streams: Streams,
+    scale: float | None = None,
+    context: ContextShard | None = None,
+) -> Tensor:
     """Attention of every stream; shapes as :func:`bd3_megatron.attention.reference.attend`.
 
-    Heads of one group are laid along the query axis, so grouped keys are never copied.
+    Heads of one group are laid along the query axis, so grouped keys are never copied. Of what other context-parallel
+    ranks hold only the clean keys and values are needed, or those of the one block where a row has just one.
     """
-    length, rows, heads, width = query.shape
+    context = context or ContextShard(len(query))
+    _, rows, heads, width = query.shape
     count, batch, groups = streams.count, rows // streams.count, key.shape[2]
-    tile = tile_size(length, streams.block_size)
+    queries = query.view(-1, count, batch, groups, heads // groups, width)
+    keys, values = (x.view(-1, count, batch, groups, width) for x in (key, value))
+    if context.chunk % streams.block_size:
+        return _only_block(queries, context.gather(keys), context.gather(values), scale).reshape(query.shape)
+
+    tile = min(tile_size(context.length, streams.block_size), context.chunk)
+    tile -= tile % streams.block_size
     # A tile of one block needs no mask, a tile of several does.
     attend_tile = _tile_of_one_block if tile == streams.block_size else _tile_of_blocks
-
-    queries = query.view(length, count, batch, groups, heads // groups, width).split(tile)
-    keys, values = (_tiles(x.view(length, count, batch, groups, width), tile) for x in (key, value))
+    own = [[_tiles(stream, context.chunk, tile) for stream in x.unbind(1)] for x in (keys, values)]
+    clean = own  # this rank's clean tiles are all of them, or are joined by those of the others
+    if streams.clean and context.size > 1:
+        clean = [[_tiles(context.gather(x[:, streams.clean_index]), context.chunk, tile)] for x in (keys, values)]
+    per_chunk = -(-context.chunk // tile)
     out = []
-    for i, q in enumerate(queries):
-        past = [x[-1][:i] if streams.clean else [] for x in (keys, values)]
-        own = [[stream[i] for stream in x] for x in (keys, values)]
-        mixed = attend_tile(q.permute(2, 3, 1, 4, 0, 5), past, own, i * tile, streams, scale)
+    for i, q in enumerate(_split(queries, context.chunk, tile)):
+        local_chunk, within = divmod(i, per_chunk)
+        chunk = context.chunks[local_chunk]
+        before = chunk * per_chunk + within if streams.clean else 0
+        past = [x[-1][:before] for x in clean]
+        here = [[stream[i] for stream in x] for x in own]
+        start = chunk * context.chunk + within * tile
+        mixed = attend_tile(q.permute(2, 3, 1, 4, 0, 5), past, here, start, streams, scale)
         out.append(mixed.permute(4, 2, 0, 1, 3, 5))  # [b, g, S, r, C, d] -> [C, S, b, g, r, d]
-    return torch.cat(out).reshape(length, rows, heads, width)
+    return torch.cat(out).reshape(query.shape)
 
 
-def _tiles(x: Tensor, tile: int) -> list[list[Tensor]]:
-    """Tiles ``[b, g, C, d]`` of keys or values ``[L, S, b, g, d]``, as a list per stream.
+def _split(x: Tensor, chunk: int, tile: int) -> list[Tensor]:
+    """Tiles of ``x`` along its first axis; no tile reaches over the end of a chunk.
 
     Splitting (not slicing) keeps the backward pass from filling a full-length gradient for every tile.
     """
-    return [[t.permute(1, 2, 0, 3) for t in stream.split(tile)] for stream in x.unbind(1)]
+    sizes = [min(tile, chunk - at) for at in range(0, chunk, tile)]
+    return list(x.split(sizes * (len(x) // chunk)))
+
+
+def _tiles(x: Tensor, chunk: int, tile: int) -> list[Tensor]:
+    """Tiles ``[b, g, C, d]`` of one stream's keys or values ``[l, b, g, d]``."""
+    return [t.permute(1, 2, 0, 3) for t in _split(x, chunk, tile)]
+
+
+def _only_block(q: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Rows of one block spread over ranks: every query ``[l, S, b, g, r, d]`` sees its stream's whole row."""
+    length, count, batch, groups, repeats, width = q.shape
+    q = q.permute(1, 2, 3, 4, 0, 5).reshape(count * batch, groups, repeats * length, width)
+    key, value = (x.permute(1, 2, 3, 0, 4).flatten(0, 1) for x in (key, value))
+    out = F.scaled_dot_product_attention(q, key, value, scale=scale)
+    return out.view(count, batch, groups, repeats, length, width).permute(4, 0, 1, 2, 3, 5)
 
 
 # A tile's keys and values: ``past[0]`` and ``past[1]`` list the clean tiles before it, ``own`` its own tile per stream.

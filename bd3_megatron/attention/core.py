@@ -12,9 +12,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from bd3_megatron.attention import chunked, reference
+from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.mask import Streams
 
-Backend = Callable[[Tensor, Tensor, Tensor, Streams, float | None], Tensor]
+Backend = Callable[[Tensor, Tensor, Tensor, Streams, float | None, ContextShard | None], Tensor]
 
 BACKENDS: dict[str, Backend] = {"chunked": chunked.attend, "reference": reference.attend}
 
@@ -62,20 +63,25 @@ class TwoStreamAttention(MegatronModule):
         softmax_scale: float | None = None,
         *,
         streams: Streams,
+        context: ContextShard,
         backend: str = "auto",
         **_: object,
     ):
         super().__init__(config=config)
         self.layer_number = layer_number
         self.streams = streams
+        self.context = context if context.size > 1 else None  # alone, a row may be of any length
         self.backend = choose_backend(backend)
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         self.cache: BlockCache | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_) -> Tensor:
-        """``[L, S b, n, d]`` queries, ``[L, S b, g, d]`` keys and values -> ``[L, S b, n d]``."""
+        """``[l, S b, n, d]`` queries, ``[l, S b, g, d]`` keys and values -> ``[l, S b, n d]``.
+
+        l is L, or the positions that this context-parallel rank holds.
+        """
         if self.cache is not None:
             out = self.cache.attend(query, key, value, self.scale)
         else:
-            out = self.backend(query, key, value, self.streams, self.scale)
+            out = self.backend(query, key, value, self.streams, self.scale, self.context)
         return out.flatten(2)

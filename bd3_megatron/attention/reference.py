@@ -5,33 +5,45 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.mask import Streams, dense_mask
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, streams: Streams, scale: float | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    streams: Streams,
+    scale: float | None = None,
+    context: ContextShard | None = None,
+) -> Tensor:
     """Attention of every stream under the dense mask.
 
     Args:
-        query: ``[L, count * b, n, d]``, streams stacked on the batch axis as :class:`Streams` says.
-        key, value: ``[L, count * b, g, d]`` with ``g`` dividing ``n`` (grouped queries).
+        query: ``[l, count * b, n, d]``, streams stacked on the batch axis as :class:`Streams` says; l is L, or this
+            rank's share of it.
+        key, value: ``[l, count * b, g, d]`` with ``g`` dividing ``n`` (grouped queries).
         scale: factor on the logits; ``1 / sqrt(d)`` when None.
+        context: which positions this rank holds; None for all.
 
     Returns:
-        ``[L, count * b, n, d]``.
+        ``[l, count * b, n, d]``.
     """
-    length, rows, heads, width = query.shape
+    context = context or ContextShard(len(query))
+    _, rows, heads, width = query.shape
     count, batch = streams.count, rows // streams.count
 
-    def end_to_end(x: Tensor) -> Tensor:  # [L, S b, n, d] -> [b, n, S L, d]
+    def end_to_end(x: Tensor) -> Tensor:  # [l, S b, n, d] -> [b, n, S l, d]
         x = x.repeat_interleave(heads // x.shape[2], dim=2)
-        return x.view(length, count, batch, heads, width).permute(2, 3, 1, 0, 4).reshape(batch, heads, -1, width)
+        return x.view(-1, count, batch, heads, width).permute(2, 3, 1, 0, 4).reshape(batch, heads, -1, width)
 
+    mask = dense_mask(context.length, streams, query.device).view(count, context.length, -1)
     out = F.scaled_dot_product_attention(
         end_to_end(query),
-        end_to_end(key),
-        end_to_end(value),
-        attn_mask=dense_mask(length, streams, query.device),
+        end_to_end(context.gather(key)),
+        end_to_end(context.gather(value)),
+        attn_mask=context.take(mask, 1).flatten(0, 1),
         scale=scale,
     )
-    out = out.view(batch, heads, count, length, width)
-    return out.permute(3, 2, 0, 1, 4).reshape(length, rows, heads, width)
+    out = out.view(batch, heads, count, -1, width)
+    return out.permute(3, 2, 0, 1, 4).reshape(query.shape)

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.diffusion.noise import Noise
 
@@ -30,6 +31,11 @@ class Batch:
     labels: Tensor
     weight: Tensor
     tokens: int
+
+    def take(self, context: ContextShard) -> Batch:
+        """The positions that one context-parallel rank holds; ``tokens`` stays that of the whole rows."""
+        ids, labels, weight = (context.take(x, 1) for x in (self.input_ids, self.labels, self.weight))
+        return Batch(ids, labels, weight, self.tokens)
 
     def to(self, device: torch.device) -> Batch:
         ids, labels, weight = (x.to(device, non_blocking=True) for x in (self.input_ids, self.labels, self.weight))

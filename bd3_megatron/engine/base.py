@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.parallel import World
+from bd3_megatron.shards import Held
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,12 @@ class Engine(Protocol):
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Context in which the model computes with the EMA weights (with its own when no EMA is kept)."""
 
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: fp32 tensors by ``section/global parameter name``, sections ``weights``,
-        ``exp_avg``, ``exp_avg_sq`` and, when kept, ``ema``. The tensors are the live ones, not copies."""
+    def state(self) -> dict[str, Held]:
+        """What a checkpoint holds: this rank's boxes of fp32 tensors by ``section/global parameter name``, sections
+        ``weights``, ``exp_avg``, ``exp_avg_sq`` and, when kept, ``ema``. The boxes are live memory, not copies."""
 
     def loaded(self, steps: int) -> None:
-        """To be called after the tensors of :meth:`state` were filled from a checkpoint of that many steps."""
+        """To be called after the boxes of :meth:`state` were filled from a checkpoint of that many steps."""
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take whole tensors by global name as weights and EMA. Raises KeyError where one is missing."""

@@ -25,6 +25,9 @@ LAYOUTS = {
         "PP2": ParallelConfig(pipeline=2),
         "TP2+SP": ParallelConfig(tensor=2, sequence=True),
         "DP2": ParallelConfig(),
+        "DP2+distopt": ParallelConfig(distributed_optimizer=True),
+        "CP2": ParallelConfig(context=2),
+        "PP2 interleaved": ParallelConfig(pipeline=2, interleave=2),
     },
     4: {
         "TP2xPP2": ParallelConfig(tensor=2, pipeline=2),

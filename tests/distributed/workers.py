@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from bd3_megatron import parallel
 from bd3_megatron.attention.mask import Streams
@@ -17,6 +16,7 @@ from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, Opti
 from bd3_megatron.diffusion.batch import Batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine.megatron import MegatronEngine
+from bd3_megatron.shards import Held
 from pretrain import checkpoint
 
 GLOBAL_BATCH, MICRO_BATCH, STEPS = 8, 2, 3
@@ -119,9 +119,16 @@ def batches(world: parallel.World, model: ModelConfig, diffusion: DiffusionConfi
     return made
 
 
-def whole(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The whole state on every rank: shards gathered over the tensor group, names over the pipeline."""
-    mine = {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for name, t in state.items()}
-    stages: list[Any] = [None] * parallel_state.get_pipeline_model_parallel_world_size()
-    dist.all_gather_object(stages, mine, parallel_state.get_pipeline_model_parallel_group())
-    return {name: tensor for stage in stages for name, tensor in stage.items()}
+def whole(state: dict[str, Held]) -> dict[str, torch.Tensor]:
+    """The whole state on every rank, from the boxes of all."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, state)
+    tensors: dict[str, torch.Tensor] = {}
+    for part in everyone:
+        for name, held in part.items():
+            tensor = tensors.setdefault(name, torch.full(held.shape, torch.nan))
+            for piece in held.pieces:
+                box = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.data.shape))
+                tensor[box] = piece.data
+    assert not any(tensor.isnan().any() for tensor in tensors.values())
+    return tensors

@@ -35,7 +35,7 @@ def train(engine: MegatronEngine, first: int, last: int) -> list[StepResult]:
 
 
 def copied(engine: MegatronEngine) -> dict[str, torch.Tensor]:
-    return {name: x.detach().clone() for name, x in engine.state().items()}
+    return {name: x.detach().clone() for name, x in tiny.state(engine).items()}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -77,14 +77,14 @@ def test_two_steps_after_a_restart_equal_the_run_that_went_on(world, tmp_path, p
     again = made(world, precision, seed=9)
     checkpoint.restore(found, again)
     assert again.updates == 3
-    restored = again.state()
+    restored = tiny.state(again)
     assert {name.partition("/")[0] for name in restored} == {"weights", "exp_avg", "exp_avg_sq", "ema"}
     for name, tensor in saved.items():
         assert tensor.dtype == torch.float32
         assert torch.equal(restored[name], tensor), name
     assert train(again, 4, 5) == went_on
-    for name, tensor in engine.state().items():
-        assert torch.equal(again.state()[name], tensor), name
+    for name, tensor in tiny.state(engine).items():
+        assert torch.equal(tiny.state(again)[name], tensor), name
     for one, other in zip(engine.module.parameters(), again.module.parameters()):
         assert torch.equal(one, other)
 
@@ -92,9 +92,9 @@ def test_two_steps_after_a_restart_equal_the_run_that_went_on(world, tmp_path, p
 def test_a_run_without_averaged_weights_keeps_none(world, tmp_path):
     engine = tiny.engine(world, tiny.shape(), DIFFUSION, ema_decay=0)
     checkpoint.save(tmp_path, engine, 1, {}, keep=1)
-    assert not any(name.startswith("ema/") for name in engine.state())
+    assert not any(name.startswith("ema/") for name in tiny.state(engine))
     weights = checkpoint.read_weights(checkpoint.find(tmp_path), averaged=True)
-    assert all(torch.equal(x, engine.state()[f"weights/{name}"].reshape(x.shape)) for name, x in weights.items())
+    assert all(torch.equal(x, tiny.state(engine)[f"weights/{name}"].reshape(x.shape)) for name, x in weights.items())
 
 
 @pytest.mark.parametrize(("averaged", "section"), [(True, "ema"), (False, "weights")])
@@ -103,7 +103,7 @@ def test_whole_weights_are_read_without_an_engine(world, run, averaged, section)
     engine = made(world)
     checkpoint.restore(found, engine)
     weights = checkpoint.read_weights(found, averaged)
-    state = {name: x for name, x in engine.state().items() if name.startswith(f"{section}/")}
+    state = {name: x for name, x in tiny.state(engine).items() if name.startswith(f"{section}/")}
     assert {f"{section}/{name}" for name in weights} == set(state)
     assert all(torch.equal(x, state[f"{section}/{name}"].reshape(x.shape)) for name, x in weights.items())
 
@@ -114,7 +114,7 @@ def test_saving_the_same_state_twice_is_harmless(world, run):
     before = copied(engine)
     checkpoint.save(run, engine, 3, {"tokens": 300}, keep=3)
     checkpoint.restore(checkpoint.find(run), engine)
-    assert all(torch.equal(x, before[name]) for name, x in engine.state().items())
+    assert all(torch.equal(x, before[name]) for name, x in tiny.state(engine).items())
     assert steps_in(run) == ["step-00000001", "step-00000002", "step-00000003"]
 
 
@@ -285,7 +285,7 @@ def test_a_model_of_another_shape_is_told_in_one_line_and_left_alone(world, run,
         checkpoint.restore(checkpoint.find(run), other)
     assert "\n" not in str(caught.value)
     assert "use the configuration the run was started with" in str(caught.value)
-    assert all(torch.equal(x, before[name]) for name, x in other.state().items())
+    assert all(torch.equal(x, before[name]) for name, x in tiny.state(other).items())
 
 
 def test_the_list_names_every_file_with_its_size(run):

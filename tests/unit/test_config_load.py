@@ -129,7 +129,7 @@ def test_mistakes_about_the_sources(file: Path, tmp_path: Path) -> None:
 
 def test_sections_are_checked_against_each_other() -> None:
     line = mistake("--preset", "tiny-cpu", "--parallel.tensor", "3")
-    assert line == "parallel.tensor=3: model.heads=4 is not divisible by 3; use 1, 2 or 4"
+    assert line == "parallel.tensor=3: model.heads=4 is not divisible by 3; use 1 or 2"
     line = mistake("--preset", "tiny-cpu", "--diffusion.block-size", "24")
     assert line.startswith("diffusion.block_size=24: model.length=128 is not divisible by 24")
 
@@ -147,7 +147,7 @@ def test_what_bd3_config_prints_can_be_read_back(name: str, file: Path, capsys: 
 def test_bd3_config_comments(capsys: pytest.CaptureFixture[str]) -> None:
     load.main(["--preset", "dit-small", "--world-size", "16", "--parallel.tensor", "2"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["# parameters: 162,265,682", "# ranks: 16 = tensor 2 x pipeline 1 x data 8"]
+    assert lines[:2] == ["# parameters: 162,265,682", "# ranks: 16 = tensor 2 x context 1 x pipeline 1 x data 8"]
     with pytest.raises(ConfigError, match=r"the world of 6 processes; start a multiple of 4$"):
         load.main(["--preset", "7b", "--world-size", "6"])
 

@@ -132,9 +132,9 @@ def test_more_rows_than_there_are_means_all(world, reader):
 def test_evaluation_leaves_the_engine_as_it_was(world, reader):
     model, diffusion = of_data(reader), DiffusionConfig(block_size=4)
     engine = tiny.engine(world, model, diffusion)
-    before = {name: x.clone() for name, x in engine.state().items()}
+    before = {name: x.clone() for name, x in tiny.state(engine).items()}
     evaluate(engine, reader, model, diffusion, EvalConfig(rows=4), 2)
-    assert all(torch.equal(x, before[name]) for name, x in engine.state().items())
+    assert all(torch.equal(x, before[name]) for name, x in tiny.state(engine).items())
 
 
 # ---- statistics ----

@@ -82,7 +82,9 @@ def test_a_reference_folder_reads_as_the_golden_file(shards, tmp_path):
     assert diffusion == DiffusionConfig(block_size=8)
     again = load_reference(reference_folder(tmp_path, shards=shards))
     assert again[:2] == (model, diffusion)
-    assert all(torch.equal(again[2][name], weights[name]) for name in weights)
+    assert again[2].keys() == weights.keys()
+    for name, weight in weights.items():  # the fold multiplies, and a product's last bit depends on alignment
+        torch.testing.assert_close(again[2][name], weight, rtol=1e-6, atol=1e-7, msg=name)
 
 
 def test_the_interval_the_mask_and_the_streams_come_from_the_configuration(tmp_path):

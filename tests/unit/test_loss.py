@@ -133,16 +133,16 @@ def test_micro_batches_accumulate_to_the_gradient_of_the_whole_batch(world, back
     result, expected = split.train_step(parts, 1e-3), whole.train_step([joined(parts)], 1e-3)
     assert result.loss == pytest.approx(expected.loss, rel=1e-6)
     assert result.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
-    for name, weight in whole.state().items():
+    for name, weight in tiny.state(whole).items():
         if name.startswith("exp_avg/"):  # (1 - beta1) times the clipped gradient
-            torch.testing.assert_close(split.state()[name], weight, rtol=1e-4, atol=1e-7, msg=name)
+            torch.testing.assert_close(tiny.state(split)[name], weight, rtol=1e-4, atol=1e-7, msg=name)
 
 
 def test_the_step_is_adams_with_clipping_and_decay_of_matrices_only(world):
     options = {"clip_norm": 0.5, "weight_decay": 0.1, "adam_eps": 1e-8, "beta1": 0.9, "beta2": 0.98}
     diffusion, lr = DiffusionConfig(block_size=4), 1e-2
     made = tiny.engine(world, tiny.shape("dit"), diffusion, **options)
-    before = {name: x.clone() for name, x in made.state().items()}
+    before = {name: x.clone() for name, x in tiny.state(made).items()}
     batch = tiny.batch_of(tiny.shape("dit"), diffusion, 4)
     network = tiny.build(tiny.shape("dit"), diffusion, tiny.weights_of(tiny.shape("dit")))
     loss, gradients = loss_and_gradients(network, batch)
@@ -151,7 +151,7 @@ def test_the_step_is_adams_with_clipping_and_decay_of_matrices_only(world):
     assert result.loss == pytest.approx(loss.item(), rel=1e-6)
     assert result.grad_norm == pytest.approx(norm, rel=1e-5)
     assert norm > 0.5
-    after = made.state()
+    after = tiny.state(made)
     for name, gradient in gradients.items():
         clipped = gradient * 0.5 / norm
         weight = before[f"weights/{name}"]
@@ -170,11 +170,11 @@ def test_the_step_is_adams_with_clipping_and_decay_of_matrices_only(world):
 def test_a_step_without_a_masked_row_leaves_the_weights(world, precision):
     diffusion = DiffusionConfig(block_size=4)
     made = tiny.engine(world, tiny.shape(), diffusion, precision=precision)
-    before = {name: x.clone() for name, x in made.state().items()}
+    before = {name: x.clone() for name, x in tiny.state(made).items()}
     empty = without_noise(tiny.batch_of(tiny.shape(), diffusion, 2))
     result = made.train_step([empty, empty], 1e-2)
     assert (result.loss, result.grad_norm) == (0, 0)
-    for name, tensor in made.state().items():
+    for name, tensor in tiny.state(made).items():
         assert torch.equal(tensor, before[name]), name
 
 
@@ -189,7 +189,7 @@ def test_the_averaged_weights_are_used_and_given_back(world):
         (averaged,) = made.forward([batch])
     (again,) = made.forward([batch])
     with torch.no_grad():
-        expected = tiny.build(tiny.shape(), diffusion, made.ema)(batch)
+        expected = tiny.build(tiny.shape(), diffusion, made.masters.ema)(batch)
     assert torch.equal(averaged, expected)
     assert torch.equal(raw, again)
     assert not torch.equal(raw, averaged)
@@ -202,6 +202,6 @@ def test_bf16_training_follows_fp32(world):
     for precision in ("fp32", "bf16"):
         made = tiny.engine(world, tiny.shape(), diffusion, precision=precision)
         losses[precision] = [made.train_step([batch], 1e-3).loss for batch in batches]
-        assert all(x.dtype == torch.float32 for x in made.state().values())
+        assert all(x.dtype == torch.float32 for x in tiny.state(made).values())
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
     assert losses["bf16"] != losses["fp32"]

@@ -12,6 +12,7 @@ from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, OptimizationConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
+from bd3_megatron.engine.base import Engine
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.hf.convert import TokenIds, hf_config
 from bd3_megatron.hf.mapping import entries, to_hf
@@ -59,6 +60,11 @@ def engine(world: World, model: ModelConfig, diffusion: DiffusionConfig, seed: i
     made = MegatronEngine(model, diffusion, KernelConfig(), ParallelConfig(), optimization, world)
     made.set_weights(weights_of(model, seed))
     return made
+
+
+def state(engine: Engine) -> dict[str, Tensor]:
+    """The live tensors of an engine's state, in a world of one: each lies in one piece."""
+    return {name: piece.data for name, held in engine.state().items() for (piece,) in [held.pieces]}
 
 
 def oracle(model: ModelConfig, diffusion: DiffusionConfig, weights: Mapping[str, Tensor]) -> BD3ForMaskedLM:

@@ -1,0 +1,101 @@
+"""What an optimizer shard holds of a model: fp32 master weights, Adam's moments and the EMA, by global name.
+
+Both engines cut a model differently (whole parameters, flat ranges of them, partitions of flattened groups), and all
+cuts are ranges of flattened tensor-parallel shards. Everything that follows from that is here once: the state that
+checkpoints hold, the EMA, and weights given from outside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bd3_megatron.shards import Held, ShardSpec, held
+
+
+@dataclass(frozen=True)
+class Master:
+    """The part of one parameter that this rank updates, fp32, contiguous, all of one shape.
+
+    Attributes:
+        spec: where the parameter's tensor-parallel shard lies in the whole tensor.
+        weight, exp_avg, exp_avg_sq: live tensors of the optimizer; they hold the elements ``start`` to
+            ``start + numel`` of the flattened shard.
+    """
+
+    spec: ShardSpec
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    start: int = 0
+
+
+class MasterWeights:
+    """State of one rank by global parameter name.
+
+    Args:
+        masters: what this rank updates.
+        publish: makes the model compute with the current master weights; called on every rank.
+        ema_decay: decay of the average; 0 keeps none.
+    """
+
+    def __init__(self, masters: dict[str, Master], publish: Callable[[], None], ema_decay: float = 0.0):
+        self.masters, self.publish, self.ema_decay = masters, publish, ema_decay
+        self.ema: dict[str, Tensor] = {}
+        if ema_decay > 0:
+            self.ema = {name: master.weight.detach().clone() for name, master in masters.items()}
+
+    def state(self) -> dict[str, Held]:
+        """See :meth:`bd3_megatron.engine.base.Engine.state`."""
+        state = {}
+        for name, master in self.masters.items():
+            sections = {"weights": master.weight, "exp_avg": master.exp_avg, "exp_avg_sq": master.exp_avg_sq}
+            if self.ema_decay > 0:
+                sections["ema"] = self.ema[name]
+            state |= {f"{key}/{name}": held(tensor, master.spec, master.start) for key, tensor in sections.items()}
+        return state
+
+    @torch.no_grad()
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        """Take whole tensors by global name as master weights and EMA, and publish them.
+
+        Raises:
+            KeyError: a parameter has no tensor.
+        """
+        for name, master in self.masters.items():
+            held(master.weight, master.spec, master.start).fill(weights[name])
+            if self.ema_decay > 0:
+                self.ema[name].copy_(master.weight)
+        self.publish()
+
+    @torch.no_grad()
+    def update_ema(self, updates: int) -> None:
+        """EMA with decay ``min(ema_decay, (1 + n) / (10 + n))`` after n updates (the paper's recipe)."""
+        if self.ema_decay > 0 and self.masters:
+            decay = min(self.ema_decay, (1 + updates) / (10 + updates))
+            weights = [master.weight.detach() for master in self.masters.values()]
+            torch._foreach_lerp_([self.ema[name] for name in self.masters], weights, 1 - decay)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Context in which the model computes with the EMA: the two exchange places, one tensor at a time."""
+        if self.ema_decay <= 0:
+            yield
+            return
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, master in self.masters.items():
+            own = master.weight.detach().clone()
+            master.weight.copy_(self.ema[name])
+            self.ema[name].copy_(own)
+        self.publish()

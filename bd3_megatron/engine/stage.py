@@ -1,0 +1,131 @@
+"""This rank's pipeline stage and Megatron's schedules over it: what both engines share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from bd3_megatron import cpu_compat
+from bd3_megatron.attention.context import ContextShard
+from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig
+from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.layers import transformer_config
+from bd3_megatron.model import EMBEDDING, BlockDiffusionModel, global_name, initialize, vocabulary_rows
+from bd3_megatron.parallel import World
+from bd3_megatron.shards import ShardSpec, shard_spec
+
+
+def build_stage(
+    model: ModelConfig,
+    diffusion: DiffusionConfig,
+    kernels: KernelConfig,
+    parallel: ParallelConfig,
+    bf16: bool,
+    device: torch.device,
+    seed: int,
+) -> list[BlockDiffusionModel]:
+    """This rank's model chunks with initial weights: one, or ``parallel.interleave`` of them."""
+    config = transformer_config(model, parallel, bf16)  # shared, because the schedules read it from the first chunk
+    modules = []
+    for number in range(parallel.interleave):
+        chunk = number if parallel.interleave > 1 else None
+        with cpu_compat.redirected():  # tied weights over stages are shared by a call that names CUDA
+            module = BlockDiffusionModel(
+                model,
+                diffusion,
+                kernels,
+                parallel,
+                bf16=bf16,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+                chunk=chunk,
+                config=config,
+            )
+        initialize(module, seed)
+        modules.append(module.to(device))
+    return modules
+
+
+def named_parameters(modules: Iterable[BlockDiffusionModel]) -> Iterator[tuple[str, Tensor, BlockDiffusionModel]]:
+    """(global name, parameter, its module) of this rank's chunks."""
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            yield global_name(name, module), parameter, module
+
+
+def parameter_spec(name: str, parameter: Tensor, module: BlockDiffusionModel) -> ShardSpec:
+    """Where a parameter of full local shape lies in the whole tensor."""
+    # The head's copy of a tied embedding on another stage than the first.
+    duplicate = name == EMBEDDING and not module.pre_process
+    return shard_spec(parameter, vocabulary_rows(name, module.model), duplicate)
+
+
+def run_schedule(chunks: Sequence[torch.nn.Module], batches: Sequence[Batch], forward_only: bool) -> list[Tensor]:
+    """Megatron's schedule over the micro-batches; outputs of the last stage: losses, or weighted nll.
+
+    Args:
+        chunks: this rank's model chunks, wrapped or not.
+        batches: micro-batches of whole rows, all of one size.
+    """
+    rows, length = batches[0].input_ids.shape
+    iterators = [iter(batches) for _ in chunks]
+    with cpu_compat.redirected():
+        return get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, forward_only),
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=list(chunks),
+            num_microbatches=len(batches),
+            seq_length=length,
+            micro_batch_size=rows,
+            forward_only=forward_only,
+        )
+
+
+def forward_rows(chunks: Sequence[torch.nn.Module], context: ContextShard, batches: Sequence[Batch]) -> list[Tensor]:
+    """Weighted nll ``[R, L]`` of each micro-batch, on the CPU, the same on all ranks that share the rows."""
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    # The interleaved schedule takes micro-batches by the number of stages: the last one stands in for the missing.
+    missing = -len(batches) % stages if len(chunks) > 1 else 0
+    outputs = run_schedule(chunks, [*batches, *[batches[-1]] * missing], forward_only=True)[: len(batches)]
+    outputs = [context.gather(x.transpose(0, 1)).transpose(0, 1).cpu() for x in outputs]
+    if stages > 1:
+        shared: list = [outputs]
+        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast_object_list(shared, source, parallel_state.get_pipeline_model_parallel_group())
+        outputs = shared[0]
+    return outputs
+
+
+def mean_loss(outputs: Sequence[Tensor], world: World) -> float:
+    """Loss of the global batch, known to every rank, from what the schedule returned on each.
+
+    Context-parallel ranks hold the parts of a sum, data-parallel ranks those of a mean; the last stage has them.
+    """
+    loss = torch.stack(list(outputs)).double().mean() if outputs else torch.zeros((), dtype=torch.float64)
+    loss = loss.to(world.device)
+    dist.all_reduce(loss, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    dist.broadcast(
+        loss,
+        parallel_state.get_pipeline_model_parallel_last_rank(),
+        parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return loss.item() / world.data_size
+
+
+def _forward_step(forward_only: bool, data_iterator: Iterator[Batch], model: torch.nn.Module):
+    """Megatron's ``forward_step_func``: the stage's output, and what to make of the last stage's."""
+    batch = next(data_iterator)
+    batch = batch.take(ContextShard.of_this_rank(batch.labels.shape[1])).to(cpu_compat.device())
+
+    def loss(weighted_nll: Tensor) -> tuple[Tensor, Tensor]:
+        mean = weighted_nll.sum() / batch.tokens
+        # The schedule divides the loss in place, so what is reported is a copy.
+        return mean, weighted_nll if forward_only else mean.detach().clone()
+
+    return model(batch), loss
