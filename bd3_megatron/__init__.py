@@ -5,3 +5,5 @@ import warnings
 # Megatron-core warns at import about every optional accelerator package it does not find. Which kernels run here is
 # decided in layers.py, so these lines would only hide what matters on a user's terminal.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+# It also calls collectives by the names that newer torch deprecates.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

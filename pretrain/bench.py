@@ -31,6 +31,7 @@ from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.parallel import World
 from pretrain.options import did_you_mean, parse_options, validate
+from pretrain.parity import bench_parity
 
 # What the step is compared with: the dense (2L)^2 mask, and logits for every row of both streams.
 PLAIN = KernelConfig(attention="reference", masked_rows_only=False)
@@ -55,15 +56,14 @@ class StepOptions(Section):
 
 
 def main(args: list[str]) -> int:
-    """`bd3 bench step`; the exit code."""
-    commands: dict[str, Callable[[list[str]], None]] = {"step": bench_step}
+    """`bd3 bench NAME`; the exit code."""
+    commands: dict[str, Callable[[list[str]], int | None]] = {"step": bench_step, "parity": bench_parity}
     if not args or args[0] in ("-h", "--help"):
-        print("usage: bd3 bench step   (--help after it for options)")
+        print(f"usage: bd3 bench {'|'.join(commands)}   (--help after it for options)")
         return 0 if args else 2
     if args[0] not in commands:
         raise ConfigError(f"bd3 bench {args[0]}: unknown benchmark{did_you_mean(args[0], commands)}")
-    commands[args[0]](args[1:])
-    return 0
+    return commands[args[0]](args[1:]) or 0
 
 
 def bench_step(args: list[str]) -> None:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.core import BACKENDS
 from bd3_megatron.attention.mask import Streams, dense_mask, live_pairs
 from bd3_megatron.attention.reference import attend as reference
@@ -88,3 +89,61 @@ def test_no_clean_token_leaks_into_the_past(name, case, data):
     for gradient in torch.autograd.grad(noisy_past + clean_past, (k, v), materialize_grads=True):
         clean = gradient.view(length, streams.count, batch, groups, -1)[inside, streams.noisy :]
         assert torch.count_nonzero(clean) == 0
+
+
+# ---- context parallelism, all ranks in one process ----
+
+
+class OneOfMany(ContextShard):
+    """A rank's shard whose ``gather`` takes what the others hold from the whole keys and values, in that order."""
+
+    def holding(self, key: torch.Tensor, value: torch.Tensor, streams: Streams) -> "OneOfMany":
+        object.__setattr__(self, "whole", [key, value])
+        object.__setattr__(self, "streams", streams)
+        return self
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        whole = self.whole.pop(0)
+        if whole.numel() // self.length == x.numel() // len(x):
+            return whole.view(self.length, *x.shape[1:])
+        # Of the clean stream alone, the fourth axis from the end is the batch.
+        return whole.view(self.length, self.streams.count, *x.shape[1:])[:, self.streams.clean_index]
+
+
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+@settings(max_examples=40, deadline=None)
+@given(case=cases(), size=st.sampled_from([2, 3, 4]), parts=st.integers(1, 3))
+def test_ranks_that_share_a_row_attend_as_one(name, case, size, parts):
+    """Outputs of all ranks make up the whole, and the gradients that reach keys and values add up."""
+    _, streams, batch, groups, heads = case
+    only_block = not streams.clean
+    length = 2 * size * parts * (1 if only_block else streams.block_size)
+    if only_block:
+        streams = Streams(length, streams.noisy, clean=False)
+    query, key, value = inputs(length, streams, batch, groups, heads)
+    expected = reference(query, key, value, streams)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad(expected, (query, key, value), upstream)
+
+    sums = [torch.zeros_like(x) for x in (query, key, value)]
+    for rank in range(size):
+        shard = OneOfMany(length, size, rank).holding(key, value, streams)
+        found = BACKENDS[name](*(shard.take(x, 0) for x in (query, key, value)), streams, None, shard)
+        torch.testing.assert_close(found, shard.take(expected, 0), rtol=1e-5, atol=1e-5)
+        for total, part in zip(sums, torch.autograd.grad(found, (query, key, value), shard.take(upstream, 0))):
+            total += part
+    for found, one in zip(sums, wanted):
+        torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 6), chunk=st.integers(1, 5))
+def test_every_position_lies_on_one_rank_and_work_is_even(size, chunk):
+    length = 2 * size * chunk
+    held = [ContextShard(length, size, rank) for rank in range(size)]
+    positions = [list(range(length))[s.positions] if size == 1 else s.positions for s in held]
+    assert sorted(p for mine in positions for p in mine) == list(range(length))
+    # A query at position p sees about p keys.
+    assert len({sum(mine) for mine in positions}) == 1
+    row = torch.arange(length)
+    assert [s.take(row, 0).tolist() for s in held] == positions

@@ -148,7 +148,9 @@ def test_bd3_config_comments(capsys: pytest.CaptureFixture[str]) -> None:
     load.main(["--preset", "dit-small", "--world-size", "16", "--parallel.tensor", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["# parameters: 162,265,682", "# ranks: 16 = tensor 2 x context 1 x pipeline 1 x data 8"]
-    with pytest.raises(ConfigError, match=r"the world of 6 processes; start a multiple of 4, or use a product of 1, 2, 3 or 6$"):
+    with pytest.raises(
+        ConfigError, match=r"the world of 6 processes; start a multiple of 4, or use a product of 1, 2, 3 or 6$"
+    ):
         load.main(["--preset", "7b", "--world-size", "6"])
 
 

@@ -1,0 +1,365 @@
+"""`bd3 bench parity`: does every layout compute what one process computes?
+
+Each layout trains the same tiny model on the same rows in real processes over gloo, in fp32. Compared are the first
+step's loss and every gradient (gathered), losses and weights after all steps, the evaluation under averaged weights,
+and the noise of every sample, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+from pydantic import Field
+
+from bd3_megatron import parallel
+from bd3_megatron.attention.mask import Streams
+from bd3_megatron.config import (
+    ConfigError,
+    DiffusionConfig,
+    KernelConfig,
+    ModelConfig,
+    OptimizationConfig,
+    ParallelConfig,
+    Section,
+    ZeroConfig,
+    check_layout,
+)
+from bd3_megatron.diffusion.batch import Batch, causal_batch, diffusion_batch
+from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
+from bd3_megatron.engine import build_engine
+from bd3_megatron.engine.base import Engine
+from bd3_megatron.hf.mapping import entries
+from bd3_megatron.shards import Held
+from pretrain.options import did_you_mean, parse_options, validate
+from pretrain.spawn import run_world
+
+FIRST_STEP, ALL_STEPS = 1e-5, 1e-4  # largest relative difference allowed
+BETA1 = 0.9
+
+
+class Layout(NamedTuple):
+    """A way to spread the model over ``size`` processes."""
+
+    size: int
+    parallel: ParallelConfig
+    zero: ZeroConfig = ZeroConfig()
+
+
+def _layout(size: int, zero: int = 0, **options: Any) -> Layout:
+    return Layout(size, ParallelConfig(**options), ZeroConfig(stage=zero))
+
+
+LAYOUTS: dict[str, Layout] = {
+    "TP2": _layout(2, tensor=2),
+    "TP2+SP": _layout(2, tensor=2, sequence=True),
+    "PP2": _layout(2, pipeline=2),
+    "PP2-uneven": _layout(2, pipeline=2, head_weight=2),
+    "PP2-interleaved": _layout(2, pipeline=2, interleave=2),
+    "CP2": _layout(2, context=2),
+    "DP2": _layout(2),
+    "DP2+distopt": _layout(2, distributed_optimizer=True),
+    "ZeRO1": _layout(2, zero=1),
+    "ZeRO2": _layout(2, zero=2),
+    "ZeRO3": _layout(2, zero=3),
+    "selective": _layout(1, recompute="selective"),
+    "TP2+SP-full": _layout(2, tensor=2, sequence=True, recompute="full"),
+    "PP4": _layout(4, pipeline=4),
+    "TP2xPP2": _layout(4, tensor=2, pipeline=2),
+    "TP2+SPxCP2": _layout(4, tensor=2, sequence=True, context=2),
+    "CP2xPP2": _layout(4, context=2, pipeline=2),
+    "CP2xDP2+distopt": _layout(4, context=2, distributed_optimizer=True),
+    "TP2+SPxPP2-interleaved": _layout(4, tensor=2, sequence=True, pipeline=2, interleave=2),
+    "TP2xDP2+distopt": _layout(4, tensor=2, distributed_optimizer=True),
+    "PP2xDP2": _layout(4, pipeline=2),
+    "TP2xZeRO1": _layout(4, zero=1, tensor=2),
+    "TP2xZeRO3": _layout(4, zero=3, tensor=2),
+    "TP2+SPxZeRO2": _layout(4, zero=2, tensor=2, sequence=True),
+    "PP2xZeRO1": _layout(4, zero=1, pipeline=2),
+}
+
+
+class Task(NamedTuple):
+    """What every layout trains."""
+
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    global_batch: int = 8
+    micro_batch: int = 2
+    steps: int = 10
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one training, the same on every rank unless stated.
+
+    Attributes:
+        losses, norms: of every step.
+        gradients: of the first step, whole tensors by global name.
+        state: weights, moments and EMA after the last step, whole tensors.
+        nll: weighted nll of this rank's rows under averaged weights.
+        noise: digest of levels and masks by sample ``(step, slot)``, of this rank's samples.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, torch.Tensor]
+    state: dict[str, torch.Tensor]
+    nll: torch.Tensor
+    noise: dict[tuple[int, int], str]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Largest relative differences between a layout and one process.
+
+    Attributes:
+        loss: of the first step; ``gradient``: of the first step, per tensor relative to its largest element.
+        norm: of the first gradient norm.
+        steps: of losses and weights over all steps; ``evaluation``: of the rows' nll after them.
+        same_noise: whether every sample had the same noise, bit for bit.
+    """
+
+    loss: float
+    gradient: float
+    norm: float
+    steps: float
+    evaluation: float
+    same_noise: bool
+
+    @property
+    def passes(self) -> bool:
+        first = max(self.loss, self.gradient, self.norm)
+        return first <= FIRST_STEP and max(self.steps, self.evaluation) <= ALL_STEPS and self.same_noise
+
+
+def train(rank: int, size: int, store: dist.Store, runs: list[tuple[str, Layout, Task]]) -> list[Outcome]:
+    """On one rank: train each of the named ``runs``, one after the other in the same processes."""
+    outcomes = []
+    for name, layout, task in runs:
+        world = parallel.start(layout.parallel, rank, size, rank, dist.PrefixStore(name, store))
+        try:
+            outcomes.append(_train(world, layout, task))
+        finally:
+            parallel.stop()
+    return outcomes
+
+
+def make_engine(world: parallel.World, layout: Layout, task: Task) -> Engine:
+    """The engine of a layout: no clipping, so that Adam's first moment after one step is (1 - beta1) times the
+    gradient, and a larger epsilon than usual, because Adam divides by it where a gradient is rounding error, whose
+    sign no layout owes."""
+    optimization = OptimizationConfig(
+        precision=task.precision, clip_norm=0, ema_decay=0.9, beta1=BETA1, weight_decay=0.1, adam_eps=1e-4
+    )
+    engine = build_engine(task.model, task.diffusion, KernelConfig(), layout.parallel, layout.zero, optimization, world)
+    engine.set_weights(_weights(task.model))
+    return engine
+
+
+def _weights(model: ModelConfig) -> dict[str, torch.Tensor]:
+    """Random weights by global name. Initial ones would not do: where a head or a bias starts at zero, most
+    gradients are zero in every layout, right or wrong."""
+    generator = torch.Generator().manual_seed(3)
+    drawn = {entry.megatron: torch.randn(entry.shape, generator=generator) for entry in entries(model)}
+    return {name: 0.2 * x + name.endswith("norm.weight") for name, x in drawn.items()}
+
+
+def batches(
+    world: parallel.World, task: Task, step: int, noise: dict[tuple[int, int], str] | None = None
+) -> list[Batch]:
+    """This data-parallel rank's micro-batches of random rows; digests of their noise go to ``noise``."""
+    model, count = task.model, task.global_batch
+    rows = np.random.default_rng(step).integers(0, model.mask_id, (count, model.length))
+    share = count // world.data_size
+    made = []
+    for start in range(world.data_rank * share, (world.data_rank + 1) * share, task.micro_batch):
+        slots = np.arange(start, start + task.micro_batch)
+        if task.diffusion.objective == "causal":
+            made.append(causal_batch(rows[slots]))
+            continue
+        drawn = draw_noise(task.diffusion, model.length, 0, SampleKeys(np.zeros_like(slots), slots, slots, step, count))
+        made.append(diffusion_batch(rows[slots], drawn, model.mask_id, Streams.of(task.diffusion, model.length)))
+        for n, slot in enumerate(slots if noise is not None else ()):
+            raw = drawn.t[:, n].tobytes() + drawn.masked[:, n].tobytes() + drawn.weight[:, n].tobytes()
+            noise[step, int(slot)] = hashlib.sha256(raw).hexdigest()
+    return made
+
+
+def whole(state: Mapping[str, Held]) -> dict[str, torch.Tensor]:
+    """The whole state on every rank, from the boxes of all; what no rank holds is NaN."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, state)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, held in (item for part in everyone for item in part.items()):
+        tensor = tensors.setdefault(name, torch.full(held.shape, torch.nan))
+        for piece in held.pieces:
+            tensor[tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.data.shape))] = piece.data.cpu()
+    return tensors
+
+
+def _train(world: parallel.World, layout: Layout, task: Task) -> Outcome:
+    engine = make_engine(world, layout, task)
+    losses, norms, gradients, noise = [], [], {}, {}
+    for step in range(task.steps):
+        parallel.seed_dropout(0, step)
+        result = engine.train_step(batches(world, task, step, noise), lr=1e-3)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+        if step == 0:
+            gradients = {
+                name.removeprefix("exp_avg/"): moment / (1 - BETA1)
+                for name, moment in whole(engine.state()).items()
+                if name.startswith("exp_avg/")
+            }
+    with engine.averaged():
+        nll = torch.cat(engine.forward(batches(world, task, task.steps)))
+    return Outcome(losses, norms, gradients, whole(engine.state()), nll, noise)
+
+
+def run(runs: Mapping[str, tuple[Layout, Task]]) -> dict[str, list[Outcome]]:
+    """Outcomes on every rank by the run's name; the processes of a world size start once."""
+    found = {}
+    for size in sorted({layout.size for layout, _ in runs.values()}):
+        names = [name for name, (layout, _) in runs.items() if layout.size == size]
+        by_rank = run_world(size, train, [(name, *runs[name]) for name in names])
+        found |= {name: [rank[i] for rank in by_rank] for i, name in enumerate(names)}
+    return found
+
+
+def compare(by_rank: list[Outcome], expected: Outcome) -> Difference:
+    """How far the ranks of a layout are from one process, the worst rank for each number."""
+    one = by_rank[0]
+    noise = [item for outcome in by_rank for item in outcome.noise.items()]
+    # Ranks that share rows agree on their nll; the distinct ones together hold the whole batch in order.
+    parts = {tuple(outcome.nll.flatten().tolist()): outcome.nll for outcome in by_rank}
+    nll = torch.cat(list(parts.values()))
+    weights = {name: tensor for name, tensor in expected.state.items() if name.startswith(("weights/", "ema/"))}
+    if not all(bool(gradient.any()) for gradient in expected.gradients.values()):
+        raise ValueError("a gradient is zero throughout, so that its comparison would show nothing")
+    return Difference(
+        loss=max(_relative(o.losses[:1], expected.losses[:1]) for o in by_rank),
+        gradient=_worst(one.gradients, expected.gradients),
+        norm=max(_relative(o.norms[:1], expected.norms[:1]) for o in by_rank),
+        steps=max(
+            *(_relative(o.losses, expected.losses) for o in by_rank),
+            *(_relative(o.norms, expected.norms) for o in by_rank),
+            _worst({name: one.state.get(name) for name in weights}, weights),
+        ),
+        evaluation=_worst({"nll": nll}, {"nll": expected.nll}),
+        same_noise=bool(noise)
+        and dict(noise).keys() == expected.noise.keys()
+        and set(noise) == set(expected.noise.items()),
+    )
+
+
+def _relative(found: Iterable[float], expected: Iterable[float]) -> float:
+    return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(found, expected, strict=True))
+
+
+def _worst(found: Mapping[str, torch.Tensor | None], expected: Mapping[str, torch.Tensor]) -> float:
+    """Largest difference of any tensor, relative to its largest element; infinite for another set of tensors."""
+    worst = 0.0 if found.keys() == expected.keys() else float("inf")
+    for name, tensor in expected.items():
+        other = found.get(name)
+        if other is None or other.shape != tensor.shape or not bool(other.isfinite().all()):
+            return float("inf")
+        worst = max(worst, float((other - tensor).abs().max() / tensor.abs().max().clamp(min=1e-12)))
+    return worst
+
+
+class ParityOptions(Section):
+    """Train one tiny model under every layout and compare with one process: loss and every gradient of the first
+    step within 1e-5, losses, gradient norms and weights of all steps within 1e-4, noise bit for bit. Ends with exit
+    code 1 when a layout is off."""
+
+    layouts: tuple[str, ...] | None = Field(None, description="layouts to run; null means all: " + ", ".join(LAYOUTS))
+    backbone: Literal["qwen3", "dit"] = "qwen3"
+    layers: int = Field(4, ge=1)
+    hidden: int = Field(32, ge=1)
+    heads: int = Field(4, ge=1)
+    kv_heads: int | None = Field(None, ge=1, description="key and value heads; null means half of heads (qwen3)")
+    tie_embeddings: bool = Field(False, description="head shares the embedding's weight (ZeRO with PP refuses that)")
+    length: int = Field(32, ge=2, description="tokens per row, L")
+    block_size: int = Field(4, ge=1, description="tokens per block, B'")
+    draws: int = Field(1, ge=1, description="noisy draws per clean row, K")
+    vocab_size: int = Field(61, ge=2, description="an odd number shows that padding is right")
+    global_batch: int = Field(8, ge=1, description="rows per step")
+    micro_batch: int = Field(2, ge=1, description="rows per micro-batch")
+    steps: int = Field(10, ge=1, description="optimizer steps")
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
+
+
+def bench_parity(args: list[str]) -> int:
+    """Print the table of layouts and differences; 1 when one is off."""
+    options = parse_options(ParityOptions, args, "bd3 bench parity")
+    names = options.layouts or tuple(LAYOUTS)
+    for name in names:
+        if name not in LAYOUTS:
+            raise ConfigError(f"layouts={name}: unknown layout{did_you_mean(name, LAYOUTS)}; use {', '.join(LAYOUTS)}")
+    task = _task(options)
+    for name in names:
+        _check(name, LAYOUTS[name], task)
+    alone = {"": (Layout(1, ParallelConfig()), task)}
+    outcomes = run(alone | {name: (LAYOUTS[name], task) for name in names})
+    found = {name: compare(outcomes[name], outcomes[""][0]) for name in names}
+    rows = [{"layout": n, "processes": LAYOUTS[n].size, "ok": d.passes, **asdict(d)} for n, d in found.items()]
+    failed = [name for name, difference in found.items() if not difference.passes]
+    if options.json_:
+        print(json.dumps({"rows": rows, "failed": failed}))
+    else:
+        _print(rows, task)
+    if failed:
+        print(f"differs from one process: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _task(options: ParityOptions) -> Task:
+    grouped = options.heads if options.backbone == "dit" else max(1, options.heads // 2)
+    model = validate(
+        ModelConfig,
+        {
+            **{name: getattr(options, name) for name in ("backbone", "layers", "hidden", "heads", "length")},
+            "kv_heads": options.kv_heads or grouped,
+            "tie_embeddings": options.tie_embeddings,
+            "vocab_size": options.vocab_size,
+            "mask_id": options.vocab_size - 1,
+        },
+    )
+    diffusion = validate(DiffusionConfig, {"block_size": options.block_size, "draws": options.draws})
+    return Task(model, diffusion, options.global_batch, options.micro_batch, options.steps)
+
+
+def _check(name: str, layout: Layout, task: Task) -> None:
+    """Refuse what a layout cannot run before any process starts."""
+    try:
+        data = check_layout(task.model, task.diffusion, layout.parallel, layout.size, layout.zero)
+    except ConfigError as error:
+        raise ConfigError(f"layout {name}: {error}; or leave it out with --layouts") from None
+    stages = layout.parallel.pipeline if layout.parallel.interleave > 1 else 1
+    unit = task.micro_batch * data * stages
+    if task.global_batch % unit:
+        raise ConfigError(f"global_batch={task.global_batch}: layout {name} needs a multiple of {unit}")
+
+
+def _print(rows: list[dict[str, Any]], task: Task) -> None:
+    model = task.model
+    print(
+        f"{model.backbone}, {model.layers} layers of {model.hidden}, L={model.length}, "
+        f"B'={task.diffusion.block_size}, fp32, gloo, {task.steps} steps; largest relative differences"
+    )
+    columns = ("loss", "gradient", "norm", "steps", "evaluation")
+    print(f"{'layout':<24}{'ranks':>6}" + "".join(f"{c:>12}" for c in columns) + f"{'noise':>8}")
+    for row in rows:
+        numbers = "".join(f"{row[c]:>12.1e}" for c in columns)
+        noise = "same" if row["same_noise"] else "OTHER"
+        print(f"{row['layout']:<24}{row['processes']:>6}{numbers}{noise:>8}{'' if row['ok'] else '  OFF'}")
