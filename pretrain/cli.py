@@ -19,7 +19,7 @@ COMMANDS = {
     "sample": ("pretrain.generate:main", "generate text block by block"),
     "convert": ("pretrain.convert:main", "export to and import from Hugging Face folders"),
     "config": ("pretrain.load:main", "print the resolved configuration as YAML"),
-    "bench": ("pretrain.bench:main", "measure tokens per second of the training step"),
+    "bench": ("pretrain.bench:main", "measure a training step, its memory, and whether layouts agree"),
 }
 
 USAGE_ERROR = 2

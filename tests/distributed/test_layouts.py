@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from bd3_megatron.config import ConfigError, DiffusionConfig, ModelConfig
-from pretrain import bench, parity
-from pretrain.parity import LAYOUTS, Difference, Layout, Outcome, Task
+from pretrain import bench
+from pretrain.bench import parity
+from pretrain.bench.parity import LAYOUTS, Difference, Layout, Outcome, Task
 
 MODEL = ModelConfig(layers=4, hidden=32, heads=4, kv_heads=2, length=32, vocab_size=61, mask_id=60)
 DIT = ModelConfig(backbone="dit", layers=5, hidden=32, heads=4, length=16, vocab_size=61, mask_id=60, dropout=0.0)

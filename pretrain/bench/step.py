@@ -1,11 +1,10 @@
-"""`bd3 bench`: what the pieces cost, as ratios within one run, because machines differ and are shared."""
+"""`bd3 bench step`: cost of a training step beside the plain path of the same model."""
 
 from __future__ import annotations
 
 import json
 import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Literal
 
@@ -17,7 +16,6 @@ from pydantic import Field
 from bd3_megatron import flops, parallel
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import (
-    ConfigError,
     DiffusionConfig,
     KernelConfig,
     ModelConfig,
@@ -30,8 +28,7 @@ from bd3_megatron.diffusion.batch import Batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.parallel import World
-from pretrain.options import did_you_mean, parse_options, validate
-from pretrain.parity import bench_parity
+from pretrain.options import parse_options, validate
 
 # What the step is compared with: the dense (2L)^2 mask, and logits for every row of both streams.
 PLAIN = KernelConfig(attention="reference", masked_rows_only=False)
@@ -55,22 +52,14 @@ class StepOptions(Section):
     json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
 
 
-def main(args: list[str]) -> int:
-    """`bd3 bench NAME`; the exit code."""
-    commands: dict[str, Callable[[list[str]], int | None]] = {"step": bench_step, "parity": bench_parity}
-    if not args or args[0] in ("-h", "--help"):
-        print(f"usage: bd3 bench {'|'.join(commands)}   (--help after it for options)")
-        return 0 if args else 2
-    if args[0] not in commands:
-        raise ConfigError(f"bd3 bench {args[0]}: unknown benchmark{did_you_mean(args[0], commands)}")
-    return commands[args[0]](args[1:]) or 0
-
-
 def bench_step(args: list[str]) -> None:
     """Print a row per length: seconds of both paths, their ratio, and the ratio of their FLOPs."""
     options = parse_options(StepOptions, args, "bd3 bench step")
     diffusion = DiffusionConfig(block_size=options.block_size)
-    models = [_model(options, length) for length in options.lengths]
+    models = [
+        model_of_width(options.backbone, options.layers, options.hidden, options.heads, length, options.vocab_size)
+        for length in options.lengths
+    ]
     for model in models:
         check_layout(model, diffusion, ParallelConfig(), world_size=1)
     torch.set_num_threads(options.threads)
@@ -93,27 +82,32 @@ def bench_step(args: list[str]) -> None:
         )
 
 
-def _model(options: StepOptions, length: int) -> ModelConfig:
+def model_of_width(backbone: str, layers: int, hidden: int, heads: int, length: int, vocab_size: int) -> ModelConfig:
+    """A model whose layers have 12 h^2 weights on either backbone.
+
+    Raises:
+        ConfigError: the numbers do not fit together.
+    """
     values = {
-        "backbone": options.backbone,
-        "layers": options.layers,
-        "hidden": options.hidden,
-        "heads": options.heads,
-        "ffn_hidden": 4 * options.hidden if options.backbone == "dit" else _gated_width(options.hidden),
+        "backbone": backbone,
+        "layers": layers,
+        "hidden": hidden,
+        "heads": heads,
+        "ffn_hidden": 4 * hidden if backbone == "dit" else _gated_width(hidden),
         "length": length,
-        "vocab_size": options.vocab_size,
-        "mask_id": options.vocab_size - 1,
+        "vocab_size": vocab_size,
+        "mask_id": vocab_size - 1,
     }
     return validate(ModelConfig, values)
 
 
 def _step_row(options: StepOptions, model: ModelConfig, diffusion: DiffusionConfig, world: World) -> dict[str, float]:
     optimization = OptimizationConfig(precision=options.precision)
-    batches = [_random_batch(model, diffusion, options.batch, step) for step in range(options.repeats + 1)]
+    batches = [random_batch(model, diffusion, options.batch, step) for step in range(options.repeats + 1)]
     paths = []
     for kernels in (KernelConfig(), PLAIN):
         engine = MegatronEngine(model, diffusion, kernels, ParallelConfig(), optimization, world)
-        paths.append(partial(_timed_step, engine))
+        paths.append(partial(timed_step, engine))
     for path in paths:  # warm up
         path(batches[-1])
     turns = [[path(batch) for path in paths] for batch in batches[: options.repeats]]
@@ -133,14 +127,16 @@ def _gated_width(hidden: int) -> int:
     return -(-8 * hidden // 3 // 16) * 16
 
 
-def _random_batch(model: ModelConfig, diffusion: DiffusionConfig, rows: int, step: int) -> Batch:
+def random_batch(model: ModelConfig, diffusion: DiffusionConfig, rows: int, step: int) -> Batch:
+    """A micro-batch of random rows with the noise of one step."""
     numbers = np.arange(rows)
     tokens = np.random.default_rng(step).integers(0, model.vocab_size - 1, (rows, model.length))
     noise = draw_noise(diffusion, model.length, 0, SampleKeys(np.zeros_like(numbers), numbers, numbers, step, rows))
     return diffusion_batch(tokens, noise, model.mask_id, Streams.of(diffusion, model.length))
 
 
-def _timed_step(engine: MegatronEngine, batch: Batch) -> float:
+def timed_step(engine: MegatronEngine, batch: Batch) -> float:
+    """Seconds of one training step: CPU time on CPU, wall time on CUDA."""
     cuda = engine.world.device.type == "cuda"
     clock = time.perf_counter if cuda else time.process_time
     start = clock()

@@ -43,7 +43,7 @@ from pretrain.options import did_you_mean, parse_options, validate
 from pretrain.spawn import run_world
 
 FIRST_STEP, ALL_STEPS = 1e-5, 1e-4  # largest relative difference allowed
-BETA1 = 0.9
+BETA1, CLIP_NORM = 0.9, 0.5
 
 
 class Layout(NamedTuple):
@@ -155,11 +155,10 @@ def train(rank: int, size: int, store: dist.Store, runs: list[tuple[str, Layout,
 
 
 def make_engine(world: parallel.World, layout: Layout, task: Task) -> Engine:
-    """The engine of a layout: no clipping, so that Adam's first moment after one step is (1 - beta1) times the
-    gradient, and a larger epsilon than usual, because Adam divides by it where a gradient is rounding error, whose
-    sign no layout owes."""
+    """The engine of a layout, with a larger epsilon than usual: Adam divides by it where a gradient is rounding error,
+    whose sign no layout owes."""
     optimization = OptimizationConfig(
-        precision=task.precision, clip_norm=0, ema_decay=0.9, beta1=BETA1, weight_decay=0.1, adam_eps=1e-4
+        precision=task.precision, clip_norm=CLIP_NORM, ema_decay=0.9, beta1=BETA1, weight_decay=0.1, adam_eps=1e-4
     )
     engine = build_engine(task.model, task.diffusion, KernelConfig(), layout.parallel, layout.zero, optimization, world)
     engine.set_weights(_weights(task.model))
@@ -216,8 +215,10 @@ def _train(world: parallel.World, layout: Layout, task: Task) -> Outcome:
         losses.append(result.loss)
         norms.append(result.grad_norm)
         if step == 0:
+            # Adam's first moment after one step is (1 - beta1) times the clipped gradient.
+            unclipped = max(1.0, result.grad_norm / CLIP_NORM) / (1 - BETA1)
             gradients = {
-                name.removeprefix("exp_avg/"): moment / (1 - BETA1)
+                name.removeprefix("exp_avg/"): moment * unclipped
                 for name, moment in whole(engine.state()).items()
                 if name.startswith("exp_avg/")
             }

@@ -1,0 +1,132 @@
+"""`bd3 bench memory`: what a training step keeps for its backward pass, with and without recomputation."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import torch
+import tyro
+from pydantic import Field
+
+from bd3_megatron import parallel
+from bd3_megatron.config import (
+    DiffusionConfig,
+    KernelConfig,
+    ModelConfig,
+    OptimizationConfig,
+    ParallelConfig,
+    Section,
+    check_layout,
+)
+from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.engine.megatron import MegatronEngine
+from pretrain.bench.step import model_of_width, random_batch, timed_step
+from pretrain.options import parse_options
+
+
+class MemoryOptions(Section):
+    """Bytes that one training step keeps for its backward pass, and its time, with parallel.recompute = none,
+    selective and full. On CUDA also the peak of all allocations."""
+
+    length: int = Field(1024, ge=2, description="tokens per row, L")
+    layers: int = Field(8, ge=1)
+    hidden: int = Field(256, ge=1)
+    heads: int = Field(4, ge=1)
+    block_size: int = Field(16, ge=1, description="tokens per block, B'")
+    vocab_size: int = Field(4096, ge=2)
+    batch: int = Field(2, ge=1, description="rows per micro-batch")
+    threads: int = Field(1, ge=1, description="CPU threads")
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
+
+
+class Saved:
+    """Bytes of distinct storages that autograd holds at present, and their peak."""
+
+    def __init__(self, ignored: set[int]):
+        self._ignored, self._held = ignored, Counter()
+        self.bytes = self.peak = 0
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        key = storage.data_ptr()
+        if key in self._ignored:
+            return
+        self._held[key] += 1
+        if self._held[key] == 1:
+            self.bytes += storage.nbytes()
+            self.peak = max(self.peak, self.bytes)
+
+    def remove(self, storage: torch.UntypedStorage) -> None:
+        key = storage.data_ptr()
+        if key in self._ignored:
+            return
+        self._held[key] -= 1
+        if self._held[key] == 0:
+            self.bytes -= storage.nbytes()
+
+
+class _Kept:
+    """A saved tensor that tells when autograd lets go of it."""
+
+    def __init__(self, tensor: torch.Tensor, saved: Saved):
+        self.tensor, self._saved = tensor, saved
+        saved.add(tensor.untyped_storage())
+
+    def __del__(self) -> None:
+        self._saved.remove(self.tensor.untyped_storage())
+
+
+@contextmanager
+def saved_for_backward(parameters: Iterator[torch.Tensor]) -> Iterator[Saved]:
+    """Count what is saved for the backward pass inside the context, without ``parameters``, which stay anyway."""
+    saved = Saved({parameter.untyped_storage().data_ptr() for parameter in parameters})
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Kept(tensor, saved), lambda kept: kept.tensor):
+        yield saved
+
+
+def bench_memory(args: list[str]) -> None:
+    """Print a row per kind of recomputation."""
+    options = parse_options(MemoryOptions, args, "bd3 bench memory")
+    model = model_of_width("qwen3", options.layers, options.hidden, options.heads, options.length, options.vocab_size)
+    diffusion = DiffusionConfig(block_size=options.block_size)
+    check_layout(model, diffusion, ParallelConfig(), world_size=1)
+    torch.set_num_threads(options.threads)
+    batch = random_batch(model, diffusion, options.batch, 0)
+    rows = [_row(kind, model, diffusion, batch) for kind in ("none", "selective", "full")]
+    for row in rows:
+        row["bytes_per_token"] = row["saved_bytes"] / (options.batch * options.length)
+        row["ratio"] = row["saved_bytes"] / rows[0]["saved_bytes"]
+        row["seconds_ratio"] = row["seconds"] / rows[0]["seconds"]
+    if options.json_:
+        print(json.dumps({"rows": rows}))
+        return
+    print(
+        f"{options.layers} layers of {options.hidden}, L={options.length}, B'={options.block_size}, "
+        f"{options.batch} row(s), fp32; kept for the backward pass"
+    )
+    print(f"{'recompute':<12}{'MB':>10}{'per token':>12}{'ratio':>8}{'seconds':>10}{'ratio':>8}")
+    for row in rows:
+        print(
+            f"{row['recompute']:<12}{row['saved_bytes'] / 1e6:>10.1f}{row['bytes_per_token']:>12.0f}"
+            f"{row['ratio']:>8.3f}{row['seconds']:>10.3f}{row['seconds_ratio']:>8.2f}"
+        )
+
+
+def _row(kind: str, model: ModelConfig, diffusion: DiffusionConfig, batch: Batch) -> dict[str, Any]:
+    layout = ParallelConfig(recompute=kind)
+    world = parallel.start(layout)
+    try:
+        engine = MegatronEngine(model, diffusion, KernelConfig(), layout, OptimizationConfig(precision="fp32"), world)
+        timed_step(engine, batch)  # warm up
+        row = {"recompute": kind, "seconds": timed_step(engine, batch)}
+        cuda = world.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        with saved_for_backward(engine.module.parameters()) as saved:
+            engine.train_step([batch], lr=1e-4)
+        return row | {"saved_bytes": saved.peak} | ({"peak_bytes": torch.cuda.max_memory_allocated()} if cuda else {})
+    finally:
+        parallel.stop()

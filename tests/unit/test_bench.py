@@ -1,0 +1,48 @@
+"""The benchmarks that start no other process."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from bd3_megatron.config import ConfigError
+from pretrain import bench
+from pretrain.bench.memory import saved_for_backward
+
+SMALL = ["--length", "64", "--layers", "3", "--hidden", "32", "--heads", "2", "--vocab-size", "64", "--json"]
+
+
+def test_recomputation_keeps_less_for_the_backward_pass(capsys):
+    assert bench.main(["memory", *SMALL]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["recompute"] for row in rows] == ["none", "selective", "full"]
+    none, selective, full = (row["saved_bytes"] for row in rows)
+    assert full < selective < none
+    assert rows[0]["bytes_per_token"] == none / 128
+
+
+def test_what_is_kept_is_counted_once_and_let_go():
+    weight = torch.randn(8, 8, requires_grad=True)
+    x = torch.randn(4, 8)
+    with saved_for_backward(iter([weight])) as saved:
+        once = (x @ weight).exp()  # keeps x and the result of exp
+        twice = once * once
+        assert saved.bytes == 4 * 8 * 4 * 2
+        twice.sum().backward()
+        assert saved.bytes == 0
+    assert saved.peak == 4 * 8 * 4 * 2
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["stepp"], "bd3 bench stepp: unknown benchmark; did you mean step?"),
+        (["memory", "--hidden", "30"], "model.heads=4: model.hidden=30 is not divisible by 4; use 1, 2, 3, 5, 6"),
+    ],
+)
+def test_mistakes_are_one_line(args, line):
+    with pytest.raises(ConfigError) as caught:
+        bench.main(args)
+    assert str(caught.value).startswith(line)
