@@ -204,6 +204,7 @@ class ParallelConfig(Section):
     distributed_optimizer: bool = Field(
         False, description="shard master weights, moments and EMA over data-parallel ranks (Megatron's ZeRO-1)"
     )
+    overlap: bool = Field(True, description="reduce gradients over data-parallel ranks while the backward pass goes on")
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activations computed again in the backward pass: attention's, or every layer's"
     )

@@ -70,15 +70,18 @@ class MegatronEngine:
         return module
 
     def _prepare_training(self, bf16: bool) -> None:
-        sharded = self.parallel.distributed_optimizer
+        sharded, overlap = self.parallel.distributed_optimizer, self.parallel.overlap
         reduction = DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=sharded
+            grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, use_distributed_optimizer=sharded
         )
         self.chunks = [DistributedDataParallel(self.config, reduction, chunk) for chunk in self.chunks]
         with cpu_compat.redirected():
             self.optimizer = get_megatron_optimizer(_optimizer_config(self.optimization, bf16, sharded), self.chunks)
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
+        if overlap:  # gradients are reduced once, in the backward pass of the last micro-batch
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self._create_optimizer_state()
         self.masters = MasterWeights(self._masters(), self._publish, self.optimization.ema_decay)
 
