@@ -3,7 +3,7 @@
 Megatron-core's parallelism, schedules and optimizers are plain torch underneath, but they name the CUDA device in a
 few places. On such a machine nothing behind these names works anyway, so :func:`install` points them at the CPU:
 
-* the current device is ``cpu``, ``synchronize`` does nothing;
+* the current device is ``cpu``, ``synchronize`` does nothing, and there is no stream;
 * the CUDA random state, which Megatron's tracker forks for dropout under tensor parallelism, is the CPU's. All four
   functions matter: with one left out nothing fails, but the forks hand out wrong states;
 * rotary embeddings move their frequencies to the current device, which is then the CPU.
@@ -44,6 +44,7 @@ def install() -> None:
 
     torch.cuda.current_device = lambda: CPU
     torch.cuda.synchronize = lambda *_: None
+    torch.cuda.current_stream = lambda *_: None  # newer releases ask for it before they know whether they need it
     torch.cuda.get_rng_state = get_state
     torch.cuda.manual_seed = torch.manual_seed
     random._get_cuda_rng_state = get_state
