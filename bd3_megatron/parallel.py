@@ -90,8 +90,10 @@ def stop() -> None:
 def seed_dropout(seed: int, step: int) -> None:
     """Set the dropout state as a function of (seed, step), so that a resumed run draws what it would have drawn.
 
-    Megatron derives each tensor-parallel rank's own state from it; data- and context-parallel ranks are told apart
-    here.
+    Megatron derives each tensor-parallel rank's own state from it; ranks with other rows, other positions or other
+    layers are told apart here.
     """
-    mixed = (seed * 1_000_003 + step) * 1_024 + parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    place = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    place = place * 1_024 + parallel_state.get_pipeline_model_parallel_rank()
+    mixed = (seed * 1_000_003 + step) * 1_048_576 + place
     tensor_parallel.model_parallel_cuda_manual_seed(mixed % 2**31, force_reset_rng=True)

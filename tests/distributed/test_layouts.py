@@ -14,7 +14,7 @@ from pretrain.bench import parity
 from pretrain.bench.parity import LAYOUTS, Difference, Layout, Outcome, Task
 
 MODEL = ModelConfig(layers=4, hidden=32, heads=4, kv_heads=2, length=32, vocab_size=61, mask_id=60)
-DIT = ModelConfig(backbone="dit", layers=5, hidden=32, heads=4, length=16, vocab_size=61, mask_id=60, dropout=0.0)
+DIT = ModelConfig(backbone="dit", layers=5, hidden=32, heads=4, length=16, vocab_size=61, mask_id=60)
 TIED = ModelConfig(layers=4, hidden=32, heads=4, length=16, vocab_size=61, mask_id=60, tie_embeddings=True)
 BLOCKS = DiffusionConfig(block_size=4)
 
@@ -25,6 +25,7 @@ TASKS = {
     "tied": Task(TIED, BLOCKS, steps=3),
     "draws": Task(MODEL, DiffusionConfig(block_size=4, draws=2), steps=2),
     "mdlm": Task(MODEL, DiffusionConfig(block_size=32), steps=2),
+    "dropout": Task(MODEL.model_copy(update={"dropout": 0.2}), BLOCKS, steps=3),
     "ar": Task(MODEL, DiffusionConfig(block_size=1, beta=1, omega=1), steps=2),
 }
 # Each objective under layouts that treat it in their own way; the plain one under all.
@@ -33,6 +34,7 @@ MORE = {
     "tied": ["TP2", "PP2", "PP2-interleaved", "DP2+distopt", "PP4", "TP2xPP2"],
     "draws": ["CP2", "PP2-interleaved", "TP2+SPxCP2"],
     "mdlm": ["CP2", "CP2xPP2"],
+    "dropout": ["TP2", "selective"],  # where every rank drops out of whole activations
     "ar": ["CP2", "TP2+SP"],
 }
 MEGATRON = [name for name, layout in LAYOUTS.items() if layout.zero.stage == 0]
