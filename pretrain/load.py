@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, Field
 
-from bd3_megatron.config import ConfigError, check_layout
+from bd3_megatron.config import ConfigError, check_layout, split_layers
 from pretrain.config import RunConfig
 from pretrain.files import replace_file
 from pretrain.options import (
@@ -99,6 +99,11 @@ def main(args: list[str]) -> None:
         print(
             f"# ranks: {options.world_size} = tensor {tensor} x context {context} x pipeline {pipeline} x data {data}"
         )
+    if parallel.pipeline > 1:
+        stages = parallel.pipeline * parallel.interleave
+        counts = split_layers(model.layers, stages, parallel.embedding_weight, parallel.head_weight)
+        kind = "virtual stage" if parallel.interleave > 1 else "stage"
+        print(f"# layers per {kind}: {', '.join(map(str, counts))}")
     print(to_yaml(config), end="")
 
 

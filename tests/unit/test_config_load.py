@@ -148,6 +148,8 @@ def test_bd3_config_comments(capsys: pytest.CaptureFixture[str]) -> None:
     load.main(["--preset", "dit-small", "--world-size", "16", "--parallel.tensor", "2"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["# parameters: 162,265,682", "# ranks: 16 = tensor 2 x context 1 x pipeline 1 x data 8"]
+    load.main(["--preset", "tiny-cpu", "--parallel.pipeline", "3", "--parallel.head-weight", "1"])
+    assert capsys.readouterr().out.splitlines()[0] == "# layers per stage: 1, 2, 1"
     with pytest.raises(
         ConfigError, match=r"the world of 6 processes; start a multiple of 4, or use a product of 1, 2, 3 or 6$"
     ):
