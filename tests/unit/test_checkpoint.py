@@ -13,7 +13,7 @@ from bd3_megatron.config import ConfigError, DiffusionConfig
 from bd3_megatron.engine.base import StepResult
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.parallel import seed_dropout
-from pretrain import checkpoint
+from pretrain import checkpoint, checkpoint_files
 from tests.unit import tiny
 
 DIFFUSION = DiffusionConfig(block_size=4)
@@ -206,7 +206,7 @@ def test_two_damaged_checkpoints_are_passed_over(run):
 
 def test_what_a_killed_writer_leaves_is_not_a_checkpoint_and_is_replaced(world, run):
     folder = run / "checkpoints"
-    partial = folder / ".step-00000004.partial"
+    partial = folder / ".step-00000004.f00d.partial"
     shutil.copytree(folder / "step-00000003", partial)
     (partial / "stray").write_text("left by the killed")
     warnings: list[str] = []
@@ -232,7 +232,7 @@ def test_a_failed_write_leaves_what_was_there(world, run, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "sync", fail)
+    monkeypatch.setattr(checkpoint_files, "sync", fail)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(run, made(world), 4, {}, keep=1)
     assert contents(run) == before
