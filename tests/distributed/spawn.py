@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from tests.unit.commands import FORKS
 
 TIMEOUT = 300  # seconds
 
@@ -22,12 +23,11 @@ def run_world(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     Raises:
         AssertionError: with the traceback of the first rank that failed.
     """
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
+    results: Any = FORKS.Queue()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "store")
         ranks = [
-            context.Process(target=_rank, args=(rank, size, path, results, function, args), daemon=True)
+            FORKS.Process(target=_rank, args=(rank, size, path, results, function, args), daemon=True)
             for rank in range(size)
         ]
         for process in ranks:

@@ -57,22 +57,32 @@ def resume(
     diffusion: DiffusionConfig,
     layout: ParallelConfig,
     until: int,
+    every: int = 0,
 ) -> list[float]:
-    """Go on from the run's newest checkpoint, if any, up to step ``until``, save there; losses of the steps taken."""
+    """Go on from the run's newest checkpoint, if any, up to step ``until``, save there and, while training goes on,
+    after each ``every`` steps; losses of the steps taken."""
     world = parallel.start(layout, rank, size, rank, store)
     try:
         engine = _engine(world, model, diffusion, layout)
-        found = checkpoint.newest(run)
+        found = checkpoint.newest_together(run, world)
         if found is not None:
             checkpoint.restore(found, engine)
         losses = []
-        for step in range(found.step if found else 0, until):
-            parallel.seed_dropout(0, step)
-            losses.append(engine.train_step(batches(world, model, diffusion, step), lr=1e-3).loss)
-        checkpoint.save(run, engine, until, {}, keep=10)
+        with checkpoint.CheckpointWriter(run, engine, keep=10) as writer:
+            for step in range(found.step if found else 0, until):
+                writer.poll()
+                parallel.seed_dropout(0, step)
+                losses.append(engine.train_step(batches(world, model, diffusion, step), lr=1e-3).loss)
+                if step + 1 == until or (every and (step + 1) % every == 0):
+                    writer.save(step + 1, {})
         return losses
     finally:
         parallel.stop()
+
+
+def resume_each(rank: int, size: int, store: dist.Store, runs: list[tuple]) -> list[list[float]]:
+    """:func:`resume` for each of ``runs`` (its arguments from ``run`` on), one after the other."""
+    return [resume(rank, size, dist.PrefixStore(str(n), store), *args) for n, args in enumerate(runs)]
 
 
 def _engine(
