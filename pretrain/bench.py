@@ -55,10 +55,12 @@ class StepOptions(Section):
 
 
 def main(args: list[str]) -> int:
-    """`bd3 bench step`; the exit code."""
-    commands: dict[str, Callable[[list[str]], None]] = {"step": bench_step}
+    """`bd3 bench NAME`; the exit code."""
+    from pretrain.bench_checkpoint import bench_checkpoint  # it takes its model and rows from this module
+
+    commands: dict[str, Callable[[list[str]], None]] = {"step": bench_step, "checkpoint": bench_checkpoint}
     if not args or args[0] in ("-h", "--help"):
-        print("usage: bd3 bench step   (--help after it for options)")
+        print(f"usage: bd3 bench {'|'.join(commands)}   (--help after it for options)")
         return 0 if args else 2
     if args[0] not in commands:
         raise ConfigError(f"bd3 bench {args[0]}: unknown benchmark{did_you_mean(args[0], commands)}")
@@ -70,7 +72,7 @@ def bench_step(args: list[str]) -> None:
     """Print a row per length: seconds of both paths, their ratio, and the ratio of their FLOPs."""
     options = parse_options(StepOptions, args, "bd3 bench step")
     diffusion = DiffusionConfig(block_size=options.block_size)
-    models = [_model(options, length) for length in options.lengths]
+    models = [bench_model(options, length) for length in options.lengths]
     for model in models:
         check_layout(model, diffusion, ParallelConfig(), world_size=1)
     torch.set_num_threads(options.threads)
@@ -93,7 +95,8 @@ def bench_step(args: list[str]) -> None:
         )
 
 
-def _model(options: StepOptions, length: int) -> ModelConfig:
+def bench_model(options: Section, length: int) -> ModelConfig:
+    """The model that a benchmark's options describe."""
     values = {
         "backbone": options.backbone,
         "layers": options.layers,
@@ -109,7 +112,7 @@ def _model(options: StepOptions, length: int) -> ModelConfig:
 
 def _step_row(options: StepOptions, model: ModelConfig, diffusion: DiffusionConfig, world: World) -> dict[str, float]:
     optimization = OptimizationConfig(precision=options.precision)
-    batches = [_random_batch(model, diffusion, options.batch, step) for step in range(options.repeats + 1)]
+    batches = [random_batch(model, diffusion, options.batch, step) for step in range(options.repeats + 1)]
     paths = []
     for kernels in (KernelConfig(), PLAIN):
         engine = MegatronEngine(model, diffusion, kernels, ParallelConfig(), optimization, world)
@@ -133,7 +136,8 @@ def _gated_width(hidden: int) -> int:
     return -(-8 * hidden // 3 // 16) * 16
 
 
-def _random_batch(model: ModelConfig, diffusion: DiffusionConfig, rows: int, step: int) -> Batch:
+def random_batch(model: ModelConfig, diffusion: DiffusionConfig, rows: int, step: int) -> Batch:
+    """A micro-batch of random rows with the noise of ``step``."""
     numbers = np.arange(rows)
     tokens = np.random.default_rng(step).integers(0, model.vocab_size - 1, (rows, model.length))
     noise = draw_noise(diffusion, model.length, 0, SampleKeys(np.zeros_like(numbers), numbers, numbers, step, rows))
