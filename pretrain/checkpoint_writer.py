@@ -35,7 +35,7 @@ from pretrain.pieces import SavePieces
 
 # Ranks wait for the slowest disk among them; a rank that died is noticed at once, by its closed connection.
 _PATIENCE = datetime.timedelta(hours=2)
-_LAST_WORDS = 60.0  # seconds that a failing run waits for a write under way
+_LAST_WORDS = 10.0  # seconds that a run whose ranks may be gone waits for a write under way
 
 Box = tuple[str, tuple[int, ...]]
 
@@ -84,12 +84,12 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         try:
             if kind is None:
                 self.wait()
         finally:
-            self.close()
+            self.close(error)
 
     def save(self, step: int, meta: Mapping[str, Any]) -> None:
         """Begin the checkpoint of ``step``; what the engine does afterwards does not change it.
@@ -132,11 +132,15 @@ class CheckpointWriter:
             write, self._write = self._write, None
             self.report(write.result())
 
-    def close(self) -> None:
-        """Leave nothing behind; raises nothing. A checkpoint under way is completed if the other ranks live."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Complete the checkpoint under way, if any, and leave no thread and no group behind; raises nothing.
+
+        Args:
+            error: what ends the run. After a broken connection the others may never finish, and are not waited for.
+        """
         ended = True
         if self._write is not None:
-            self._write.thread.join(_LAST_WORDS)
+            self._write.thread.join(_LAST_WORDS if isinstance(error, RuntimeError) else None)
             ended = not self._write.thread.is_alive()
             self._write = None
         self._buffers = None

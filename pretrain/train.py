@@ -135,8 +135,8 @@ class Trainer:
     def __enter__(self) -> Trainer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.writer.close()
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        self.writer.close(error)
         if self.first:
             self.progress.close()
             self.metrics.close()
