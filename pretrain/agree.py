@@ -7,6 +7,7 @@ a file, a folder) therefore runs in :func:`on_first`, :func:`on_each` or :func:`
 from __future__ import annotations
 
 import contextlib
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -84,6 +85,10 @@ def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return function(), None
     except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            error = RuntimeError(f"{type(error).__name__}: {error}")
         return None, error
 
 
