@@ -10,6 +10,7 @@ import errno
 import importlib
 import os
 import sys
+import time
 
 # Name -> (module:function, help). A function takes the arguments after the name and may return an exit code.
 COMMANDS = {
@@ -25,6 +26,9 @@ COMMANDS = {
 USAGE_ERROR = 2
 INTERRUPTED = 130
 PIPE_CLOSED = 141
+
+# Launchers end all ranks when one has ended: the others leave the first rank time to say why.
+FIRST_SPEAKS = 5.0  # seconds
 
 WRITE_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
@@ -51,9 +55,20 @@ def main(argv: list[str] | None = None) -> int:
         line = user_line(error)
         if line is None:
             raise
-        print(line, file=sys.stderr)
+        _tell(line, getattr(error, "everywhere", False))
         code = USAGE_ERROR
     return code
+
+
+def _tell(line: str, everywhere: bool) -> None:
+    """Print a line, or leave it to the first of many ranks when all have it to say."""
+    rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    if rank == "0":
+        print(line, file=sys.stderr)
+    elif everywhere:
+        time.sleep(FIRST_SPEAKS)
+    else:
+        print(f"rank {rank}: {line}", file=sys.stderr)
 
 
 def user_line(error: Exception) -> str | None:

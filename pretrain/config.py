@@ -66,6 +66,8 @@ class CheckpointConfig(Section):
 
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0 writes the last one only")
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_every: int = Field(0, ge=0, description="checkpoints of every so many steps are kept for ever; 0: none")
+    asynchronous: bool = Field(True, description="write while training goes on")
 
 
 class LogConfig(Section):

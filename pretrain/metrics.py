@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import numbers
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ class MetricsWriter:
     def throughput(self, step: int, fields: Mapping[str, Any]) -> None:
         """Record what the clock says about a step: seconds_per_step, tokens_per_second, mfu, ..."""
         self._record(self._throughput, "throughput", step, fields)
+
+    def checkpoint(self, step: int, fields: Mapping[str, Any]) -> None:
+        """Record what the clock says about a checkpoint: stall_seconds, write_seconds, bytes."""
+        self._record(self._throughput, "checkpoint", step, fields)
+
+    def sync(self) -> None:
+        """Have the system write the records to the disk: those that lead to a checkpoint must not be lost before it."""
+        os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
         """Close the files."""

@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+# Ranks are forks of one process that has done the imports already.
+FORKS = multiprocessing.get_context("forkserver")
 TIMEOUT = 300  # seconds
 
 
@@ -25,12 +27,11 @@ def run_world(size: int, function: Callable[..., Any], *args: Any, timeout: floa
     Raises:
         RuntimeError: with the traceback of the first rank that failed, or the ranks that died or did not finish.
     """
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
+    results: Any = FORKS.Queue()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "store")
         ranks = [
-            context.Process(target=_rank, args=(rank, size, path, results, function, args), daemon=True)
+            FORKS.Process(target=_rank, args=(rank, size, path, results, function, args), daemon=True)
             for rank in range(size)
         ]
         for process in ranks:

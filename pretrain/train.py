@@ -7,11 +7,8 @@ import math
 import os
 import platform
 import shutil
-import sys
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -22,24 +19,24 @@ from bd3_megatron.engine.base import Engine, StepResult
 from data_prep.manifest import Manifest
 from data_prep.reader import RowReader
 from pretrain import checkpoint, runs
+from pretrain.agree import alike, everywhere, lost_ranks, on_first, together
 from pretrain.batches import Batches
 from pretrain.config import RunConfig, TrainConfig
 from pretrain.environment import Ranks, read_ranks
 from pretrain.evaluate import Evaluation, evaluate
 from pretrain.hardware import peak_flops
-from pretrain.load import load_run_config, load_saved, save_config
+from pretrain.load import load_run_config, save_config
 from pretrain.metrics import MetricsWriter, read_metrics, series
 from pretrain.plots import ascii_curve, plot_curves
 from pretrain.progress import Progress, Throughput
-
-# What may change when a run goes on: how long, where and how it is watched. (A decaying learning rate follows
-# train.steps, so a longer run has another rate from here on.)
-_FREE = ("run", "parallel", "zero", "log", "eval", "checkpoint", "train.steps", "train.micro_batch", "data.path")
+from pretrain.resume import check_same_run, checkpoint_to_resume, order_seed, position
 
 
 def main(args: list[str]) -> None:
     """`bd3 pretrain`: train, or go on from the newest checkpoint of the same run folder."""
-    train(load_run_config(args))
+    with alike():
+        config = load_run_config(args)
+    train(config)
 
 
 def train(config: RunConfig) -> Path:
@@ -47,41 +44,41 @@ def train(config: RunConfig) -> Path:
 
     Raises:
         ConfigError, DataError: one line for a mistake of the user, before anything is written.
+        LostRank: another rank died; the run goes on from its last checkpoint when it is started again.
     """
     ranks = read_ranks()
-    data_size = check_layout(config.model, config.diffusion, config.parallel, ranks.world_size, config.zero)
-    _check_batches(config, data_size)
-    if config.data.path is None:
-        raise ConfigError("data.path: not set; give the folder that bd3 prep wrote with --data.path")
-    reader = RowReader(config.data.path, "train")
-    validation = RowReader(config.data.path, "validation")
-    model = runs.resolve_model(config.model, reader.manifest, config.data.path)
-    config = config.model_copy(update={"model": model})
-    run = Path(config.run)
-    _check_same_run(run, config)
-    found = _checkpoint_to_resume(run, config, reader.manifest)
-    world = parallel.start(config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, _store(ranks, config))
-    lock = None
+    with alike():
+        data_size = check_layout(config.model, config.diffusion, config.parallel, ranks.world_size, config.zero)
+        _check_batches(config, data_size)
+        if config.data.path is None:
+            raise ConfigError("data.path: not set; give the folder that bd3 prep wrote with --data.path")
+    lock = trainer = None
     try:
-        if world.is_first:
-            lock = _prepare_folder(run, config, reader.manifest)
-        dist.barrier()
-        engine = build_engine(
-            model,
-            config.diffusion,
-            config.kernels,
-            config.parallel,
-            config.zero,
-            config.train,
-            world,
-            config.train.seed,
-        )
-        if found is not None:
-            checkpoint.restore(found, engine)
-        with Trainer(config, run, engine, reader, validation, found.step if found else 0) as trainer:
-            trainer.run()
+        with lost_ranks(ranks.rank, lambda: f"at step {trainer.step + 1}" if trainer else "before the first step"):
+            store = _store(ranks, config)
+            world = parallel.start(config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, store)
+            # From here on what may fail on one rank alone is agreed on by all.
+            config, reader, validation = together(lambda: _open_data(config))
+            run = Path(config.run)
+            on_first(lambda: check_same_run(run, config))
+            found = checkpoint_to_resume(run, config, reader.manifest, world)
+            lock = on_first(lambda: _prepare_folder(run, config, reader.manifest))
+            engine = build_engine(
+                config.model,
+                config.diffusion,
+                config.kernels,
+                config.parallel,
+                config.zero,
+                config.train,
+                world,
+                config.train.seed,
+            )
+            if found is not None:
+                checkpoint.restore(found, engine)
+            with Trainer(config, run, engine, reader, validation, found.step if found else 0) as trainer:
+                trainer.run()
     finally:
-        if lock is not None:
+        if lock is not None and ranks.rank == 0:
             os.close(lock)
         parallel.stop()
     return run
@@ -103,6 +100,14 @@ class Trainer:
         self.reader, self.validation = reader, validation
         self.first = engine.world.is_first
         train = config.train
+        self.writer = checkpoint.CheckpointWriter(
+            run,
+            engine,
+            config.checkpoint.keep,
+            config.checkpoint.keep_every,
+            config.checkpoint.asynchronous,
+            self._record_checkpoint,
+        )
         self.batches = Batches(
             reader,
             config.model,
@@ -111,7 +116,7 @@ class Trainer:
             micro_batch=train.micro_batch,
             rank=engine.world.data_rank,
             size=engine.world.data_size,
-            order_seed=train.seed if config.data.seed is None else config.data.seed,
+            order_seed=order_seed(config),
             noise_seed=train.seed,
         )
         # At step 0 the first evaluation is made (again): of a run that got no further, no record is kept.
@@ -130,7 +135,8 @@ class Trainer:
     def __enter__(self) -> Trainer:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        self.writer.close(error)
         if self.first:
             self.progress.close()
             self.metrics.close()
@@ -146,12 +152,14 @@ class Trainer:
         else:
             self._say(f"{self.folder}: going on from step {self.step}")
         while self.step < steps:
+            self.writer.poll()
             self._train_step()
             last = self.step == steps
             if last or _due(self.step, self.config.eval.every):
                 self._evaluate()
             if last or _due(self.step, self.config.checkpoint.every):
                 self._save()
+        self.writer.wait()
         if self.first:
             self._finish()
 
@@ -163,9 +171,11 @@ class Trainer:
         result = self.engine.train_step(batches, lr)
         self.step = step + 1
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise ConfigError(
-                f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}; lower train.lr={train.lr:g} "
-                f"and start another --run, or the same one from its last checkpoint"
+            raise everywhere(
+                ConfigError(
+                    f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}; "
+                    f"lower train.lr={train.lr:g} and start another --run, or the same one from its last checkpoint"
+                )
             )
         if self.first:
             self._record(result, lr)
@@ -198,16 +208,25 @@ class Trainer:
         return result
 
     def _save(self) -> None:
-        config = self.config
-        meta = {
+        if self.first:
+            self.metrics.sync()
+        meta = position(self.config, self.step) | {
             "tokens": self._tokens(self.step),
-            "seed": config.train.seed,
-            "beta": config.diffusion.beta,
-            "omega": config.diffusion.omega,
             "data": runs.data_identity(self.reader.manifest),
         }
         with self.throughput.paused():
-            checkpoint.save(self.folder, self.engine, self.step, meta, config.checkpoint.keep)
+            self.writer.save(self.step, meta)
+
+    def _record_checkpoint(self, written: checkpoint.Written) -> None:
+        if self.first:
+            self.metrics.checkpoint(
+                written.step,
+                {
+                    "stall_seconds": written.stall_seconds,
+                    "write_seconds": written.write_seconds,
+                    "bytes": written.bytes,
+                },
+            )
 
     def _finish(self) -> None:
         unigram = self.reader.manifest.validation_unigram_perplexity
@@ -266,39 +285,11 @@ def _check_batches(config: RunConfig, data_size: int) -> None:
         )
 
 
-def _check_same_run(run: Path, config: RunConfig) -> None:
-    """A run folder goes on with the configuration it was started with."""
-    if not (run / runs.CONFIG).is_file():
-        if (run / "checkpoints").exists():
-            raise ConfigError(f"run={run}: has checkpoints but no {runs.CONFIG}; put it back or use another --run")
-        return
-    before, now = load_saved(run / runs.CONFIG).model_dump(), config.model_dump()
-    for path, old, new in _differences(before, now):
-        if not any(path == free or path.startswith(free + ".") for free in _FREE):
-            raise ConfigError(f"{path}={new}: the run in {run} was started with {old}; use that, or another --run")
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""):
-    for key, old in before.items():
-        new = now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            yield f"{prefix}{key}", old, new
-
-
-def _checkpoint_to_resume(run: Path, config: RunConfig, manifest: Manifest) -> checkpoint.Checkpoint | None:
-    """The newest good checkpoint, or None for a new run; refuses to go on with other data."""
-    found = checkpoint.newest(run, warn=lambda text: print(text, file=sys.stderr, flush=True))
-    if found is None and checkpoint.exists(run):
-        raise ConfigError(f"{run}/checkpoints: none is whole; put one back, or start again with another --run")
-    data = runs.data_identity(manifest)
-    if found is not None and found.meta.get("data", data) != data:
-        raise ConfigError(
-            f"data.path={config.data.path}: not the data {found.path} was trained on; "
-            f"use the data set of the run, or another --run"
-        )
-    return found
+def _open_data(config: RunConfig) -> tuple[RunConfig, RowReader, RowReader]:
+    """The configuration with what the data set decides, and both splits."""
+    reader, validation = (RowReader(config.data.path, split) for split in ("train", "validation"))
+    model = runs.resolve_model(config.model, reader.manifest, config.data.path)
+    return config.model_copy(update={"model": model}), reader, validation
 
 
 def _prepare_folder(run: Path, config: RunConfig, manifest: Manifest) -> int:

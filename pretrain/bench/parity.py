@@ -40,7 +40,7 @@ from bd3_megatron.engine.base import Engine
 from bd3_megatron.hf.mapping import entries
 from bd3_megatron.shards import Held
 from pretrain.options import did_you_mean, parse_options, validate
-from pretrain.spawn import run_world
+from pretrain.spawn import FORKS, run_world
 
 FIRST_STEP, ALL_STEPS = 1e-5, 1e-4  # largest relative difference allowed
 BETA1, CLIP_NORM = 0.9, 0.5
@@ -310,6 +310,7 @@ def bench_parity(args: list[str]) -> int:
     task = _task(options)
     for name in names:
         _check(name, LAYOUTS[name], task)
+    FORKS.set_forkserver_preload([__name__])
     alone = {"": (Layout(1, ParallelConfig()), task)}
     outcomes = run(alone | {name: (LAYOUTS[name], task) for name in names})
     found = {name: compare(outcomes[name], outcomes[""][0]) for name in names}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-import multiprocessing
 import os
 import resource
 import signal
@@ -18,10 +17,11 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-_FORKS = multiprocessing.get_context("forkserver")
+from pretrain.spawn import FORKS
+
 _COMMANDS = ("prepare", "train", "evaluate", "generate", "convert")
 _LATE = ["matplotlib.pyplot", "torch.utils.tensorboard"]  # what commands import where they need it
-_FORKS.set_forkserver_preload([f"pretrain.{name}" for name in _COMMANDS] + _LATE)
+FORKS.set_forkserver_preload([f"pretrain.{name}" for name in _COMMANDS] + _LATE)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def start(*args: object, log: Path, before: Callable[[], None] | None = None) ->
     Args:
         before: called in the new process first, to prepare what the command will meet there.
     """
-    process = _FORKS.Process(target=_main, args=([str(arg) for arg in args], str(log), before), daemon=True)
+    process = FORKS.Process(target=_main, args=([str(arg) for arg in args], str(log), before), daemon=True)
     process.start()
     return process
 

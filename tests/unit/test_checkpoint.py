@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from bd3_megatron.config import ConfigError, DiffusionConfig
 from bd3_megatron.engine.base import StepResult
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.parallel import seed_dropout
-from pretrain import checkpoint
+from pretrain import checkpoint, checkpoint_files
 from tests.unit import tiny
 
 DIFFUSION = DiffusionConfig(block_size=4)
@@ -118,6 +121,100 @@ def test_saving_the_same_state_twice_is_harmless(world, run):
     assert steps_in(run) == ["step-00000001", "step-00000002", "step-00000003"]
 
 
+# ---- while training goes on ----
+
+
+@pytest.fixture
+def slow_disk(monkeypatch) -> threading.Event:
+    """Nothing is written before this event."""
+    event, start = threading.Event(), checkpoint_files.start
+
+    def wait(*args) -> None:
+        assert event.wait(60)
+        start(*args)
+
+    monkeypatch.setattr(checkpoint_files, "start", wait)
+    return event
+
+
+def test_steps_taken_while_it_is_written_do_not_change_a_checkpoint(world, tmp_path, slow_disk):
+    engine, other = made(world), made(world)
+    with checkpoint.CheckpointWriter(tmp_path, engine, keep=9) as writer:
+        train(engine, 1, 1)
+        saved = copied(engine)
+        writer.save(1, {})
+        results = train(engine, 2, 4)
+        writer.poll()  # still under way, and nothing to raise
+        assert not checkpoint.exists(tmp_path)
+        slow_disk.set()
+    checkpoint.restore(checkpoint.find(tmp_path), other)
+    assert all(torch.equal(x, saved[name]) for name, x in tiny.state(other).items())
+    assert train(other, 2, 4) == results
+
+
+def test_a_save_waits_for_the_one_before_and_each_is_reported(world, tmp_path, slow_disk):
+    written: list[checkpoint.Written] = []
+    with checkpoint.CheckpointWriter(tmp_path, made(world), keep=9, report=written.append) as writer:
+        writer.save(1, {})
+        threading.Timer(0.2, slow_disk.set).start()
+        writer.save(2, {})
+        assert checkpoint.find(tmp_path, 1).step == 1
+    assert [record.step for record in written] == [1, 2]
+    first, second = written
+    assert first.stall_seconds < first.write_seconds
+    assert second.stall_seconds > 0.1  # the wait for the first
+    listed = json.loads((checkpoint.find(tmp_path).path / checkpoint.COMPLETE).read_text())["files"]
+    assert second.bytes == sum(stamp["bytes"] for stamp in listed.values())
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_writer_leaves_neither_thread_nor_group(world, tmp_path, asynchronous):
+    def left() -> tuple[set, int]:
+        return set(threading.enumerate()), len(dist.distributed_c10d._world.pg_map)
+
+    before = left()
+    with checkpoint.CheckpointWriter(tmp_path, made(world), keep=1, asynchronous=asynchronous) as writer:
+        writer.save(1, {})
+        assert (asynchronous, checkpoint.exists(tmp_path)) != (False, False)
+    assert left() == before
+    with pytest.raises(RuntimeError, match="of the loop"):
+        _fail_while_writing(tmp_path, made(world))
+    assert left() == before
+    assert checkpoint.find(tmp_path).step == 2  # what was under way is completed
+
+
+def _fail_while_writing(run: Path, engine: MegatronEngine) -> None:
+    with checkpoint.CheckpointWriter(run, engine, keep=1) as writer:
+        writer.save(2, {})
+        raise RuntimeError("of the loop")
+
+
+def _poll_for_long(writer: checkpoint.CheckpointWriter) -> None:
+    for _ in range(1000):
+        writer.poll()
+        time.sleep(0.01)
+
+
+NOTICES = {"poll": _poll_for_long, "save": lambda writer: writer.save(5, {}), "wait": lambda writer: writer.wait()}
+
+
+@pytest.mark.parametrize("notice", NOTICES)
+def test_a_failure_in_the_background_is_raised_at_the_next_occasion(world, run, monkeypatch, notice):
+    before = contents(run)
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device", "disk")
+
+    monkeypatch.setattr(checkpoint_files, "stamp", fail)
+    with checkpoint.CheckpointWriter(run, made(world), keep=1) as writer:
+        writer.save(4, {})
+        with pytest.raises(OSError, match="No space left") as caught:
+            NOTICES[notice](writer)
+        assert caught.value.everywhere
+        writer.poll()  # raised once
+    assert contents(run) == before
+
+
 # ---- damage ----
 
 
@@ -184,13 +281,15 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(run, damage):
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(world, run, damage):
     path = run / "checkpoints" / "step-00000003"
     problem = damage(path)
-    warnings: list[str] = []
-    found = checkpoint.newest(run, warnings.append)
-    assert (found.step, found.meta) == (2, {"tokens": 200})
-    assert warnings == [f"{path}: {problem}; skipped"]
+    for together in (False, True):
+        warnings: list[str] = []
+        options = (run, world, warnings.append) if together else (run, warnings.append)
+        found = (checkpoint.newest_together if together else checkpoint.newest)(*options)
+        assert (found.step, found.meta) == (2, {"tokens": 200})
+        assert warnings == [f"{path}: {problem}; skipped"]
     assert checkpoint.find(run).step == 2
     with pytest.raises(ConfigError, match=r"; use another step$"):
         checkpoint.find(run, 3)
@@ -206,7 +305,7 @@ def test_two_damaged_checkpoints_are_passed_over(run):
 
 def test_what_a_killed_writer_leaves_is_not_a_checkpoint_and_is_replaced(world, run):
     folder = run / "checkpoints"
-    partial = folder / ".step-00000004.partial"
+    partial = folder / ".step-00000004.f00d.partial"
     shutil.copytree(folder / "step-00000003", partial)
     (partial / "stray").write_text("left by the killed")
     warnings: list[str] = []
@@ -232,7 +331,7 @@ def test_a_failed_write_leaves_what_was_there(world, run, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "sync", fail)
+    monkeypatch.setattr(checkpoint_files, "sync", fail)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(run, made(world), 4, {}, keep=1)
     assert contents(run) == before
@@ -248,6 +347,14 @@ def test_the_newest_are_kept(world, tmp_path, keep, left):
     for step in range(1, 6):
         checkpoint.save(tmp_path, engine, step, {}, keep)
     assert steps_in(tmp_path) == [f"step-{step:08d}" for step in left]
+
+
+def test_those_of_every_so_many_steps_are_kept_for_ever(world, tmp_path):
+    engine = tiny.engine(world, tiny.shape(layers=1), DIFFUSION, ema_decay=0)
+    with checkpoint.CheckpointWriter(tmp_path, engine, keep=2, keep_every=3) as writer:
+        for step in range(1, 9):
+            writer.save(step, {})
+    assert steps_in(tmp_path) == [f"step-{step:08d}" for step in (3, 6, 7, 8)]
 
 
 def test_a_damaged_later_checkpoint_costs_no_good_one(world, run):

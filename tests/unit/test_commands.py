@@ -258,6 +258,7 @@ MISTAKES = {
     "bench step --lengths 64 100": "diffusion.block_size=16: model.length=100 is not divisible by 16",
     "bench step --lengths 1 --block-size 1": "lengths=1: use 2 or more",
     "bench step --lengths": "lengths=: give at least 1",
+    "bench checkpoint --layers 0": "layers=0: use 1 or more",
 }
 if not torch.cuda.is_available():
     MISTAKES[f"{PRETRAIN} --parallel.backend nccl"] = "parallel.backend=nccl: no CUDA device here; use auto or gloo"

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -188,18 +189,62 @@ def test_what_an_uninterrupted_run_records(uninterrupted):
     assert len(set(losses)) == 6
 
 
-# Where a run is killed, in the order in which the starts of one run die.
+def test_what_the_clock_says_about_checkpoints_is_kept_apart(uninterrupted):
+    records = [r for r in read_metrics(uninterrupted.run, "throughput.jsonl") if r["split"] == "checkpoint"]
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    for record in records:
+        assert record.keys() == {"step", "split", "stall_seconds", "write_seconds", "bytes"}
+        assert record["stall_seconds"] > 0
+        assert record["write_seconds"] > 0
+        folder = uninterrupted.run / "checkpoints" / "step-00000006"
+        files = sum(path.stat().st_size for path in folder.iterdir() if path.name != checkpoint.COMPLETE)
+        assert record["bytes"] == pytest.approx(files, rel=0.01)
+
+
+def test_a_run_that_waits_for_its_checkpoints_computes_the_same(recipe, uninterrupted):
+    done = recipe.finish("--checkpoint.asynchronous", "false")
+    assert done.code == 0, done.err
+    assert recipe.metrics == uninterrupted.metrics
+
+
+def test_a_checkpoint_of_another_position_is_refused(recipe, uninterrupted):
+    shutil.copytree(uninterrupted.run, recipe.run)
+    meta = checkpoint.find(recipe.run).meta
+    assert {name: meta[name] for name in ("rows", "seed", "order_seed", "beta", "omega", "tokens")} == {
+        "rows": 36,
+        "seed": 0,
+        "order_seed": 0,
+        "beta": 0.001,
+        "omega": 1.0,
+        "tokens": 36 * 32,
+    }
+    path = recipe.run / "checkpoints" / "step-00000006"
+    listing = json.loads((path / checkpoint.COMPLETE).read_text())
+    listing["meta"]["omega"] = 0.5
+    (path / checkpoint.COMPLETE).write_text(json.dumps(listing))
+    done = recipe.finish()
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
+        f"{path}: written with omega 0.5, the configuration gives 1.0; use the configuration the run was started with\n"
+    )
+
+
+# Where a run is killed, in the order in which the starts of one run die. Checkpoints are written in the background, so
+# that a start may go on from the step that the one before was about to save, or from the one after.
 DEATHS = [
     ("pretrain.train", "_prepare_folder", 1),  # before anything is written
     ("pretrain.train", "save_config", 1),  # a folder without a configuration
     ("pretrain.metrics", "MetricsWriter._record", 1),
     ("pretrain.train", "Trainer._train_step", 1),  # evaluated at step 0, nothing else
     ("pretrain.train", "Trainer._save", 1),  # step 1 recorded, not saved
-    ("pretrain.checkpoint", "_stamp", 1),  # tensors written, their list not
-    ("pretrain.checkpoint", "sync", 2),  # checkpoint of step 1 complete
+    ("torch.distributed.checkpoint", "FileSystemWriter.write_data", 1),  # an empty folder
+    ("pretrain.checkpoint_files", "stamp", 1),  # tensors written, their list not
+    ("pretrain.checkpoint_files", "sync", 2),  # the list written, the checkpoint of step 1 about to appear
+    ("pretrain.checkpoint_files", "sync", 3),  # it has appeared
     ("pretrain.train", "Trainer._evaluate", 1),  # before the validation of step 3
-    ("pretrain.train", "Trainer._save", 1),  # after it
-    ("pretrain.checkpoint", "os.replace", 3),  # step 5 about to appear
+    ("pretrain.checkpoint_files", "retire", 1),  # the next one complete, the one before not yet removed
+    ("pretrain.train", "Trainer._save", 1),
+    ("pretrain.checkpoint_files", "sync", 2),
     ("pretrain.train", "Trainer._finish", 1),  # all done but the curves
 ]
 
@@ -226,9 +271,9 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(recipe, uninterr
 
 def test_a_run_killed_while_it_writes_checkpoints_ends_as_if_it_never_was(recipe, uninterrupted):
     for step in (1, 4):
-        partial = recipe.run / "checkpoints" / f".step-{step:08d}.partial"
+        folder, partial = recipe.run / "checkpoints", f".step-{step:08d}.*.partial"
         process = recipe.start()
-        while process.exitcode is None and not partial.exists():
+        while process.exitcode is None and not any(folder.glob(partial)):
             process.join(1e-3)
         process.kill()
         process.join()

@@ -1,0 +1,123 @@
+"""`bd3 bench checkpoint`: what a checkpoint costs training, on the disk and in time."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from pydantic import Field
+
+from bd3_megatron import parallel
+from bd3_megatron.config import (
+    DiffusionConfig,
+    KernelConfig,
+    OptimizationConfig,
+    ParallelConfig,
+    Section,
+    check_layout,
+)
+from bd3_megatron.engine.megatron import MegatronEngine
+from pretrain import checkpoint
+from pretrain.bench.step import model_of_width, random_batch
+from pretrain.options import parse_options
+
+
+class CheckpointOptions(Section):
+    """Cost of a checkpoint of one process: how long training stalls for it and what it loses in all, written in the
+    background and waited for; bytes; seconds to find it (checksums) and to load it. All in wall time."""
+
+    length: int = Field(256, ge=2, description="row length L")
+    backbone: Literal["dit", "qwen3"] = Field("dit", description="the paper's backbone or the Qwen3-shaped one")
+    layers: int = Field(4, ge=1)
+    hidden: int = Field(256, ge=1)
+    heads: int = Field(4, ge=1)
+    block_size: int = Field(16, ge=1, description="tokens per block, B'")
+    vocab_size: int = Field(4096, ge=2)
+    batch: int = Field(4, ge=1, description="rows per step")
+    threads: int = Field(1, ge=1, description="CPU threads that train")
+    repeats: int = Field(5, ge=1, description="checkpoints of each kind; they take turns")
+    precision: Literal["fp32", "bf16"] = Field("fp32")
+    folder: str | None = Field(None, description="where to write; null: a temporary folder")
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
+
+
+def bench_checkpoint(args: list[str]) -> None:
+    """Print bytes, seconds and their ratios."""
+    options = parse_options(CheckpointOptions, args, "bd3 bench checkpoint")
+    sizes = (options.layers, options.hidden, options.heads, options.length, options.vocab_size)
+    model, diffusion = model_of_width(options.backbone, *sizes), DiffusionConfig(block_size=options.block_size)
+    check_layout(model, diffusion, ParallelConfig(), world_size=1)
+    torch.set_num_threads(options.threads)
+    world = parallel.start(ParallelConfig())
+    try:
+        optimization = OptimizationConfig(precision=options.precision)
+        engine = MegatronEngine(model, diffusion, KernelConfig(), ParallelConfig(), optimization, world)
+        batch = random_batch(model, diffusion, options.batch, step=0)
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            found = _measure(engine, lambda: engine.train_step([batch], lr=1e-4), Path(folder), options.repeats)
+    finally:
+        parallel.stop()
+    found = {"parameters": model.parameters(model.vocab_size)} | found
+    found["bytes_per_parameter"] = found["bytes"] / found["parameters"]
+    if options.json_:
+        print(json.dumps(found))
+        return
+    print(
+        f"checkpoint, {world.device.type}, {options.threads} thread(s), {found['parameters'] / 1e6:.2f}M parameters: "
+        f"{found['bytes'] / 1e6:.1f} MB, {found['bytes_per_parameter']:.2f} bytes per parameter"
+    )
+    print(f"{'seconds':>24}{'background':>12}{'waited for':>12}{'ratio':>8}")
+    for name in ("stall", "lost", "write"):
+        ours, plain = found[f"{name}_seconds"], found[f"waited_{name}_seconds"]
+        print(f"{name:>24}{ours:>12.4f}{plain:>12.4f}{ours / plain:>8.3f}")
+    for name in ("step", "find", "load"):
+        print(f"{name:>24}{found[f'{name}_seconds']:>12.4f}")
+
+
+def _measure(engine: MegatronEngine, step: Callable[[], object], folder: Path, repeats: int) -> dict[str, float]:
+    """Medians. ``lost``: time until the checkpoint is complete, less that of the steps that were taken meanwhile."""
+    step()  # warm up
+    alone = statistics.median(_seconds(step) for _ in range(2 * repeats))
+    values: dict[str, list[float]] = {}
+    written: list[checkpoint.Written] = []
+    kinds = {
+        prefix: checkpoint.CheckpointWriter(folder, engine, 1, asynchronous=prefix == "", report=written.append)
+        for prefix in ("", "waited_")
+    }
+    for turn in range(repeats + 1):
+        for prefix, writer in kinds.items():
+            steps, begin = 0, time.perf_counter()
+            writer.save(turn, {})
+            while not written:
+                step()
+                steps += 1
+                writer.poll()
+            lost = time.perf_counter() - begin - steps * alone
+            result = written.pop()
+            if turn > 0:  # the first one allocates the copies
+                values.setdefault(f"{prefix}stall_seconds", []).append(result.stall_seconds)
+                values.setdefault(f"{prefix}lost_seconds", []).append(lost)
+                values.setdefault(f"{prefix}write_seconds", []).append(result.write_seconds)
+    for writer in kinds.values():
+        writer.close()
+    for _ in range(repeats):
+        values.setdefault("find_seconds", []).append(_seconds(lambda: checkpoint.find(folder)))
+        found = checkpoint.find(folder)
+        values.setdefault("load_seconds", []).append(_seconds(lambda: checkpoint.restore(found, engine)))  # noqa: B023
+    size = sum(file.stat().st_size for file in found.path.iterdir())
+    return {"bytes": size, "step_seconds": alone} | {name: statistics.median(x) for name, x in values.items()}
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin

@@ -1,0 +1,86 @@
+"""What a run that goes on may change, and where it goes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bd3_megatron.config import ConfigError
+from bd3_megatron.parallel import World
+from data_prep.manifest import Manifest
+from pretrain import checkpoint, runs
+from pretrain.agree import everywhere, on_first
+from pretrain.config import RunConfig
+from pretrain.load import load_saved
+
+# What may change when a run goes on: how long, where and how it is watched. (A decaying learning rate follows
+# train.steps, so a longer run has another rate from here on.)
+_FREE = ("run", "parallel", "zero", "log", "eval", "checkpoint", "train.steps", "train.micro_batch", "data.path")
+
+
+def check_same_run(run: Path, config: RunConfig) -> None:
+    """A run folder goes on with the configuration it was started with."""
+    if not (run / runs.CONFIG).is_file():
+        if (run / "checkpoints").exists():
+            raise ConfigError(f"run={run}: has checkpoints but no {runs.CONFIG}; put it back or use another --run")
+        return
+    before, now = load_saved(run / runs.CONFIG).model_dump(), config.model_dump()
+    for path, old, new in _differences(before, now):
+        if not any(path == free or path.startswith(free + ".") for free in _FREE):
+            raise ConfigError(f"{path}={new}: the run in {run} was started with {old}; use that, or another --run")
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""):
+    for key, old in before.items():
+        new = now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}", old, new
+
+
+def position(config: RunConfig, step: int) -> dict[str, Any]:
+    """What decides, with the data set, which rows and which noise follow after ``step`` steps, on any layout."""
+    return {
+        "rows": step * config.train.global_batch,
+        "seed": config.train.seed,
+        "order_seed": order_seed(config),
+        "beta": config.diffusion.beta,
+        "omega": config.diffusion.omega,
+    }
+
+
+def order_seed(config: RunConfig) -> int:
+    return config.train.seed if config.data.seed is None else config.data.seed
+
+
+def checkpoint_to_resume(
+    run: Path, config: RunConfig, manifest: Manifest, world: World
+) -> checkpoint.Checkpoint | None:
+    """The newest good checkpoint, or None for a new run; refuses to go on from another position or with other data."""
+    found = checkpoint.newest_together(run, world, warn=lambda text: print(text, file=sys.stderr, flush=True))
+    if found is None:
+        if on_first(lambda: checkpoint.exists(run)):
+            raise everywhere(
+                ConfigError(f"{run}/checkpoints: none is whole; put one back, or start again with another --run")
+            )
+        return None
+    data = runs.data_identity(manifest)
+    if found.meta.get("data", data) != data:
+        raise everywhere(
+            ConfigError(
+                f"data.path={config.data.path}: not the data {found.path} was trained on; "
+                f"use the data set of the run, or another --run"
+            )
+        )
+    for name, value in position(config, found.step).items():
+        if found.meta.get(name, value) != value:
+            raise everywhere(
+                ConfigError(
+                    f"{found.path}: written with {name} {found.meta[name]}, the configuration gives {value}; "
+                    f"use the configuration the run was started with"
+                )
+            )
+    return found

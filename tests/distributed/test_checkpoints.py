@@ -1,0 +1,100 @@
+"""A checkpoint written under one layout goes on under any other, in either engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig
+from pretrain import checkpoint
+from pretrain.bench.parity import LAYOUTS, Layout, Task
+from pretrain.spawn import run_world
+from tests.distributed.workers import resume, resume_each
+
+# Grouped heads, a vocabulary that no tensor-parallel size divides, and an embedding that two stages hold.
+MODEL = ModelConfig(layers=4, hidden=32, heads=4, kv_heads=2, length=16, vocab_size=61, mask_id=60, tie_embeddings=True)
+TASK = Task(MODEL, DiffusionConfig(block_size=4))
+HALF, END = 10, 20
+ALONE = Layout(1, ParallelConfig())
+EVERY = LAYOUTS | {"single": ALONE, "CP2+distopt": Layout(2, ParallelConfig(context=2, distributed_optimizer=True))}
+# Layout of the first half -> layouts that go on from it.
+HANDOVERS = {
+    "TP2xPP2": ["DP2", "DP2+distopt", "CP2", "PP2-interleaved", "ZeRO2", "single"],
+    "DP2+distopt": ["TP2+SP", "CP2+distopt", "single"],
+    "ZeRO3": ["DP2+distopt", "TP2", "ZeRO1", "single"],
+    "TP2+SPxZeRO2": ["ZeRO3", "PP2"],
+}
+CASES = [(source, name) for source, names in HANDOVERS.items() for name in names]
+DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+
+
+def possible(*names: str) -> bool:
+    return DEEPSPEED or not any(EVERY[name].zero.stage for name in names)
+
+
+@dataclass(frozen=True)
+class Continued:
+    """Of the second half: losses by rank, and the run's folder."""
+
+    losses: list[list[float]]
+    run: Path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Continued:
+    """Both halves on TP2xPP2; the checkpoint between them is written while the second half is trained."""
+    run = tmp_path_factory.mktemp("uninterrupted")
+    by_rank = run_world(4, resume, run, EVERY["TP2xPP2"], TASK, END, HALF)
+    return Continued([losses[HALF:] for losses in by_rank], run)
+
+
+@pytest.fixture(scope="module")
+def continued(uninterrupted, tmp_path_factory) -> dict[tuple[str, str], Continued]:
+    """The second half under every other layout, by (layout of the first half, of the second)."""
+    folder = tmp_path_factory.mktemp("continued")
+    sources = {"TP2xPP2": uninterrupted.run}
+    for size in (2, 4):
+        firsts = [name for name in HANDOVERS if name not in sources and EVERY[name].size == size and possible(name)]
+        sources |= {name: folder / name for name in firsts}
+        run_world(size, resume_each, [(folder / name, EVERY[name], TASK, HALF) for name in firsts])
+    found = {}
+    for size in (1, 2):
+        runs = {}
+        for source, name in CASES:
+            if EVERY[name].size == size and possible(source, name):
+                copy, half = folder / f"{source} {name}", Path("checkpoints") / f"step-{HALF:08d}"
+                shutil.copytree(sources[source] / half, copy / half)
+                runs[source, name] = (copy, EVERY[name], TASK, END)
+        by_rank = run_world(size, resume_each, list(runs.values()))
+        for number, (key, (copy, *_)) in enumerate(runs.items()):
+            found[key] = Continued([losses[number] for losses in by_rank], copy)
+    return found
+
+
+@pytest.mark.parametrize(("source", "name"), CASES)
+def test_a_checkpoint_goes_on_under_another_layout(uninterrupted, continued, source, name):
+    if not possible(source, name):
+        pytest.skip("DeepSpeed is not installed")
+    expected, found = uninterrupted.losses[0], continued[source, name]
+    for losses in found.losses:
+        assert losses == pytest.approx(expected, rel=1e-5)
+    ours, theirs = (checkpoint.read_weights(checkpoint.find(c.run, END)) for c in (found, uninterrupted))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_what_ranks_hold_alike_is_written_once_and_by_all_of_them(continued):
+    """Each of two context-parallel replicas writes about half, and together no more than one process."""
+    sizes = {}
+    for name in ("CP2", "single"):
+        path = checkpoint.find(continued["TP2xPP2", name].run, END).path
+        sizes[name] = [file.stat().st_size for file in sorted(path.glob("__*"))]
+    assert len(sizes["CP2"]) == 2
+    assert max(sizes["CP2"]) < 1.1 * min(sizes["CP2"])
+    assert sum(sizes["CP2"]) == pytest.approx(sum(sizes["single"]), rel=0.01)

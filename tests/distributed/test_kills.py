@@ -1,0 +1,177 @@
+"""Jobs of two ranks that are killed, fail or are misused: they end by themselves with one line, lose no checkpoint, and
+go on exactly."""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain import checkpoint, cli
+from tests.distributed.launch import Job
+from tests.unit.commands import limit_files
+
+RECIPE = """
+model: {layers: 2, hidden: 32, heads: 4, kv_heads: 2, length: 32, dropout: 0.1}
+diffusion: {block_size: 4}
+train: {steps: 40, global_batch: 4, micro_batch: 2, precision: fp32, warmup_steps: 2, lr: 0.003, ema_decay: 0.9}
+eval: {every: 15, rows: 8}
+checkpoint: {every: 1, keep: 2, keep_every: 20}
+log: {tensorboard: false}
+"""
+LAYOUTS = {"DP2": (), "TP2": ("--parallel.tensor", 2)}
+KILLS = 10  # in each run
+LOST = re.compile(
+    r"rank (\d): lost another rank (at step \d+|before the first step) \((Connection|Broken|Timed out).*\); "
+    r"start the job again to go on from its last checkpoint"
+)
+
+
+class Run:
+    """A small run of two ranks, to be started again and again into one folder."""
+
+    def __init__(self, folder: Path, data_set: Path, layout: str = "DP2"):
+        self.folder, self.run = folder, folder / "run"
+        (folder / "recipe.yaml").write_text(RECIPE)
+        config = folder / "recipe.yaml"
+        self.args = ("pretrain", "--config", config, "--data.path", data_set, "--run", self.run, *LAYOUTS[layout])
+
+    def start(self, *args, **options) -> Job:
+        return Job([*self.args, *args], 2, self.folder, **options)
+
+    @property
+    def metrics(self) -> bytes:
+        path = self.run / "metrics.jsonl"
+        return path.read_bytes() if path.exists() else b""
+
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.run / "checkpoints").glob("*"))
+
+    def newest(self) -> int:
+        found = checkpoint.newest(self.run)
+        return found.step if found else 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, data_set) -> dict[str, Run]:
+    """A finished run by layout."""
+    runs = {layout: Run(tmp_path_factory.mktemp(layout), data_set, layout) for layout in LAYOUTS}
+    for run in runs.values():
+        for done in run.start().finish():
+            assert done.code == 0, done.err
+    return runs
+
+
+def wait_for_a_moment(run: Run, job: Job, chance: random.Random) -> None:
+    """A random moment after the job's first record; every other time while a checkpoint is written."""
+    begin, more = run.metrics.count(b"\n"), chance.randint(1, 3)
+    while job.running and not 0 < begin + more <= run.metrics.count(b"\n"):
+        if begin > run.metrics.count(b"\n"):
+            begin = run.metrics.count(b"\n")  # records after the last checkpoint are dropped when a run goes on
+        time.sleep(1e-3)
+    if chance.random() < 0.5:
+        while job.running and not any((run.run / "checkpoints").glob(".step-*.partial")):
+            time.sleep(1e-4)
+        time.sleep(chance.uniform(0, 0.02))
+    else:
+        time.sleep(chance.uniform(0, 0.2))
+
+
+def kill(job: Job, chance: random.Random) -> list[int]:
+    """Kill one rank, or all in some order; which."""
+    order = chance.sample(range(2), 2)
+    victims = order[: chance.choice([1, 1, 2])]
+    for rank in victims:
+        job.ranks[rank].kill()
+    return victims
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_that_loses_ranks_at_any_moment_ends_as_if_it_never_had(tmp_path, data_set, undisturbed, layout):
+    run, expected = Run(tmp_path, data_set, layout), undisturbed[layout]
+    came_from = 0
+    for seed in range(KILLS):
+        chance = random.Random(f"{layout} {seed}")
+        job = run.start()
+        wait_for_a_moment(run, job, chance)
+        complete = max([0, *(int(name.removeprefix("step-")) for name in run.checkpoints() if name[0] != ".")])
+        assert job.running, job.finish()
+        victims, moment = kill(job, chance), time.monotonic()
+        ended = job.finish()
+        assert time.monotonic() - moment < 20
+        for rank, done in enumerate(ended):
+            if rank not in victims:
+                assert (done.code, "Traceback" in done.err) == (1, False), done.err
+                assert LOST.fullmatch(done.err.splitlines()[-1]), done.err
+                assert done.err.splitlines()[-1].startswith(f"rank {rank}: ")
+        assert came_from == 0 or f"going on from step {came_from}\n" in ended[0].err
+        came_from = run.newest()
+        assert came_from >= complete
+    for done in run.start().finish():
+        assert done.code == 0, done.err
+    assert run.metrics == expected.metrics
+    assert run.checkpoints() == expected.checkpoints() == ["step-00000020", "step-00000039", "step-00000040"]
+    ours, theirs = (checkpoint.read_weights(checkpoint.find(r.run)) for r in (run, expected))
+    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+def _quick(then=None) -> None:
+    """Without a launcher that ends the others, the ranks that have nothing to say need not wait."""
+    cli.FIRST_SPEAKS = 0.1
+    if then is not None:
+        then()
+
+
+def test_a_disk_that_fills_up_under_one_rank_ends_all_with_one_line(tmp_path, data_set):
+    run = Run(tmp_path, data_set)
+    for done in run.start("--train.steps", 2).finish():
+        assert done.code == 0, done.err
+    before = run.checkpoints()
+    full = {1: functools.partial(_quick, functools.partial(limit_files, 100_000))}
+    first, second = run.start(before=full).finish()
+    path = run.run / "checkpoints" / "step-00000003"
+    assert (first.code, second.code) == (2, 2)
+    assert first.err.splitlines()[-1] == f"{path}: cannot write: some of it is missing; is the disk full?"
+    assert second.err == ""
+    assert "Traceback" not in first.err
+    assert run.checkpoints() == before
+    for done in run.start("--train.steps", 4).finish():
+        assert done.code == 0, done.err
+
+
+def test_what_all_ranks_find_wrong_is_told_once(tmp_path, data_set):
+    run = Run(tmp_path, data_set)
+    quick = dict.fromkeys(range(2), _quick)
+    for args, line in [
+        (("--train.micro-batch", 3), "train.micro_batch=3: train.global_batch=4 is not divisible by 3; use 2"),
+        (("--data.path", tmp_path), None),
+    ]:
+        first, second = run.start(*args, before=quick).finish()
+        assert (first.code, second.code, second.err) == (2, 2, "")
+        assert len(first.err.splitlines()) == 1
+        assert line is None or first.err == line + "\n"
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_by_all_ranks_with_one_warning(tmp_path, data_set):
+    run = Run(tmp_path, data_set)
+    for done in run.start("--train.steps", 3).finish():
+        assert done.code == 0, done.err
+    newest = run.run / "checkpoints" / "step-00000003"
+    file = newest / "__1_0.distcp"  # rank 1 wrote a part, and only one rank checks it
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    first, second = run.start("--train.steps", 4).finish()
+    assert (first.code, second.code, second.err) == (0, 0, "")
+    assert first.err.count(f"{newest}: __1_0.distcp has another checksum than listed; skipped\n") == 1
+    assert "going on from step 2\n" in first.err
+    for path in (run.run / "checkpoints").glob("step-*"):
+        (path / checkpoint.COMPLETE).unlink()
+    first, second = run.start("--train.steps", 5, before={1: _quick}).finish()
+    assert (first.code, second.code, second.err) == (2, 2, "")
+    assert first.err.splitlines()[-1].endswith("none is whole; put one back, or start again with another --run")
