@@ -12,15 +12,24 @@ import torch.distributed as dist
 
 from bd3_megatron import parallel
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, OptimizationConfig, ParallelConfig
+from bd3_megatron.config import (
+    DiffusionConfig,
+    KernelConfig,
+    ModelConfig,
+    OptimizationConfig,
+    ParallelConfig,
+    ZeroConfig,
+)
 from bd3_megatron.diffusion.batch import Batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
-from bd3_megatron.engine.megatron import MegatronEngine
+from bd3_megatron.engine import build_engine
+from bd3_megatron.engine.base import Engine
 from bd3_megatron.shards import Held
 from pretrain import checkpoint
 
 GLOBAL_BATCH, MICRO_BATCH, STEPS = 8, 2, 3
 BETA1 = 0.9
+MEGATRON = ZeroConfig()
 
 
 @dataclass(frozen=True)
@@ -35,14 +44,19 @@ class Outcome:
 
 
 def train(
-    rank: int, size: int, store: dist.Store, runs: list[tuple[str, ModelConfig, DiffusionConfig, ParallelConfig]]
+    rank: int,
+    size: int,
+    store: dist.Store,
+    runs: list[tuple[str, ModelConfig, DiffusionConfig, ParallelConfig, ZeroConfig]],
+    steps: int = STEPS,
+    **optimization: Any,
 ) -> list[Outcome]:
     """Train each of ``runs`` for a few steps, one after the other in the same processes."""
     outcomes = []
-    for name, model, diffusion, layout in runs:
+    for name, model, diffusion, layout, *zero in runs:
         world = parallel.start(layout, rank, size, rank, dist.PrefixStore(name, store))
         try:
-            outcomes.append(_train(world, model, diffusion, layout))
+            outcomes.append(_train(world, model, diffusion, layout, *zero, steps=steps, **optimization))
         finally:
             parallel.stop()
     return outcomes
@@ -57,11 +71,12 @@ def resume(
     diffusion: DiffusionConfig,
     layout: ParallelConfig,
     until: int,
+    zero: ZeroConfig = MEGATRON,
 ) -> list[float]:
     """Go on from the run's newest checkpoint, if any, up to step ``until``, save there; losses of the steps taken."""
     world = parallel.start(layout, rank, size, rank, store)
     try:
-        engine = _engine(world, model, diffusion, layout)
+        engine = _engine(world, model, diffusion, layout, zero)
         found = checkpoint.newest(run)
         if found is not None:
             checkpoint.restore(found, engine)
@@ -76,20 +91,35 @@ def resume(
 
 
 def _engine(
-    world: parallel.World, model: ModelConfig, diffusion: DiffusionConfig, layout: ParallelConfig
-) -> MegatronEngine:
+    world: parallel.World,
+    model: ModelConfig,
+    diffusion: DiffusionConfig,
+    layout: ParallelConfig,
+    zero: ZeroConfig = MEGATRON,
+    **changes: Any,
+) -> Engine:
     # No clipping, so that Adam's first moment after one step is (1 - beta1) times the gradient. A larger epsilon than
     # usual: Adam divides by it where a gradient is rounding error, whose sign no layout owes.
     optimization = OptimizationConfig(
-        precision="fp32", clip_norm=0, ema_decay=0.9, beta1=BETA1, weight_decay=0.1, adam_eps=1e-4
+        **{"precision": "fp32", "clip_norm": 0, "ema_decay": 0.9, "beta1": BETA1, "weight_decay": 0.1, "adam_eps": 1e-4}
+        | changes
     )
-    return MegatronEngine(model, diffusion, KernelConfig(), layout, optimization, world, seed=3)
+    return build_engine(model, diffusion, KernelConfig(), layout, zero, optimization, world, seed=3)
 
 
-def _train(world: parallel.World, model: ModelConfig, diffusion: DiffusionConfig, layout: ParallelConfig) -> Outcome:
-    engine = _engine(world, model, diffusion, layout)
+def _train(
+    world: parallel.World,
+    model: ModelConfig,
+    diffusion: DiffusionConfig,
+    layout: ParallelConfig,
+    zero: ZeroConfig = MEGATRON,
+    *,
+    steps: int,
+    **optimization: Any,
+) -> Outcome:
+    engine = _engine(world, model, diffusion, layout, zero, **optimization)
     losses, norms, gradients = [], [], {}
-    for step in range(STEPS):
+    for step in range(steps):
         parallel.seed_dropout(0, step)
         result = engine.train_step(batches(world, model, diffusion, step), lr=1e-3)
         losses.append(result.loss)
@@ -101,7 +131,7 @@ def _train(world: parallel.World, model: ModelConfig, diffusion: DiffusionConfig
                 if name.startswith("exp_avg/")
             }
     with engine.averaged():
-        nll = torch.cat(engine.forward(batches(world, model, diffusion, STEPS)))
+        nll = torch.cat(engine.forward(batches(world, model, diffusion, steps)))
     return Outcome(losses, norms, gradients, whole(engine.state()), nll)
 
 
