@@ -2,7 +2,7 @@
 
     python -m bd3_megatron.engine.ops
 
-builds that Adam into torch's folder of extensions (``TORCH_EXTENSIONS_DIR``, by default ``~/.cache/torch_extensions``), which
+builds that Adam into torch's folder of extensions (``TORCH_EXTENSIONS_DIR``, or ``~/.cache/torch_extensions``), which
 takes minutes. A training run loads what is there and never builds: all ranks would wait for the compiler, and a rank
 that is killed meanwhile leaves a lock on which every later run waits.
 """
@@ -51,12 +51,14 @@ def import_deepspeed(key: str) -> ModuleType:
             import deepspeed
 
             backend = importlib.import_module("deepspeed.comm.torch")  # as an attribute this name means torch
+            from deepspeed.runtime import bf16_optimizer
     except ModuleNotFoundError as error:
         missing = "DeepSpeed" if error.name == "deepspeed" else f"DeepSpeed's {error.name}"
         raise ConfigError(f"{key}: {missing} is not installed; run pip install -e '.[zero]', then {INSTALL}") from None
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # Its shared-memory all-reduce serves inference alone, and would be compiled when the process groups start.
     backend.build_shm_op = lambda: None
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None  # prints, whatever the logger's level
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of collectives under their older names
     return deepspeed
 
@@ -87,14 +89,13 @@ def load() -> None:
     Raises:
         ConfigError: it is not built.
     """
+    if not built():
+        raise ConfigError(f"zero.offload=true: DeepSpeed's {OP} is not built for this machine; run {COMMAND}")
     from deepspeed.ops.op_builder.builder import OpBuilder
     from torch.utils.cpp_extension import _import_module_from_library
 
-    if OP in OpBuilder._loaded_ops:
-        return
-    if not built():
-        raise ConfigError(f"zero.offload=true: DeepSpeed's {OP} is not built for this machine; run {COMMAND}")
-    OpBuilder._loaded_ops[OP] = _import_module_from_library(OP, str(_folder()), True)
+    if OP not in OpBuilder._loaded_ops:
+        OpBuilder._loaded_ops[OP] = _import_module_from_library(OP, str(_folder()), True)
 
 
 def build() -> Path:

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO stages 1 to 3 over Megatron's tensor-parallel layers, stage 1 also under 1F1B pipelines."""
+"""The DeepSpeed engine: ZeRO stages 1 to 3 over Megatron's tensor-parallel layers, stage 1 also under pipelines."""
 
 from __future__ import annotations
 

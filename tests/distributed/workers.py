@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,20 +44,28 @@ class Outcome:
     nll: torch.Tensor
 
 
+def several(rank: int, size: int, store: dist.Store, calls: list[tuple[Callable[..., Any], tuple]]) -> list[Any]:
+    """Call functions of this module, with their arguments after the store, one after the other in one world."""
+    return [
+        function(rank, size, dist.PrefixStore(str(number), store), *args)
+        for number, (function, args) in enumerate(calls)
+    ]
+
+
 def train(
     rank: int,
     size: int,
     store: dist.Store,
     runs: list[tuple[str, ModelConfig, DiffusionConfig, ParallelConfig, ZeroConfig]],
     steps: int = STEPS,
-    **optimization: Any,
+    optimization: Mapping[str, Any] | None = None,
 ) -> list[Outcome]:
     """Train each of ``runs`` for a few steps, one after the other in the same processes."""
     outcomes = []
     for name, model, diffusion, layout, *zero in runs:
         world = parallel.start(layout, rank, size, rank, dist.PrefixStore(name, store))
         try:
-            outcomes.append(_train(world, model, diffusion, layout, *zero, steps=steps, **optimization))
+            outcomes.append(_train(world, model, diffusion, layout, *zero, steps=steps, changes=optimization))
         finally:
             parallel.stop()
     return outcomes
@@ -96,13 +105,13 @@ def _engine(
     diffusion: DiffusionConfig,
     layout: ParallelConfig,
     zero: ZeroConfig = MEGATRON,
-    **changes: Any,
+    changes: Mapping[str, Any] | None = None,
 ) -> Engine:
     # No clipping, so that Adam's first moment after one step is (1 - beta1) times the gradient. A larger epsilon than
     # usual: Adam divides by it where a gradient is rounding error, whose sign no layout owes.
     optimization = OptimizationConfig(
         **{"precision": "fp32", "clip_norm": 0, "ema_decay": 0.9, "beta1": BETA1, "weight_decay": 0.1, "adam_eps": 1e-4}
-        | changes
+        | dict(changes or {})
     )
     return build_engine(model, diffusion, KernelConfig(), layout, zero, optimization, world, seed=3)
 
@@ -113,11 +122,10 @@ def _train(
     diffusion: DiffusionConfig,
     layout: ParallelConfig,
     zero: ZeroConfig = MEGATRON,
-    *,
-    steps: int,
-    **optimization: Any,
+    steps: int = STEPS,
+    changes: Mapping[str, Any] | None = None,
 ) -> Outcome:
-    engine = _engine(world, model, diffusion, layout, zero, **optimization)
+    engine = _engine(world, model, diffusion, layout, zero, changes)
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         parallel.seed_dropout(0, step)
