@@ -48,7 +48,7 @@ BF16 = {f"bf16-DP2-ZeRO{stage}": (2, SINGLE, zero, "qwen3") for stage, zero in Z
 BF16["bf16-DP2-ZeRO2-offload"] = (2, SINGLE, OFFLOAD[2], "qwen3")
 # Below every norm that occurs, so that each step is clipped: then equal norms and equal clipped gradients mean equal
 # gradients.
-CLIP, STEPS = 0.1, 10
+CLIP, STEPS, BF16_STEPS = 0.1, 10, 4
 # Run folder -> who trains it to step 2, and who from there to step 4: (world size, layout, ZeRO).
 HANDOVERS = {
     "Megatron-to-TP2xDP2-ZeRO3": ((1, SINGLE, MEGATRON), (4, TP2, ZERO[3])),
@@ -73,14 +73,14 @@ def found(tmp_path_factory) -> dict[str, Any]:
     calls: dict[int, list] = {size: [] for size in (1, 4, 2)}  # in the order in which worlds hand over checkpoints
     calls[1] = [
         ("single", train, (baseline, STEPS, fp32)),
-        ("bf16-single", train, (baseline[:1], STEPS, bf16)),
+        ("bf16-single", train, (baseline[:1], BF16_STEPS, bf16)),
         ("whole", resume, (runs / "whole", MODELS["qwen3"], DIFFUSION, SINGLE, 4, MEGATRON)),
     ]
     for size, listed in calls.items():
-        for cases, changes in ((CASES, fp32), (BF16, bf16)):
+        for cases, steps, changes in ((CASES, STEPS, fp32), (BF16, BF16_STEPS, bf16)):
             for name, (ranks, layout, zero, model) in possible(cases).items():
                 if ranks == size:
-                    listed.append((name, train, ([(name, MODELS[model], DIFFUSION, layout, zero)], STEPS, changes)))
+                    listed.append((name, train, ([(name, MODELS[model], DIFFUSION, layout, zero)], steps, changes)))
         for name, parts in HANDOVERS.items():
             for until, (ranks, layout, zero) in zip((2, 4), parts):
                 if ranks == size:
@@ -109,6 +109,8 @@ def test_zero_equals_one_process(found, name):
     model = CASES[name][3]
     expected: Outcome = found["single"][0][list(MODELS).index(model)]
     assert min(expected.norms) > CLIP
+    # DeepSpeed's Adam has 1 - beta2 in fp32, where it is off by 1.3e-5.
+    close = 1e-4 if "offload" in name else 1e-5
     for outcome in outcomes(found, name):
         assert outcome.losses == pytest.approx(expected.losses, rel=1e-5)
         assert outcome.norms == pytest.approx(expected.norms, rel=1e-5)
@@ -116,7 +118,7 @@ def test_zero_equals_one_process(found, name):
             assert ours.keys() == theirs.keys()
             for key, tensor in theirs.items():
                 difference = (ours[key] - tensor).abs().max() / tensor.abs().max().clamp(min=1e-12)
-                assert difference < 1e-5, key
+                assert difference < close, key
 
 
 @installed
