@@ -219,8 +219,11 @@ class ParallelConfig(Section):
 class ZeroConfig(Section):
     """DeepSpeed ZeRO over the tensor-parallel layers, instead of Megatron's data parallelism."""
 
-    stage: Literal[0, 1, 2, 3] = Field(
-        0, description="what data-parallel ranks shard: 1 optimizer state, 2 gradients too, 3 weights too; 0: off"
+    stage: int = Field(
+        0,
+        ge=0,
+        le=3,
+        description="data-parallel ranks shard 1: optimizer state, 2: gradients too, 3: weights too; 0: off",
     )
     offload: bool = Field(False, description="keep optimizer state and its update on the CPU (stages 2 and 3)")
 

@@ -77,7 +77,7 @@ def run_schedule(chunks: Sequence[torch.nn.Module], batches: Sequence[Batch], fo
     iterators = [iter(batches) for _ in chunks]
     with cpu_compat.redirected():
         return get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, forward_only),
+            forward_step_func=partial(forward_step, forward_only),
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=list(chunks),
             num_microbatches=len(batches),
@@ -118,7 +118,7 @@ def mean_loss(outputs: Sequence[Tensor], world: World) -> float:
     return loss.item() / world.data_size
 
 
-def _forward_step(forward_only: bool, data_iterator: Iterator[Batch], model: torch.nn.Module):
+def forward_step(forward_only: bool, data_iterator: Iterator[Batch], model: torch.nn.Module):
     """Megatron's ``forward_step_func``: the stage's output, and what to make of the last stage's."""
     batch = next(data_iterator)
     batch = batch.take(ContextShard.of_this_rank(batch.labels.shape[1])).to(cpu_compat.device())

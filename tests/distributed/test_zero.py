@@ -1,0 +1,100 @@
+"""ZeRO computes what one Megatron process computes; what it cannot do is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bd3_megatron.config import ConfigError, DiffusionConfig, ModelConfig, ParallelConfig, ZeroConfig
+from bd3_megatron.engine import ops
+from pretrain.bench import parity
+from pretrain.bench.parity import LAYOUTS, Layout, Outcome, Task
+
+installed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+BUILT = importlib.util.find_spec("deepspeed") is not None and ops.built()
+
+SIZES = {"layers": 2, "hidden": 32, "heads": 4, "length": 16, "vocab_size": 61, "mask_id": 60}
+BLOCKS = DiffusionConfig(block_size=4)
+QWEN3 = Task(ModelConfig(kv_heads=2, **SIZES), BLOCKS)
+TASKS = {
+    "qwen3": QWEN3,
+    "tied": Task(ModelConfig(tie_embeddings=True, **SIZES), BLOCKS, steps=3),
+    "dit": Task(ModelConfig(backbone="dit", **SIZES), BLOCKS, steps=3),
+    "bf16": QWEN3._replace(steps=4, precision="bf16"),
+}
+ZERO = {name: layout for name, layout in LAYOUTS.items() if layout.zero.stage}
+MORE = ZERO | {
+    "DP1-ZeRO2": Layout(1, ParallelConfig(), ZeroConfig(stage=2)),
+    "PP2-ZeRO1": Layout(2, ParallelConfig(pipeline=2), ZeroConfig(stage=1)),
+    "ZeRO3-full": Layout(2, ParallelConfig(recompute="full"), ZeroConfig(stage=3)),
+    "ZeRO2-offload": Layout(2, ParallelConfig(), ZeroConfig(stage=2, offload=True)),
+    "ZeRO3-offload": Layout(2, ParallelConfig(), ZeroConfig(stage=3, offload=True)),
+}
+CASES = [
+    *(("qwen3", name) for name in MORE),
+    ("tied", "ZeRO3"),
+    ("dit", "ZeRO3-full"),
+    ("dit", "PP2-ZeRO1"),
+    ("dit", "TP2+SPxZeRO2"),
+]
+BF16 = ["ZeRO1", "ZeRO2", "ZeRO3", "ZeRO2-offload"]
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[tuple[str, str], list[Outcome]]:
+    """Outcome on every rank by (task, layout); layout "" is one process of the Megatron engine."""
+    cases = [case for case in CASES + [("bf16", name) for name in BF16] if BUILT or not MORE[case[1]].zero.offload]
+    runs = {f"{task}:{name}": (MORE[name], TASKS[task]) for task, name in cases}
+    runs |= {f"{task}:": (Layout(1, ParallelConfig()), TASKS[task]) for task in TASKS}
+    return {tuple(name.split(":")): found for name, found in parity.run(runs).items()}
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif("offload" in names[-1] and not BUILT, reason=f"not built; run {ops.COMMAND}")
+
+
+@installed
+@pytest.mark.parametrize(("task", "layout"), [pytest.param(*case, marks=needs(*case)) for case in CASES])
+def test_zero_equals_one_process(outcomes, task, layout):
+    found = parity.compare(outcomes[task, layout], outcomes[task, ""][0])
+    assert found.passes, found
+
+
+@installed
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=needs(name)) for name in BF16])
+def test_bf16_follows_the_megatron_engine(outcomes, layout):
+    (expected,) = outcomes["bf16", ""]
+    for outcome in outcomes["bf16", layout]:
+        assert outcome.losses == pytest.approx(expected.losses, rel=0.003)
+        assert outcome.norms == pytest.approx(expected.norms, rel=0.01)
+        assert all(tensor.dtype == torch.float32 for tensor in outcome.state.values())
+
+
+@installed
+def test_every_step_was_clipped(outcomes):
+    assert all(min(outcomes[task, ""][0].norms) > parity.CLIP_NORM for task in TASKS)
+
+
+def test_a_missing_deepspeed_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match=r"^zero\.stage=2: DeepSpeed is not installed; run pip install .*$"):
+        ops.import_deepspeed("zero.stage=2")
+
+
+@installed
+def test_offloading_does_not_build_while_training(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"^zero\.offload=true: .* is not built .*; run {ops.COMMAND}$"):
+        ops.load()
+
+
+@installed
+def test_building_without_a_compiler_fails_in_one_line(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"^no-such-compiler: not found; install a C\+\+ compiler"):
+        ops.build()
