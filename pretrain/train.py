@@ -31,6 +31,7 @@ from pretrain.load import load_run_config, load_saved, save_config
 from pretrain.metrics import MetricsWriter, read_metrics, series
 from pretrain.plots import ascii_curve, plot_curves
 from pretrain.progress import Progress, Throughput
+from pretrain.watchdog import Watchdog
 
 # What may change when a run goes on: how long, where and how it is watched. (A decaying learning rate follows
 # train.steps, so a longer run has another rate from here on.)
@@ -61,6 +62,7 @@ def train(config: RunConfig) -> Path:
     _check_same_run(run, config)
     found = _checkpoint_to_resume(run, config, reader.manifest)
     world = parallel.start(config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, _store(ranks, config))
+    watch = Watchdog(ranks, config.parallel.timeout_minutes, Path(config.run) / "hang")
     lock = None
     try:
         if world.is_first:
@@ -78,9 +80,10 @@ def train(config: RunConfig) -> Path:
         )
         if found is not None:
             checkpoint.restore(found, engine)
-        with Trainer(config, run, engine, reader, validation, found.step if found else 0) as trainer:
+        with Trainer(config, run, engine, reader, validation, found.step if found else 0, watch) as trainer:
             trainer.run()
     finally:
+        watch.close()
         if lock is not None:
             os.close(lock)
         parallel.stop()
@@ -98,8 +101,10 @@ class Trainer:
         reader: RowReader,
         validation: RowReader,
         step: int,
+        watch: Watchdog,
     ):
         self.config, self.folder, self.engine, self.step = config, run, engine, step
+        self.watch, self.first_step = watch, step
         self.reader, self.validation = reader, validation
         self.first = engine.world.is_first
         train = config.train
@@ -157,6 +162,8 @@ class Trainer:
 
     def _train_step(self) -> None:
         train, step = self.config.train, self.step
+        # The first step may compile kernels.
+        self.watch.tick(f"in step {step + 1}", patient=step == self.first_step)
         batches = self.batches.at(step)
         parallel.seed_dropout(train.seed, step)
         lr = learning_rate(train, step)
@@ -186,8 +193,19 @@ class Trainer:
     def _evaluate(self) -> Evaluation:
         config = self.config
         micro = config.eval.micro_batch or config.train.micro_batch
+        phase = f"in the evaluation after step {self.step}"
+        self.watch.tick(phase, patient=self.step == self.first_step)
         with self.throughput.paused(), self.engine.averaged():
-            result = evaluate(self.engine, self.validation, config.model, config.diffusion, config.eval, micro)
+            result = evaluate(
+                self.engine,
+                self.validation,
+                config.model,
+                config.diffusion,
+                config.eval,
+                micro,
+                progress=lambda: self.watch.tick(phase),
+            )
+        self.watch.tick(f"after step {self.step}")
         if self.first:
             self.metrics.validation(self.step, result.record())
             self._say(
@@ -206,10 +224,12 @@ class Trainer:
             "omega": config.diffusion.omega,
             "data": runs.data_identity(self.reader.manifest),
         }
+        self.watch.tick(f"in the checkpoint of step {self.step}", patient=True)
         with self.throughput.paused():
             checkpoint.save(self.folder, self.engine, self.step, meta, config.checkpoint.keep)
 
     def _finish(self) -> None:
+        self.watch.tick("at the end", patient=True)
         unigram = self.reader.manifest.validation_unigram_perplexity
         plot = plot_curves(self.folder, reference={"unigram": unigram})
         records = read_metrics(self.folder)

@@ -1,0 +1,238 @@
+"""Jobs of two ranks of which one hangs: they end within the timeout, say which it was, and go on when started again."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pretrain.batches import Batches
+from pretrain.watchdog import HUNG
+from tests.distributed.launch import Job
+from tests.unit.commands import Done
+
+TIMEOUT = 6.0  # seconds
+RECIPE = f"""
+model: {{layers: 1, hidden: 32, heads: 4, kv_heads: 2, length: 32}}
+diffusion: {{block_size: 4}}
+train: {{steps: 40, global_batch: 4, micro_batch: 2, precision: fp32, warmup_steps: 2, lr: 0.003, ema_decay: 0}}
+eval: {{every: 0, rows: 8}}
+checkpoint: {{every: 5, keep: 2}}
+parallel: {{timeout_minutes: {TIMEOUT / 60}}}
+log: {{tensorboard: false}}
+"""
+HANGS_AT = 12  # step
+
+
+def slow(hang_at: int = 0) -> None:
+    """Steps that take long enough to be hit by a signal; from step ``hang_at`` on the data never come."""
+    original = Batches.at
+
+    def at(self: Batches, step: int):
+        time.sleep(0.03 if step + 1 != hang_at else 1000)
+        return original(self, step)
+
+    Batches.at = at
+
+
+def under_slurm(port: int) -> None:
+    """What srun sets, instead of torchrun's variables: rank 0 serves the store."""
+    rank = os.environ.pop("RANK")
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        del os.environ[name]
+    task = {"JOB_ID": 1, "STEP_ID": 0, "PROCID": rank, "NTASKS": 2, "LOCALID": rank, "STEP_NODELIST": "localhost"}
+    os.environ.update({f"SLURM_{name}": str(value) for name, value in task.items()})
+    os.environ["MASTER_PORT"] = str(port)
+    slow()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Case:
+    """A job in which ``rank`` hangs: by SIGSTOP, or in its main thread."""
+
+    rank: int
+    stopped: bool
+    slurm: bool = False
+
+    def before(self) -> dict[int, Callable[[], None]]:
+        if self.slurm:
+            return dict.fromkeys(range(2), functools.partial(under_slurm, free_port()))
+        return {
+            rank: functools.partial(slow, 0 if self.stopped or rank != self.rank else HANGS_AT) for rank in range(2)
+        }
+
+
+CASES = {
+    "rank 1 stopped": Case(1, stopped=True),
+    "rank 0 stopped": Case(0, stopped=True),
+    "rank 0 stopped, which serves the store": Case(0, stopped=True, slurm=True),
+    "rank 1 in its data": Case(1, stopped=False),
+    "rank 0 in its data": Case(0, stopped=False),
+}
+
+
+class Run:
+    """A small run of two ranks."""
+
+    def __init__(self, folder: Path, data_set: Path):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.run, config = folder, folder / "run", folder / "recipe.yaml"
+        config.write_text(RECIPE)
+        self.args = ("pretrain", "--config", config, "--data.path", data_set, "--run", self.run)
+
+    def start(self, *args: object, **options) -> Job:
+        return Job([*self.args, *args], 2, self.folder, **options)
+
+    def steps(self) -> int:
+        path = self.run / "metrics.jsonl"
+        return path.read_text().count('"grad_norm"') if path.exists() else 0
+
+    def stack(self, rank: int) -> str:
+        return (self.run / "hang" / f"rank-{rank:05d}.txt").read_text()
+
+
+@dataclass
+class Ended:
+    """How a job ended: ``seconds`` after it last moved."""
+
+    run: Run
+    pid: int
+    ranks: list[Done]
+    seconds: float
+
+
+def play(case: Case, run: Run) -> Ended:
+    """Let a job hang, and wait for its end."""
+    job = run.start(before=case.before())
+    victim = job.ranks[case.rank]
+    deadline = time.monotonic() + 60
+    while run.steps() < HANGS_AT - 1 and job.running and time.monotonic() < deadline:
+        time.sleep(5e-3)
+    if case.stopped:
+        os.kill(victim.pid, signal.SIGSTOP)
+    moment = time.monotonic()
+    ended = job.finish(30)
+    return Ended(run, victim.pid, ended, time.monotonic() - moment)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory, data_set) -> dict[str, Ended]:
+    """All cases at the same time: what they do most of is to wait."""
+    folder = tmp_path_factory.mktemp("hang")
+    runs = [Run(folder / str(number), data_set) for number in range(len(CASES))]
+    with ThreadPoolExecutor(len(CASES)) as pool:
+        return dict(zip(CASES, pool.map(play, CASES.values(), runs)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_job_with_a_hung_rank_ends_in_time_and_names_it(ended, name):
+    case, found = CASES[name], ended[name]
+    other = found.ranks[1 - case.rank]
+    lines = [line for done in found.ranks for line in done.err.splitlines() if "parallel.timeout_minutes" in line]
+    assert len(lines) == 1, [done.err for done in found.ranks]
+    assert lines[0] in other.err
+    what = "given no sign of life" if case.stopped else "made no progress"
+    where = f"the others' stacks are in {found.run.run}/hang"
+    if not case.stopped:
+        where = f"its stack is in {found.run.run}/hang/rank-0000{case.rank}.txt"
+    pattern = (
+        f"rank {case.rank} (host {socket.gethostname()}, pid {found.pid}) has {what} for N s in step N "
+        f"(parallel.timeout_minutes={TIMEOUT / 60:g}): the job ends; {where}; "
+        f"start the job again to go on from its last checkpoint"
+    )
+    assert re.fullmatch(re.escape(pattern).replace("N\\ s", r"\d+\ s").replace("step\\ N", r"step\ \d+"), lines[0])
+    assert other.code == HUNG
+    assert found.ranks[case.rank].code == (-signal.SIGKILL if case.stopped else HUNG)
+    assert found.seconds < TIMEOUT
+    assert not any("Traceback" in done.err for done in found.ranks)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_stacks_of_a_hung_job_are_kept(ended, name):
+    case, found = CASES[name], ended[name]
+    waiting = found.run.stack(1 - case.rank)
+    assert waiting.startswith(f"rank {1 - case.rank} (host {socket.gethostname()}, pid ")
+    assert "distributed_c10d.py" in waiting
+    hung = found.run.stack(case.rank)
+    assert f"rank {case.rank} (host {socket.gethostname()}, pid {found.pid})" in hung
+    assert ("State:\tT (stopped)" if case.stopped else "test_hang.py") in hung
+
+
+@pytest.mark.parametrize("name", ["rank 1 stopped", "rank 0 in its data"])
+def test_a_job_that_hung_goes_on_from_its_last_checkpoint(ended, name):
+    run = ended[name].run
+    for done in run.start("--train.steps", 20).finish():
+        assert done.code == 0, done.err
+    assert "going on from step 10\n" in run.folder.joinpath("rank0.err").read_text()
+    assert run.steps() == 20
+
+
+def slow_but_alive() -> None:
+    """A first step, a checkpoint and an end that take longer than the timeout on rank 0, and an evaluation in bits."""
+    from pretrain import checkpoint, train
+
+    rank, timeout = os.environ["RANK"], 3.0
+    for owner, name, seconds in [
+        (Batches, "at", 1.2 * timeout),
+        (checkpoint, "restore", 1.2 * timeout),
+        (checkpoint, "_stamp", 1.2 * timeout),
+        (train.Trainer, "_finish", 0.1),
+    ]:
+        original, calls = getattr(owner, name), []
+
+        def late(*args, original=original, calls=calls, seconds=seconds, **options):
+            calls.append(None)
+            time.sleep(seconds if rank == "0" and len(calls) == 1 else 0)
+            return original(*args, **options)
+
+        setattr(owner, name, late)
+
+
+def test_what_takes_long_is_not_taken_for_a_hang(tmp_path, data_set):
+    run = Run(tmp_path, data_set)
+    slow_rank = dict.fromkeys(range(2), slow_but_alive)
+    options = ("--parallel.timeout-minutes", 3 / 60, "--checkpoint.every", 2)
+    for steps in (2, 4):
+        for done in run.start("--train.steps", steps, *options, before=slow_rank).finish():
+            assert done.code == 0, done.err
+    assert run.steps() == 4
+    assert not (run.run / "hang").exists()
+
+
+ONCE = """
+import os, sys
+from pathlib import Path
+from tests.distributed.test_hang import slow
+from pretrain.cli import main
+slow(12 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 0)
+sys.exit(main())
+"""
+
+
+def test_torchrun_starts_a_hung_job_again(tmp_path, data_set):
+    run = Run(tmp_path, data_set)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    program = ("--max-restarts", "1", "--monitor-interval", "0.2", "--no-python", sys.executable, "-c", ONCE)
+    args = [*torchrun, *program, *map(str, run.args), "--train.steps", "15"]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^rank 1 \(.*made no progress for . s in step 12 ", done.stderr, re.MULTILINE)) == 1
+    assert "going on from step 10\n" in done.stderr
+    assert run.steps() == 15
