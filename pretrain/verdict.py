@@ -130,15 +130,17 @@ def message(
     """The line that says why the job ends.
 
     Args:
-        reports: the last one of every rank named.
+        reports: the last one of every rank.
         processes: those of the first ranks named; more are counted.
         folder: where the stacks are written.
     """
     more = len(verdict.ranks) - len(processes)
     who = ", ".join(map(str, processes)) + (f" and {more} more" if more else "")
     one = len(verdict.ranks) == 1
-    phases = sorted({reports[rank].phase for rank in verdict.ranks})
-    when = phases[0] if len(phases) == 1 else f"({', '.join(phases)})"
+    # What a silent rank said last may be a beat old; those that wait for it know how far it must be.
+    others = [rank for rank in reports if rank not in verdict.ranks] if verdict.kind == "silent" else []
+    phases = {reports[rank].phase: reports[rank].progress for rank in others or verdict.ranks}
+    when = max(phases, key=phases.get)
     why = f"for {verdict.seconds:.0f} s {when} (parallel.timeout_minutes={timeout_minutes:g}): the job ends"
     again = "start the job again to go on from its last checkpoint"
     if verdict.kind == "silent":

@@ -157,7 +157,7 @@ def test_a_job_with_a_hung_rank_ends_in_time_and_names_it(ended, name):
         f"(parallel.timeout_minutes={TIMEOUT / 60:g}): the job ends; {where}; "
         f"start the job again to go on from its last checkpoint"
     )
-    assert re.fullmatch(re.escape(pattern).replace("N\\ s", r"\d+\ s").replace("step\\ N", r"step\ \d+"), lines[0])
+    assert re.fullmatch(re.escape(pattern).replace("N", r"\d+"), lines[0]), lines[0]
     assert other.code == HUNG
     assert found.ranks[case.rank].code == (-signal.SIGKILL if case.stopped else HUNG)
     assert found.seconds < TIMEOUT
@@ -229,7 +229,7 @@ sys.exit(main())
 def test_torchrun_starts_a_hung_job_again(tmp_path, data_set):
     run = Run(tmp_path, data_set)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    program = ("--max-restarts", "1", "--monitor-interval", "0.2", "--no-python", sys.executable, "-c", ONCE)
+    program = ("--max-restarts", "1", "--monitor-interval", "0.2", "--no-python", "--", sys.executable, "-c", ONCE)
     args = [*torchrun, *program, *map(str, run.args), "--train.steps", "15"]
     done = subprocess.run(args, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
