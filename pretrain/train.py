@@ -350,10 +350,12 @@ def _store(ranks: Ranks, config: RunConfig) -> dist.Store | None:
     """Rendezvous of the launcher; None for a world of 1."""
     if ranks.world_size == 1:
         return None
-    return dist.TCPStore(
+    store = dist.TCPStore(
         ranks.master_addr,
         ranks.master_port,
         ranks.world_size,
         # torchrun's agent already serves this port; under Slurm rank 0 does.
         is_master=ranks.rank == 0 and ranks.launcher == "slurm",
     )
+    # torchrun starts ranks again with the same store, where those before them have left their addresses.
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

@@ -144,7 +144,8 @@ def test_a_rank_not_heard_of_is_patient():
         (
             Verdict("busy", (3,), 45.4),
             "rank 3 (host node2, pid 4713) has made no progress for 45 s in step 12 (parallel.timeout_minutes=1): "
-            "the job ends; its stack is in R/hang/rank-00003.txt; start the job again to go on from its last checkpoint",
+            "the job ends; its stack is in R/hang/rank-00003.txt; "
+            "start the job again to go on from its last checkpoint",
         ),
         (
             Verdict("silent", (1, 3), 45.4),
@@ -154,8 +155,8 @@ def test_a_rank_not_heard_of_is_patient():
         ),
         (
             Verdict("slow", (0, 1, 2, 3), 45.4),
-            "no rank has made progress for 45 s in step 13 (parallel.timeout_minutes=1): the job ends; their stacks are "
-            "in R/hang; give parallel.timeout_minutes more if this takes so long; "
+            "no rank has made progress for 45 s in step 13 (parallel.timeout_minutes=1): the job ends; their stacks "
+            "are in R/hang; give parallel.timeout_minutes more if this takes so long; "
             "start the job again to go on from its last checkpoint",
         ),
         (
