@@ -39,6 +39,7 @@ HUNG = 124
 # Shares of the timeout: to judge a rank leaves time to publish it, to write stacks and to exit.
 _LIMIT, _BEAT, _LAST_WORDS = 0.7, 1 / 20, 1 / 10
 _LONGEST_BEAT, _LONGEST_LAST_WORDS = 5.0, 20.0  # seconds
+_GOODBYE = 2.0  # seconds
 _NAMED = 4  # processes in the message
 
 
@@ -80,7 +81,7 @@ class Watchdog:
         """Say goodbye: this rank is no longer waited for. Does not return while the job is being ended."""
         self._leaving.set()
         for thread in self._threads[:1]:
-            thread.join(4 * self.interval)
+            thread.join(min(4 * self.interval, _GOODBYE))
         self._ending.acquire()
 
     def __enter__(self) -> Watchdog:
@@ -110,12 +111,13 @@ class Watchdog:
         self._store.set(self._key(f"process/{ranks.rank}"), json.dumps(mine))
         dist.barrier()
 
-    def _connect(self) -> None:
+    def _connect(self, seconds: float = 60.0) -> None:
         # A connection of its own: the main thread's is locked while that waits for a key.
-        ranks, timeout = self.ranks, datetime.timedelta(minutes=2 * self.timeout_minutes)
+        ranks, timeout = self.ranks, datetime.timedelta(seconds=seconds)
         self._store = dist.TCPStore(
             ranks.master_addr, ranks.master_port, is_master=False, wait_for_workers=False, timeout=timeout
         )
+        self._store.set_timeout(datetime.timedelta(minutes=2 * self.timeout_minutes))  # the other thread is faster
 
     def _key(self, name: object) -> str:
         return f"{self._names}/{name}"
@@ -133,7 +135,7 @@ class Watchdog:
                 except RuntimeError:  # the store is gone or slow; the other thread counts for how long
                     if not leaving:
                         with contextlib.suppress(RuntimeError):
-                            self._connect()
+                            self._connect(self.interval)
         except Exception as error:  # a mistake in here must not look like a silent rank
             _say(f"rank {self.ranks.rank}: its watchdog stops: {error!r}")
             self._leaving.set()
