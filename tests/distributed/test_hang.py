@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from bd3_megatron.engine.megatron import MegatronEngine
 from pretrain.batches import Batches
 from pretrain.watchdog import HUNG
 from tests.distributed.launch import Job
@@ -180,21 +181,15 @@ def test_a_job_that_hung_goes_on_from_its_last_checkpoint(ended, name):
     run = ended[name].run
     for done in run.start("--train.steps", 20).finish():
         assert done.code == 0, done.err
-    assert "going on from step 10\n" in run.folder.joinpath("rank0.err").read_text()
+    # Where checkpoints are written while training goes on, the newest may not have been whole.
+    assert re.search(r"going on from step (5|10)\n", run.folder.joinpath("rank0.err").read_text())
     assert run.steps() == 20
 
 
 def slow_but_alive() -> None:
-    """A first step, a checkpoint and an end that take longer than the timeout on rank 0, and an evaluation in bits."""
-    from pretrain import checkpoint, train
-
+    """A first step, and a checkpoint's writing or reading, that take longer than the timeout on rank 0."""
     rank, timeout = os.environ["RANK"], 3.0
-    for owner, name, seconds in [
-        (Batches, "at", 1.2 * timeout),
-        (checkpoint, "restore", 1.2 * timeout),
-        (checkpoint, "_stamp", 1.2 * timeout),
-        (train.Trainer, "_finish", 0.1),
-    ]:
+    for owner, name, seconds in [(Batches, "at", 1.2 * timeout), (MegatronEngine, "state", 1.2 * timeout)]:
         original, calls = getattr(owner, name), []
 
         def late(*args, original=original, calls=calls, seconds=seconds, **options):
@@ -241,5 +236,5 @@ def test_torchrun_starts_a_hung_job_again(tmp_path, data_set):
         _, err = job.communicate()
     assert job.returncode == 0, err
     assert len(re.findall(r"^rank 1 \(.*made no progress for . s in step 12 ", err, re.MULTILINE)) == 1
-    assert "going on from step 10\n" in err
+    assert re.search(r"going on from step (5|10)\n", err)
     assert run.steps() == 15
