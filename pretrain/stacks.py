@@ -108,6 +108,9 @@ def _place(stack: list[FrameType]) -> str:
     if inner.f_code.co_name == "wrapper" and len(stack) > 1:  # of torch's logger
         inner = stack[1]
     own = next((f for f in stack if any(f"/{room}" in f.f_code.co_filename for room in _OWN)), inner)
-    short = "/".join(own.f_code.co_filename.split("/")[-3:])
-    where = f"{own.f_code.co_name} ({short}:{own.f_lineno})"
+    name = own.f_code.co_filename
+    starts = [name.rfind(f"/{room}") for room in _OWN]
+    short = name[max(starts) + 1 :] if max(starts) >= 0 else "/".join(name.split("/")[-3:])
+    short = f"{short}:{own.f_lineno}"
+    where = f"{own.f_code.co_name} ({short})"
     return where if own is inner else f"{inner.f_code.co_name}, called in {where}"

@@ -9,7 +9,7 @@ The store itself may be what hangs, for under Slurm it lives in rank 0: a second
 store, ends the rank when it has had no answer for too long.
 
 At 1000 ranks and ``timeout_minutes=10`` a beat is every 5 s: 200 pairs of set and get a second, and eleven observers
-that read 100 kB each per beat.
+that read up to 100 kB each per beat.
 """
 
 from __future__ import annotations
@@ -79,6 +79,8 @@ class Watchdog:
 
     def close(self) -> None:
         """Say goodbye: this rank is no longer waited for. Does not return while the job is being ended."""
+        if self._leaving.is_set():
+            return
         self._leaving.set()
         for thread in self._threads[:1]:
             thread.join(min(4 * self.interval, _GOODBYE))
@@ -139,7 +141,8 @@ class Watchdog:
         except Exception as error:  # a mistake in here must not look like a silent rank
             _say(f"rank {self.ranks.rank}: its watchdog stops: {error!r}")
             self._leaving.set()
-            self._store.set(self._key(self.ranks.rank), self._report(leaving=True).encode())
+            with contextlib.suppress(RuntimeError):
+                self._store.set(self._key(self.ranks.rank), self._report(leaving=True).encode())
 
     def _answers_come(self) -> None:
         """End this rank when the store has given no answer for too long."""

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from bd3_megatron.engine.megatron import MegatronEngine
 from pretrain.batches import Batches
@@ -37,15 +39,22 @@ HANGS_AT = 12  # step
 LONG = 3.1  # seconds
 
 
-def slow(hang_at: int = 0) -> None:
-    """Steps that take long enough to be hit by a signal; from step ``hang_at`` on the data never come."""
+def slow(hang_at: int = 0, hang: Callable[[], None] = lambda: time.sleep(1000)) -> None:
+    """Steps that take long enough to be hit by a signal; in step ``hang_at`` the data never come."""
     original = Batches.at
 
     def at(self: Batches, step: int):
-        time.sleep(0.03 if step + 1 != hang_at else 1000)
+        time.sleep(0.03)
+        if step + 1 == hang_at:
+            hang()
         return original(self, step)
 
     Batches.at = at
+
+
+def wait_for_rank_0() -> None:
+    """Wait for what rank 0, which waits for this one's gradients, never sends."""
+    dist.recv(torch.empty(1), src=0, tag=77)
 
 
 def under_slurm(port: int) -> None:
@@ -72,10 +81,13 @@ class Case:
     rank: int
     stopped: bool
     slurm: bool = False
+    mismatch: bool = False
 
     def before(self) -> dict[int, Callable[[], None]]:
         if self.slurm:
             return dict.fromkeys(range(2), functools.partial(under_slurm, free_port()))
+        if self.mismatch:
+            return {0: slow, 1: functools.partial(slow, HANGS_AT, wait_for_rank_0)}
         return {
             rank: functools.partial(slow, 0 if self.stopped or rank != self.rank else HANGS_AT) for rank in range(2)
         }
@@ -88,6 +100,7 @@ CASES = {
     "rank 1 in its data": Case(1, stopped=False),
     "rank 0 in its data": Case(0, stopped=False),
 }
+MISMATCH = "rank 1 in another collective"
 
 
 class Run:
@@ -138,9 +151,10 @@ def play(case: Case, run: Run) -> Ended:
 def ended(tmp_path_factory, data_set) -> dict[str, Ended]:
     """All cases at the same time: what they do most of is to wait."""
     folder = tmp_path_factory.mktemp("hang")
-    runs = [Run(folder / str(number), data_set) for number in range(len(CASES))]
-    with ThreadPoolExecutor(len(CASES)) as pool:
-        return dict(zip(CASES, pool.map(play, CASES.values(), runs)))
+    cases = CASES | {MISMATCH: Case(1, stopped=False, mismatch=True)}
+    runs = [Run(folder / str(number), data_set) for number in range(len(cases))]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        return dict(zip(cases, pool.map(play, cases.values(), runs)))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -175,6 +189,19 @@ def test_the_stacks_of_a_hung_job_are_kept(ended, name):
     hung = found.run.stack(case.rank)
     assert f"rank {case.rank} (host {socket.gethostname()}, pid {found.pid})" in hung
     assert ("State:\tT (stopped)" if case.stopped else "test_hang.py") in hung
+
+
+def test_ranks_that_wait_for_each_other_are_told_with_their_places(ended):
+    found = ended[MISMATCH]
+    assert [done.code for done in found.ranks] == [HUNG, HUNG]
+    (line,) = [line for done in found.ranks for line in done.err.splitlines() if "parallel.timeout_minutes" in line]
+    place = r"called in \w+ \([a-z0-9_]+/\S+:\d+\)"
+    assert re.match(
+        rf"all ranks have waited for each other for \d+ s \(parallel.timeout_minutes={TIMEOUT / 60:g}\): the job ends: "
+        rf"rank 0 in step 12 at \w+, {place}; rank 1 in step 12 at recv, {place}; their stacks are in ",
+        line,
+    ), line
+    assert found.seconds < TIMEOUT
 
 
 @pytest.mark.parametrize("name", ["rank 1 stopped", "rank 0 in its data"])
