@@ -62,7 +62,8 @@ def start(
             rank=rank,
             world_size=size,
             store=dist.HashStore() if store is None and size == 1 else store,
-            timeout=datetime.timedelta(minutes=parallel.timeout_minutes),
+            # Whoever watches over the ranks, and can name the one that hangs, is to speak first.
+            timeout=datetime.timedelta(minutes=2 * parallel.timeout_minutes + 1),
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -71,8 +71,11 @@ def evaluate(
     diffusion: DiffusionConfig,
     options: EvalConfig,
     micro: int,
+    progress: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """NELBO of the engine's current weights over ``options.rows`` rows and ``options.draws`` noise draws each.
+
+    ``progress`` is called after every group of micro-batches.
 
     Rows are split over data-parallel ranks; the result is the same on every rank and under every layout.
     """
@@ -102,6 +105,7 @@ def evaluate(
             for slots, weighted in zip(group, engine.forward(batches)):
                 per_draw = weighted.double().sum(1).view(-1, len(slots))  # [K, b]
                 sums[slots - mine[0]] += per_draw.mean(0).numpy() / draws
+            progress()
     gathered: list[np.ndarray] = [np.empty(0)] * engine.world.data_size
     dist.all_gather_object(gathered, sums, parallel_state.get_data_parallel_group())
     return summarize(np.concatenate(gathered), model.length - 1)

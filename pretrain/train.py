@@ -30,6 +30,7 @@ from pretrain.metrics import MetricsWriter, read_metrics, series
 from pretrain.plots import ascii_curve, plot_curves
 from pretrain.progress import Progress, Throughput
 from pretrain.resume import check_same_run, checkpoint_to_resume, order_seed, position
+from pretrain.watchdog import Watchdog
 
 
 def main(args: list[str]) -> None:
@@ -52,11 +53,12 @@ def train(config: RunConfig) -> Path:
         _check_batches(config, data_size)
         if config.data.path is None:
             raise ConfigError("data.path: not set; give the folder that bd3 prep wrote with --data.path")
-    lock = trainer = None
+    lock = trainer = watch = None
     try:
         with lost_ranks(ranks.rank, lambda: f"at step {trainer.step + 1}" if trainer else "before the first step"):
             store = _store(ranks, config)
             world = parallel.start(config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, store)
+            watch = Watchdog(ranks, config.parallel.timeout_minutes, Path(config.run) / "hang")
             # From here on what may fail on one rank alone is agreed on by all.
             config, reader, validation = together(lambda: _open_data(config))
             run = Path(config.run)
@@ -75,9 +77,11 @@ def train(config: RunConfig) -> Path:
             )
             if found is not None:
                 checkpoint.restore(found, engine)
-            with Trainer(config, run, engine, reader, validation, found.step if found else 0) as trainer:
+            with Trainer(config, run, engine, reader, validation, found.step if found else 0, watch) as trainer:
                 trainer.run()
     finally:
+        if watch is not None:
+            watch.close()
         if lock is not None and ranks.rank == 0:
             os.close(lock)
         parallel.stop()
@@ -95,8 +99,10 @@ class Trainer:
         reader: RowReader,
         validation: RowReader,
         step: int,
+        watch: Watchdog,
     ):
         self.config, self.folder, self.engine, self.step = config, run, engine, step
+        self.watch, self.first_step = watch, step
         self.reader, self.validation = reader, validation
         self.first = engine.world.is_first
         train = config.train
@@ -159,12 +165,15 @@ class Trainer:
                 self._evaluate()
             if last or _due(self.step, self.config.checkpoint.every):
                 self._save()
+        self.watch.tick("in the last checkpoint", patient=True)
         self.writer.wait()
         if self.first:
             self._finish()
 
     def _train_step(self) -> None:
         train, step = self.config.train, self.step
+        # The first step may compile kernels.
+        self.watch.tick(f"in step {step + 1}", patient=step == self.first_step)
         batches = self.batches.at(step)
         parallel.seed_dropout(train.seed, step)
         lr = learning_rate(train, step)
@@ -196,8 +205,19 @@ class Trainer:
     def _evaluate(self) -> Evaluation:
         config = self.config
         micro = config.eval.micro_batch or config.train.micro_batch
+        phase = f"in the evaluation after step {self.step}"
+        self.watch.tick(phase, patient=self.step == self.first_step)
         with self.throughput.paused(), self.engine.averaged():
-            result = evaluate(self.engine, self.validation, config.model, config.diffusion, config.eval, micro)
+            result = evaluate(
+                self.engine,
+                self.validation,
+                config.model,
+                config.diffusion,
+                config.eval,
+                micro,
+                progress=lambda: self.watch.tick(phase),
+            )
+        self.watch.tick(f"after step {self.step}")
         if self.first:
             self.metrics.validation(self.step, result.record())
             self._say(
@@ -214,6 +234,7 @@ class Trainer:
             "tokens": self._tokens(self.step),
             "data": runs.data_identity(self.reader.manifest),
         }
+        self.watch.tick(f"in the checkpoint of step {self.step}", patient=True)
         with self.throughput.paused():
             self.writer.save(self.step, meta)
 
@@ -229,6 +250,7 @@ class Trainer:
             )
 
     def _finish(self) -> None:
+        self.watch.tick("at the end", patient=True)
         unigram = self.reader.manifest.validation_unigram_perplexity
         plot = plot_curves(self.folder, reference={"unigram": unigram})
         records = read_metrics(self.folder)
@@ -321,10 +343,12 @@ def _store(ranks: Ranks, config: RunConfig) -> dist.Store | None:
     """Rendezvous of the launcher; None for a world of 1."""
     if ranks.world_size == 1:
         return None
-    return dist.TCPStore(
+    store = dist.TCPStore(
         ranks.master_addr,
         ranks.master_port,
         ranks.world_size,
         # torchrun's agent already serves this port; under Slurm rank 0 does.
         is_master=ranks.rank == 0 and ranks.launcher == "slurm",
     )
+    # torchrun starts ranks again with the same store, where those before them have left their addresses.
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

@@ -1,0 +1,269 @@
+"""Jobs of two ranks of which one hangs: they end within the timeout, say which it was, and go on when started again."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from bd3_megatron.engine.megatron import MegatronEngine
+from pretrain.batches import Batches
+from pretrain.watchdog import HUNG
+from tests.distributed.launch import Job
+from tests.unit.commands import Done
+
+TIMEOUT = 6.0  # seconds
+RECIPE = f"""
+model: {{layers: 1, hidden: 32, heads: 4, kv_heads: 2, length: 32}}
+diffusion: {{block_size: 4}}
+train: {{steps: 40, global_batch: 4, micro_batch: 2, precision: fp32, warmup_steps: 2, lr: 0.003, ema_decay: 0}}
+eval: {{every: 0, rows: 8}}
+checkpoint: {{every: 5, keep: 2}}
+parallel: {{timeout_minutes: {TIMEOUT / 60}}}
+log: {{tensorboard: false}}
+"""
+HANGS_AT = 12  # step
+LONG = 3.1  # seconds
+
+
+def slow(hang_at: int = 0, hang: Callable[[], None] = lambda: time.sleep(1000)) -> None:
+    """Steps that take long enough to be hit by a signal; in step ``hang_at`` the data never come."""
+    original = Batches.at
+
+    def at(self: Batches, step: int):
+        time.sleep(0.03)
+        if step + 1 == hang_at:
+            hang()
+        return original(self, step)
+
+    Batches.at = at
+
+
+def wait_for_rank_0() -> None:
+    """Wait for what rank 0, which waits for this one's gradients, never sends."""
+    dist.recv(torch.empty(1), src=0, tag=77)
+
+
+def under_slurm(port: int) -> None:
+    """What srun sets, instead of torchrun's variables: rank 0 serves the store."""
+    rank = os.environ.pop("RANK")
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        del os.environ[name]
+    task = {"JOB_ID": 1, "STEP_ID": 0, "PROCID": rank, "NTASKS": 2, "LOCALID": rank, "STEP_NODELIST": "localhost"}
+    os.environ.update({f"SLURM_{name}": str(value) for name, value in task.items()})
+    os.environ["MASTER_PORT"] = str(port)
+    slow()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Case:
+    """A job in which ``rank`` hangs: by SIGSTOP, or in its main thread."""
+
+    rank: int
+    stopped: bool
+    slurm: bool = False
+    mismatch: bool = False
+
+    def before(self) -> dict[int, Callable[[], None]]:
+        if self.slurm:
+            return dict.fromkeys(range(2), functools.partial(under_slurm, free_port()))
+        if self.mismatch:
+            return {0: slow, 1: functools.partial(slow, HANGS_AT, wait_for_rank_0)}
+        return {
+            rank: functools.partial(slow, 0 if self.stopped or rank != self.rank else HANGS_AT) for rank in range(2)
+        }
+
+
+CASES = {
+    "rank 1 stopped": Case(1, stopped=True),
+    "rank 0 stopped": Case(0, stopped=True),
+    "rank 0 stopped, which serves the store": Case(0, stopped=True, slurm=True),
+    "rank 1 in its data": Case(1, stopped=False),
+    "rank 0 in its data": Case(0, stopped=False),
+}
+MISMATCH = "rank 1 in another collective"
+
+
+class Run:
+    """A small run of two ranks."""
+
+    def __init__(self, folder: Path, data_set: Path):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.run, config = folder, folder / "run", folder / "recipe.yaml"
+        config.write_text(RECIPE)
+        self.args = ("pretrain", "--config", config, "--data.path", data_set, "--run", self.run)
+
+    def start(self, *args: object, **options) -> Job:
+        return Job([*self.args, *args], 2, self.folder, **options)
+
+    def steps(self) -> int:
+        path = self.run / "metrics.jsonl"
+        return path.read_text().count('"grad_norm"') if path.exists() else 0
+
+    def stack(self, rank: int) -> str:
+        return (self.run / "hang" / f"rank-{rank:05d}.txt").read_text()
+
+
+@dataclass
+class Ended:
+    """How a job ended: ``seconds`` after it last moved."""
+
+    run: Run
+    pid: int
+    ranks: list[Done]
+    seconds: float
+
+
+def play(case: Case, run: Run) -> Ended:
+    """Let a job hang, and wait for its end."""
+    job = run.start(before=case.before())
+    victim = job.ranks[case.rank]
+    deadline = time.monotonic() + 60
+    while run.steps() < HANGS_AT - 1 and job.running and time.monotonic() < deadline:
+        time.sleep(5e-3)
+    if case.stopped:
+        os.kill(victim.pid, signal.SIGSTOP)
+    moment = time.monotonic()
+    ended = job.finish(30)
+    return Ended(run, victim.pid, ended, time.monotonic() - moment)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory, data_set) -> dict[str, Ended]:
+    """All cases at the same time: what they do most of is to wait."""
+    folder = tmp_path_factory.mktemp("hang")
+    cases = CASES | {MISMATCH: Case(1, stopped=False, mismatch=True)}
+    runs = [Run(folder / str(number), data_set) for number in range(len(cases))]
+    with ThreadPoolExecutor(len(cases)) as pool:
+        return dict(zip(cases, pool.map(play, cases.values(), runs)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_job_with_a_hung_rank_ends_in_time_and_names_it(ended, name):
+    case, found = CASES[name], ended[name]
+    other = found.ranks[1 - case.rank]
+    lines = [line for done in found.ranks for line in done.err.splitlines() if "parallel.timeout_minutes" in line]
+    assert len(lines) == 1, [done.err for done in found.ranks]
+    assert lines[0] in other.err
+    what = "given no sign of life" if case.stopped else "made no progress"
+    where = f"the others' stacks are in {found.run.run}/hang"
+    if not case.stopped:
+        where = f"its stack is in {found.run.run}/hang/rank-0000{case.rank}.txt"
+    pattern = (
+        f"rank {case.rank} (host {socket.gethostname()}, pid {found.pid}) has {what} for N s in step N "
+        f"(parallel.timeout_minutes={TIMEOUT / 60:g}): the job ends; {where}; "
+        f"start the job again to go on from its last checkpoint"
+    )
+    assert re.fullmatch(re.escape(pattern).replace("N", r"\d+"), lines[0]), lines[0]
+    assert other.code == HUNG
+    assert found.ranks[case.rank].code == (-signal.SIGKILL if case.stopped else HUNG)
+    assert found.seconds < TIMEOUT
+    assert not any("Traceback" in done.err for done in found.ranks)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_stacks_of_a_hung_job_are_kept(ended, name):
+    case, found = CASES[name], ended[name]
+    waiting = found.run.stack(1 - case.rank)
+    assert waiting.startswith(f"rank {1 - case.rank} (host {socket.gethostname()}, pid ")
+    assert "distributed_c10d.py" in waiting
+    hung = found.run.stack(case.rank)
+    assert f"rank {case.rank} (host {socket.gethostname()}, pid {found.pid})" in hung
+    assert ("State:\tT (stopped)" if case.stopped else "test_hang.py") in hung
+
+
+def test_ranks_that_wait_for_each_other_are_told_with_their_places(ended):
+    found = ended[MISMATCH]
+    assert [done.code for done in found.ranks] == [HUNG, HUNG]
+    (line,) = [line for done in found.ranks for line in done.err.splitlines() if "parallel.timeout_minutes" in line]
+    place = r"called in \w+ \([a-z0-9_]+/\S+:\d+\)"
+    assert re.match(
+        rf"all ranks have waited for each other for \d+ s \(parallel.timeout_minutes={TIMEOUT / 60:g}\): the job ends: "
+        rf"rank 0 in step 12 at \w+, {place}; rank 1 in step 12 at recv, {place}; their stacks are in ",
+        line,
+    ), line
+    assert found.seconds < TIMEOUT
+
+
+@pytest.mark.parametrize("name", ["rank 1 stopped", "rank 0 in its data"])
+def test_a_job_that_hung_goes_on_from_its_last_checkpoint(ended, name):
+    run = ended[name].run
+    for done in run.start("--train.steps", 20).finish():
+        assert done.code == 0, done.err
+    # Where checkpoints are written while training goes on, the newest may not have been whole.
+    assert re.search(r"going on from step (5|10)\n", run.folder.joinpath("rank0.err").read_text())
+    assert run.steps() == 20
+
+
+def slow_but_alive(*calls_to_slow: tuple[type, str]) -> None:
+    """The first call of each takes longer than the timeout on rank 0."""
+    rank = os.environ["RANK"]
+    for owner, name in calls_to_slow:
+        original, calls = getattr(owner, name), []
+
+        def late(*args, original=original, calls=calls, **options):
+            calls.append(None)
+            time.sleep(LONG if rank == "0" and len(calls) == 1 else 0)
+            return original(*args, **options)
+
+        setattr(owner, name, late)
+
+
+def test_what_takes_long_is_not_taken_for_a_hang(tmp_path, data_set):
+    run = Run(tmp_path, data_set)
+    options = ("--parallel.timeout-minutes", 3 / 60, "--checkpoint.every", 2)
+    # The first step and a checkpoint; then reading it.
+    for steps, slow_calls in [(2, [(Batches, "at"), (MegatronEngine, "state")]), (4, [(MegatronEngine, "state")])]:
+        before = dict.fromkeys(range(2), functools.partial(slow_but_alive, *slow_calls))
+        for done in run.start("--train.steps", steps, *options, before=before).finish():
+            assert done.code == 0, done.err
+    assert run.steps() == 4
+    assert not (run.run / "hang").exists()
+
+
+ONCE = """
+import os, sys
+from pathlib import Path
+from tests.distributed.test_hang import slow
+from pretrain.cli import main
+slow(12 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 0)
+sys.exit(main())
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_hung_job_again(tmp_path, data_set):
+    run = Run(tmp_path, data_set)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    # Without "--" torchrun takes "--run" for one of its own options.
+    program = ("--max-restarts", "1", "--monitor-interval", "0.2", "--no-python", "--", sys.executable, "-c", ONCE)
+    args = [*torchrun, *program, *map(str, run.args), "--train.steps", "15"]
+    job = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
+    try:
+        _, err = job.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        job.terminate()  # it ends its ranks
+        _, err = job.communicate()
+    assert job.returncode == 0, err
+    assert len(re.findall(r"^rank 1 \(.*made no progress for . s in step 12 ", err, re.MULTILINE)) == 1
+    assert re.search(r"going on from step (5|10)\n", err)
+    assert run.steps() == 15
