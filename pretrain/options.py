@@ -91,7 +91,9 @@ def scan_options(cls: type[BaseModel], args: Iterable[str]) -> dict[str, list[st
                 )
             _convert(cls, path, given[path])
         else:
-            raise ConfigError(f"{word.partition('=')[0]}: unknown option{did_you_mean(flag, [*names, *negations])}")
+            raise ConfigError(
+                f"{show(word.partition('=')[0])}: unknown option{did_you_mean(flag, [*names, *negations])}"
+            )
     if loose:
         _place(cls, loose, given)
     return given

@@ -101,8 +101,9 @@ def build() -> Path:
     """Build the operation unless it is there; the folder that holds it.
 
     Raises:
-        ConfigError: no compiler, or it failed.
+        ConfigError: DeepSpeed is not installed, or there is no compiler, or it failed.
     """
+    import_deepspeed("zero.offload=true")
     folder = _folder()
     with _alone(folder):
         if built():
@@ -149,12 +150,11 @@ def _builds_for() -> str:
     """What a build depends on: it uses every instruction of the processor it was made on."""
     from importlib.metadata import version
 
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-        processor = f"{platform.machine()} {hashlib.sha256(flags.encode()).hexdigest()[:12]}"
-        return f"torch {version('torch')}, deepspeed {version('deepspeed')}, {processor}\n"
-    return f"torch {version('torch')}, deepspeed {version('deepspeed')}, {platform.machine()}\n"
+    listing = Path("/proc/cpuinfo")  # Linux
+    lines = listing.read_text().splitlines() if listing.exists() else []
+    instructions = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    processor = f"{platform.machine()} {hashlib.sha256(instructions.encode()).hexdigest()[:12]}"
+    return f"torch {version('torch')}, deepspeed {version('deepspeed')}, {processor}\n"
 
 
 @contextlib.contextmanager

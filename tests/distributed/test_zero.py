@@ -98,3 +98,22 @@ def test_building_without_a_compiler_fails_in_one_line(monkeypatch, tmp_path: Pa
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match=r"^no-such-compiler: not found; install a C\+\+ compiler"):
         ops.build()
+
+
+@installed
+def test_the_lock_of_a_killed_build_is_removed(monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", sys.executable)  # anything that exists
+    lock = tmp_path / ops.OP / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    ops.import_deepspeed("zero.offload=true")
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    locked = []
+    monkeypatch.setattr(CPUAdamBuilder, "jit_load", lambda *_, **__: locked.append(lock.exists()))
+    assert not ops.built()
+    ops.build()
+    assert ops.built()
+    ops.build()
+    assert locked == [False]  # built once, without waiting for the lock

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 import tyro
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -170,6 +170,7 @@ def test_help_lists_every_option_with_its_description(capsys: pytest.CaptureFixt
 
 
 @settings(deadline=None)
+@example(["-\x1e"])  # a line break to splitlines
 @given(st.lists(st.text(max_size=8) | st.sampled_from(["--out", "--inner.low=2", "--shares", "--no-switch", "-"])))
 def test_no_words_break_the_parser(args: list[str]) -> None:
     """Whatever is typed gives a value or a ConfigError of one line, and nothing is printed."""
