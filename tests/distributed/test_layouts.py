@@ -20,12 +20,12 @@ BLOCKS = DiffusionConfig(block_size=4)
 
 # A vocabulary that no tensor-parallel size divides, grouped heads, an MLP with and without gating, five layers.
 TASKS = {
-    "qwen3": Task(MODEL, BLOCKS, steps=4),
-    "dit": Task(DIT, BLOCKS, steps=3),
-    "tied": Task(TIED, BLOCKS, steps=3),
+    "qwen3": Task(MODEL, BLOCKS, steps=2),
+    "dit": Task(DIT, BLOCKS, steps=2),
+    "tied": Task(TIED, BLOCKS, steps=2),
     "draws": Task(MODEL, DiffusionConfig(block_size=4, draws=2), steps=2),
     "mdlm": Task(MODEL, DiffusionConfig(block_size=32), steps=2),
-    "dropout": Task(MODEL.model_copy(update={"dropout": 0.2}), BLOCKS, steps=3),
+    "dropout": Task(MODEL.model_copy(update={"dropout": 0.2}), BLOCKS, steps=2),
     "ar": Task(MODEL, DiffusionConfig(block_size=1, beta=1, omega=1), steps=2),
 }
 # Each objective under layouts that treat it in their own way; the plain one under all.

@@ -19,12 +19,12 @@ BUILT = importlib.util.find_spec("deepspeed") is not None and ops.built()
 
 SIZES = {"layers": 2, "hidden": 32, "heads": 4, "length": 16, "vocab_size": 61, "mask_id": 60}
 BLOCKS = DiffusionConfig(block_size=4)
-QWEN3 = Task(ModelConfig(kv_heads=2, **SIZES), BLOCKS)
+QWEN3 = Task(ModelConfig(kv_heads=2, **SIZES), BLOCKS, steps=4)
 TASKS = {
     "qwen3": QWEN3,
-    "tied": Task(ModelConfig(tie_embeddings=True, **SIZES), BLOCKS, steps=3),
-    "dit": Task(ModelConfig(backbone="dit", **SIZES), BLOCKS, steps=3),
-    "bf16": QWEN3._replace(steps=4, precision="bf16"),
+    "tied": Task(ModelConfig(tie_embeddings=True, **SIZES), BLOCKS, steps=2),
+    "dit": Task(ModelConfig(backbone="dit", **SIZES), BLOCKS, steps=2),
+    "bf16": QWEN3._replace(precision="bf16"),
 }
 ZERO = {name: layout for name, layout in LAYOUTS.items() if layout.zero.stage}
 MORE = ZERO | {
