@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -38,7 +38,7 @@ from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine import build_engine
 from bd3_megatron.engine.base import Engine
 from bd3_megatron.hf.mapping import entries
-from bd3_megatron.shards import Held
+from bd3_megatron.shards import Held, Piece
 from pretrain.options import did_you_mean, parse_options, validate
 from pretrain.spawn import FORKS, run_world
 
@@ -194,19 +194,26 @@ def batches(
     return made
 
 
-def whole(state: Mapping[str, Held]) -> dict[str, torch.Tensor]:
-    """The whole state on every rank, from the boxes of all; what no rank holds is NaN."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, state)
+def copied(state: Mapping[str, Held], factor: float = 1.0) -> dict[str, Held]:
+    """This rank's boxes as copies on the CPU, times ``factor``."""
+    return {
+        name: Held(held.shape, tuple(Piece(p.offsets, p.data.cpu() * factor) for p in held.pieces))
+        for name, held in state.items()
+    }
+
+
+def whole(parts: Iterable[Mapping[str, Held]]) -> dict[str, torch.Tensor]:
+    """Whole tensors from the boxes of all ranks; what no rank holds is NaN."""
     tensors: dict[str, torch.Tensor] = {}
-    for name, held in (item for part in everyone for item in part.items()):
+    for name, held in (item for part in parts for item in part.items()):
         tensor = tensors.setdefault(name, torch.full(held.shape, torch.nan))
         for piece in held.pieces:
-            tensor[tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.data.shape))] = piece.data.cpu()
+            tensor[tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.data.shape))] = piece.data
     return tensors
 
 
 def _train(world: parallel.World, layout: Layout, task: Task) -> Outcome:
+    """The outcome with this rank's boxes in place of whole tensors."""
     engine = make_engine(world, layout, task)
     losses, norms, gradients, noise = [], [], {}, {}
     for step in range(task.steps):
@@ -217,14 +224,11 @@ def _train(world: parallel.World, layout: Layout, task: Task) -> Outcome:
         if step == 0:
             # Adam's first moment after one step is (1 - beta1) times the clipped gradient.
             unclipped = max(1.0, result.grad_norm / CLIP_NORM) / (1 - BETA1)
-            gradients = {
-                name.removeprefix("exp_avg/"): moment * unclipped
-                for name, moment in whole(engine.state()).items()
-                if name.startswith("exp_avg/")
-            }
+            moments = {name: held for name, held in engine.state().items() if name.startswith("exp_avg/")}
+            gradients = copied(moments, unclipped)
     with engine.averaged():
         nll = torch.cat(engine.forward(batches(world, task, task.steps)))
-    return Outcome(losses, norms, gradients, whole(engine.state()), nll, noise)
+    return Outcome(losses, norms, gradients, copied(engine.state()), nll, noise)
 
 
 def run(runs: Mapping[str, tuple[Layout, Task]]) -> dict[str, list[Outcome]]:
@@ -233,7 +237,13 @@ def run(runs: Mapping[str, tuple[Layout, Task]]) -> dict[str, list[Outcome]]:
     for size in sorted({layout.size for layout, _ in runs.values()}):
         names = [name for name, (layout, _) in runs.items() if layout.size == size]
         by_rank = run_world(size, train, [(name, *runs[name]) for name in names])
-        found |= {name: [rank[i] for rank in by_rank] for i, name in enumerate(names)}
+        for i, name in enumerate(names):
+            ranks = [rank[i] for rank in by_rank]
+            gradients = {
+                key.removeprefix("exp_avg/"): tensor for key, tensor in whole(r.gradients for r in ranks).items()
+            }
+            state = whole(r.state for r in ranks)
+            found[name] = [replace(outcome, gradients=gradients, state=state) for outcome in ranks]
     return found
 
 
