@@ -85,30 +85,25 @@ def evaluate(
     count = min(options.rows or len(reader), len(reader))
     _, rows = order.epoch_and_row(np.arange(count))
     share = -(-count // engine.world.data_size)
-    mine = np.arange(count)[engine.world.data_rank * share : (engine.world.data_rank + 1) * share]
+    # Every rank has as many rows, because ranks may need each other in a forward pass (ZeRO-3 gathers weights there):
+    # the last row stands in for those that are missing.
+    mine = np.arange(engine.world.data_rank * share, (engine.world.data_rank + 1) * share)
     sums = np.zeros(len(mine))
     # The causal objective has no noise: one pass is all there is.
     draws = 1 if diffusion.objective == "causal" else options.draws
     for draw in range(draws):
         for group in _groups(mine, micro):
-            batches = [
-                make_batch(
-                    reader,
-                    model,
-                    diffusion,
-                    SampleKeys(np.full(len(slots), draw), rows[slots], slots, batch=draw, batch_rows=count),
-                    options.seed,
-                    Purpose.EVALUATE,
-                )
-                for slots in group
-            ]
+            batches = []
+            for slots in (np.minimum(slots, count - 1) for slots in group):
+                keys = SampleKeys(np.full(len(slots), draw), rows[slots], slots, batch=draw, batch_rows=count)
+                batches.append(make_batch(reader, model, diffusion, keys, options.seed, Purpose.EVALUATE))
             for slots, weighted in zip(group, engine.forward(batches)):
                 per_draw = weighted.double().sum(1).view(-1, len(slots))  # [K, b]
                 sums[slots - mine[0]] += per_draw.mean(0).numpy() / draws
             progress()
     gathered: list[np.ndarray] = [np.empty(0)] * engine.world.data_size
     dist.all_gather_object(gathered, sums, parallel_state.get_data_parallel_group())
-    return summarize(np.concatenate(gathered), model.length - 1)
+    return summarize(np.concatenate(gathered)[:count], model.length - 1)
 
 
 def summarize(row_sums: np.ndarray, tokens_per_row: int) -> Evaluation:

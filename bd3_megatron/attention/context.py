@@ -52,13 +52,6 @@ class ContextShard:
         """Chunks of this rank, in the order in which it holds them."""
         return (0,) if self.size == 1 else (self.rank, 2 * self.size - 1 - self.rank)
 
-    @property
-    def positions(self) -> slice | list[int]:
-        """Index of this rank's positions: a slice of everything, or a list."""
-        if self.size == 1:
-            return slice(None)
-        return [p for c in self.chunks for p in range(c * self.chunk, (c + 1) * self.chunk)]
-
     def take(self, x: Tensor, dim: int) -> Tensor:
         """This rank's positions of a whole ``x``, along ``dim``; ``x`` itself for a single rank."""
         if self.size == 1:

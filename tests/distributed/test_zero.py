@@ -13,6 +13,9 @@ from bd3_megatron.config import ConfigError, DiffusionConfig, ModelConfig, Paral
 from bd3_megatron.engine import ops
 from pretrain.bench import parity
 from pretrain.bench.parity import LAYOUTS, Layout, Outcome, Task
+from pretrain.metrics import read_metrics
+from tests.distributed.launch import Job
+from tests.unit.commands import bd3
 
 installed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 BUILT = importlib.util.find_spec("deepspeed") is not None and ops.built()
@@ -26,6 +29,13 @@ TASKS = {
     "dit": Task(ModelConfig(backbone="dit", **SIZES), BLOCKS, steps=2),
     "bf16": QWEN3._replace(precision="bf16"),
 }
+RECIPE = """
+model: {layers: 1, hidden: 32, heads: 4, length: 32}
+diffusion: {block_size: 4}
+train: {steps: 2, global_batch: 4, micro_batch: 2, precision: fp32, warmup_steps: 0, adam_eps: 1.0e-4}
+eval: {every: 2, rows: 17, micro_batch: 8}
+log: {tensorboard: false}
+"""
 ZERO = {name: layout for name, layout in LAYOUTS.items() if layout.zero.stage}
 MORE = ZERO | {
     "DP1-ZeRO2": Layout(1, ParallelConfig(), ZeroConfig(stage=2)),
@@ -77,6 +87,22 @@ def test_bf16_follows_the_megatron_engine(outcomes, layout):
 @installed
 def test_every_step_was_clipped(outcomes):
     assert all(min(outcomes[task, ""][0].norms) > parity.CLIP_NORM for task in TASKS)
+
+
+@installed
+def test_ranks_that_gather_weights_evaluate_rows_that_do_not_divide(data_set, tmp_path):
+    """17 rows by 8: of two ranks one has a row less, and would leave the other waiting for its weights."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    args = ("pretrain", "--config", recipe, "--data.path", data_set)
+    assert bd3(*args, "--run", tmp_path / "alone", log=tmp_path / "log").code == 0
+    for done in Job([*args, "--run", tmp_path / "zero", "--zero.stage", 3], 2, tmp_path).finish():
+        assert done.code == 0, done.err
+    alone, zero = (read_metrics(tmp_path / run) for run in ("alone", "zero"))
+    assert [record["split"] for record in zero] == ["validation", "train", "train", "validation"]
+    for ours, expected in zip(zero, alone, strict=True):
+        numbers = {name: value for name, value in expected.items() if name != "split"}
+        assert {name: ours[name] for name in numbers} == pytest.approx(numbers, rel=1e-5)
 
 
 def test_a_missing_deepspeed_is_named_with_the_command_that_installs_it(monkeypatch):
