@@ -8,52 +8,38 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-import tyro
 from pydantic import Field
 
 from bd3_megatron import parallel
 from bd3_megatron.config import (
-    DiffusionConfig,
     KernelConfig,
     OptimizationConfig,
     ParallelConfig,
-    Section,
-    check_layout,
 )
 from bd3_megatron.engine.megatron import MegatronEngine
 from pretrain import checkpoint
-from pretrain.bench.step import model_of_width, random_batch
+from pretrain.bench.models import ModelOptions, model_of, random_batch
 from pretrain.options import parse_options
 
 
-class CheckpointOptions(Section):
+class CheckpointOptions(ModelOptions):
     """Cost of a checkpoint of one process: how long training stalls for it and what it loses in all, written in the
     background and waited for; bytes; seconds to find it (checksums) and to load it. All in wall time."""
 
     length: int = Field(256, ge=2, description="row length L")
-    backbone: Literal["dit", "qwen3"] = Field("dit", description="the paper's backbone or the Qwen3-shaped one")
-    layers: int = Field(4, ge=1)
-    hidden: int = Field(256, ge=1)
-    heads: int = Field(4, ge=1)
-    block_size: int = Field(16, ge=1, description="tokens per block, B'")
-    vocab_size: int = Field(4096, ge=2)
     batch: int = Field(4, ge=1, description="rows per step")
-    threads: int = Field(1, ge=1, description="CPU threads that train")
     repeats: int = Field(5, ge=1, description="checkpoints of each kind; they take turns")
     precision: Literal["fp32", "bf16"] = Field("fp32")
     folder: str | None = Field(None, description="where to write; null: a temporary folder")
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
 
 
 def bench_checkpoint(args: list[str]) -> None:
     """Print bytes, seconds and their ratios."""
     options = parse_options(CheckpointOptions, args, "bd3 bench checkpoint")
-    sizes = (options.layers, options.hidden, options.heads, options.length, options.vocab_size)
-    model, diffusion = model_of_width(options.backbone, *sizes), DiffusionConfig(block_size=options.block_size)
-    check_layout(model, diffusion, ParallelConfig(), world_size=1)
+    model, diffusion = model_of(options, options.length)
     torch.set_num_threads(options.threads)
     world = parallel.start(ParallelConfig())
     try:

@@ -6,10 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Any, Literal
 
 import torch
-import tyro
 from pydantic import Field
 
 from bd3_megatron import parallel
@@ -19,28 +18,21 @@ from bd3_megatron.config import (
     ModelConfig,
     OptimizationConfig,
     ParallelConfig,
-    Section,
-    check_layout,
 )
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.engine.megatron import MegatronEngine
-from pretrain.bench.step import model_of_width, random_batch, timed_step
+from pretrain.bench.models import ModelOptions, model_of, random_batch, timed_step
 from pretrain.options import parse_options
 
 
-class MemoryOptions(Section):
+class MemoryOptions(ModelOptions):
     """Bytes that one training step keeps for its backward pass, and its time, with parallel.recompute = none,
     selective and full. On CUDA also the peak of all allocations."""
 
     length: int = Field(1024, ge=2, description="tokens per row, L")
+    backbone: Literal["dit", "qwen3"] = Field("qwen3", description="the paper's backbone or the Qwen3-shaped one")
     layers: int = Field(8, ge=1)
-    hidden: int = Field(256, ge=1)
-    heads: int = Field(4, ge=1)
-    block_size: int = Field(16, ge=1, description="tokens per block, B'")
-    vocab_size: int = Field(4096, ge=2)
     batch: int = Field(2, ge=1, description="rows per micro-batch")
-    threads: int = Field(1, ge=1, description="CPU threads")
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
 
 
 class Saved:
@@ -90,9 +82,7 @@ def saved_for_backward(parameters: Iterator[torch.Tensor]) -> Iterator[Saved]:
 def bench_memory(args: list[str]) -> None:
     """Print a row per kind of recomputation."""
     options = parse_options(MemoryOptions, args, "bd3 bench memory")
-    model = model_of_width("qwen3", options.layers, options.hidden, options.heads, options.length, options.vocab_size)
-    diffusion = DiffusionConfig(block_size=options.block_size)
-    check_layout(model, diffusion, ParallelConfig(), world_size=1)
+    model, diffusion = model_of(options, options.length)
     torch.set_num_threads(options.threads)
     batch = random_batch(model, diffusion, options.batch, 0)
     rows = [_row(kind, model, diffusion, batch) for kind in ("none", "selective", "full")]

@@ -4,68 +4,46 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from functools import partial
 from typing import Annotated, Literal
 
-import numpy as np
 import torch
-import tyro
 from pydantic import Field
 
 from bd3_megatron import flops, parallel
-from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import (
     DiffusionConfig,
     KernelConfig,
     ModelConfig,
     OptimizationConfig,
     ParallelConfig,
-    Section,
-    check_layout,
 )
-from bd3_megatron.diffusion.batch import Batch, diffusion_batch
-from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.parallel import World
-from pretrain.options import parse_options, validate
+from pretrain.bench.models import ModelOptions, model_of, random_batch, timed_step
+from pretrain.options import parse_options
 
 # What the step is compared with: the dense (2L)^2 mask, and logits for every row of both streams.
 PLAIN = KernelConfig(attention="reference", masked_rows_only=False)
 
 
-class StepOptions(Section):
+class StepOptions(ModelOptions):
     """Cost of one training step (forward, backward, optimizer, EMA) beside the plain path of the same model:
     dense two-stream mask and logits for every row. CPU time of one process on CPU, wall time on CUDA."""
 
     lengths: tuple[Annotated[int, Field(ge=2)], ...] = Field((256, 1024), min_length=1, description="row lengths L")
-    backbone: Literal["dit", "qwen3"] = Field("dit", description="the paper's backbone or the Qwen3-shaped one")
-    layers: int = Field(4, ge=1)
-    hidden: int = Field(256, ge=1)
-    heads: int = Field(4, ge=1)
-    block_size: int = Field(16, ge=1, description="tokens per block, B'")
-    vocab_size: int = Field(4096, ge=2)
-    batch: int = Field(8, ge=1, description="rows per step")
-    threads: int = Field(1, ge=1, description="CPU threads")
     repeats: int = Field(5, ge=1, description="measured steps of each path; they take turns")
     precision: Literal["fp32", "bf16"] = Field("fp32")
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
 
 
 def bench_step(args: list[str]) -> None:
     """Print a row per length: seconds of both paths, their ratio, and the ratio of their FLOPs."""
     options = parse_options(StepOptions, args, "bd3 bench step")
-    diffusion = DiffusionConfig(block_size=options.block_size)
-    models = [
-        model_of_width(options.backbone, options.layers, options.hidden, options.heads, length, options.vocab_size)
-        for length in options.lengths
-    ]
-    for model in models:
-        check_layout(model, diffusion, ParallelConfig(), world_size=1)
+    models = [model_of(options, length) for length in options.lengths]
     torch.set_num_threads(options.threads)
     world = parallel.start(ParallelConfig())
     try:
-        rows = [_step_row(options, model, diffusion, world) for model in models]
+        rows = [_step_row(options, model, diffusion, world) for model, diffusion in models]
     finally:
         parallel.stop()
     if options.json_:
@@ -80,25 +58,6 @@ def bench_step(args: list[str]) -> None:
             f"{row['length']:>7}{row['seconds']:>10.3f}{row['plain_seconds']:>10.3f}{row['ratio']:>8.3f}"
             f"{row['flop_ratio']:>10.3f}{row['tokens_per_second']:>12.0f}"
         )
-
-
-def model_of_width(backbone: str, layers: int, hidden: int, heads: int, length: int, vocab_size: int) -> ModelConfig:
-    """A model whose layers have 12 h^2 weights on either backbone.
-
-    Raises:
-        ConfigError: the numbers do not fit together.
-    """
-    values = {
-        "backbone": backbone,
-        "layers": layers,
-        "hidden": hidden,
-        "heads": heads,
-        "ffn_hidden": 4 * hidden if backbone == "dit" else _gated_width(hidden),
-        "length": length,
-        "vocab_size": vocab_size,
-        "mask_id": vocab_size - 1,
-    }
-    return validate(ModelConfig, values)
 
 
 def _step_row(options: StepOptions, model: ModelConfig, diffusion: DiffusionConfig, world: World) -> dict[str, float]:
@@ -120,30 +79,6 @@ def _step_row(options: StepOptions, model: ModelConfig, diffusion: DiffusionConf
         "flop_ratio": _flop_ratio(model, diffusion),
         "tokens_per_second": options.batch * model.length / ours,
     }
-
-
-def _gated_width(hidden: int) -> int:
-    """MLP width with which SwiGLU's three matrices have the weights of a 4x MLP's two."""
-    return -(-8 * hidden // 3 // 16) * 16
-
-
-def random_batch(model: ModelConfig, diffusion: DiffusionConfig, rows: int, step: int) -> Batch:
-    """A micro-batch of random rows with the noise of one step."""
-    numbers = np.arange(rows)
-    tokens = np.random.default_rng(step).integers(0, model.vocab_size - 1, (rows, model.length))
-    noise = draw_noise(diffusion, model.length, 0, SampleKeys(np.zeros_like(numbers), numbers, numbers, step, rows))
-    return diffusion_batch(tokens, noise, model.mask_id, Streams.of(diffusion, model.length))
-
-
-def timed_step(engine: MegatronEngine, batch: Batch) -> float:
-    """Seconds of one training step: CPU time on CPU, wall time on CUDA."""
-    cuda = engine.world.device.type == "cuda"
-    clock = time.perf_counter if cuda else time.process_time
-    start = clock()
-    engine.train_step([batch], lr=1e-4)
-    if cuda:
-        torch.cuda.synchronize()
-    return clock() - start
 
 
 def _flop_ratio(model: ModelConfig, diffusion: DiffusionConfig) -> float:

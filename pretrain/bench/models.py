@@ -1,0 +1,68 @@
+"""The models and rows that benchmarks compute with."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from pydantic import Field
+
+from bd3_megatron.attention.mask import Streams
+from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig, Section, check_layout
+from bd3_megatron.diffusion.batch import Batch, diffusion_batch
+from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
+from bd3_megatron.engine.base import Engine
+from pretrain.options import validate
+
+
+class ModelOptions(Section):
+    """What benchmarks of one process have in common."""
+
+    backbone: Literal["dit", "qwen3"] = Field("dit", description="the paper's backbone or the Qwen3-shaped one")
+    layers: int = Field(4, ge=1)
+    hidden: int = Field(256, ge=1)
+    heads: int = Field(4, ge=1)
+    block_size: int = Field(16, ge=1, description="tokens per block, B'")
+    vocab_size: int = Field(4096, ge=2)
+    batch: int = Field(8, ge=1, description="rows per step")
+    threads: int = Field(1, ge=1, description="CPU threads")
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
+
+
+def model_of(options: ModelOptions, length: int) -> tuple[ModelConfig, DiffusionConfig]:
+    """A model whose layers have 12 h^2 weights on either backbone, and its objective.
+
+    Raises:
+        ConfigError: the numbers do not fit together.
+    """
+    hidden = options.hidden
+    # SwiGLU has three matrices where the other MLP has two.
+    gated = -(-8 * hidden // 3 // 16) * 16
+    values = {name: getattr(options, name) for name in ("backbone", "layers", "hidden", "heads", "vocab_size")}
+    more = {"ffn_hidden": 4 * hidden if options.backbone == "dit" else gated, "length": length}
+    model = validate(ModelConfig, values | more | {"mask_id": options.vocab_size - 1})
+    diffusion = DiffusionConfig(block_size=options.block_size)
+    check_layout(model, diffusion, ParallelConfig(), world_size=1)
+    return model, diffusion
+
+
+def random_batch(model: ModelConfig, diffusion: DiffusionConfig, rows: int, step: int) -> Batch:
+    """A micro-batch of random rows with the noise of ``step``."""
+    numbers = np.arange(rows)
+    tokens = np.random.default_rng(step).integers(0, model.vocab_size - 1, (rows, model.length))
+    noise = draw_noise(diffusion, model.length, 0, SampleKeys(np.zeros_like(numbers), numbers, numbers, step, rows))
+    return diffusion_batch(tokens, noise, model.mask_id, Streams.of(diffusion, model.length))
+
+
+def timed_step(engine: Engine, batch: Batch) -> float:
+    """Seconds of one training step: CPU time on CPU, wall time on CUDA."""
+    cuda = engine.world.device.type == "cuda"
+    clock = time.perf_counter if cuda else time.process_time
+    start = clock()
+    engine.train_step([batch], lr=1e-4)
+    if cuda:
+        torch.cuda.synchronize()
+    return clock() - start
