@@ -322,8 +322,9 @@ def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"use parallel.interleave=1 or parallel.pipeline=2 and more"
         )
     if stages > layers:
-        most = layers // parallel.interleave
-        remedy = f"use {listing(list(range(1, most + 1)))}" if most else "use parallel.interleave=1"
+        fewest, most = (2 if parallel.interleave > 1 else 1), layers // parallel.interleave
+        fitting = list(range(fewest, most + 1))
+        remedy = f"use {listing(fitting)}" if fitting else f"use parallel.interleave={max(1, layers // 2)} or less"
         raise ConfigError(
             f"parallel.pipeline={parallel.pipeline}: model.layers={layers} cannot fill {stages} stages"
             f"{f' (parallel.interleave={parallel.interleave})' if parallel.interleave > 1 else ''}; {remedy}"

@@ -21,6 +21,10 @@ E = TypeVar("E", bound=BaseException)
 _BROKEN = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting \d+ms")
 
 
+# What torch raises of NCCL and of the rendezvous store; gloo raises a plain RuntimeError.
+_NETWORK = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
+
+
 class LostRank(SystemExit):
     """Another rank is gone, and this one cannot go on alone: one line on stderr, exit code 1."""
 
@@ -35,11 +39,12 @@ def lost_ranks(rank: int, place: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = _BROKEN.search(str(error))
-        if reason is None:
+        known = _BROKEN.search(str(error))
+        if known is None and not isinstance(error, _NETWORK):
             raise
+        reason = known[0] if known else " ".join(str(error).split())[:200]
         raise LostRank(
-            f"rank {rank}: lost another rank {place()} ({reason[0]}); "
+            f"rank {rank}: lost another rank {place()} ({reason}); "
             f"start the job again to go on from its last checkpoint"
         ) from error
 

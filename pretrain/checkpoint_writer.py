@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from bd3_megatron.engine.base import Engine
 from bd3_megatron.shards import Held, Piece
 from pretrain import checkpoint_files as files
-from pretrain.agree import everywhere, on_each, on_first
+from pretrain.agree import everywhere, on_each, on_first, together
 from pretrain.pieces import SavePieces
 
 # Ranks wait for the slowest disk among them; a rank that died is noticed at once, by its closed connection.
@@ -152,14 +152,14 @@ class CheckpointWriter:
         """Copies of the boxes that this rank writes."""
         state, world = self.engine.state(), self.engine.world
         if self._buffers is None:
-            pinned = world.device.type == "cuda"
             boxes = _share(state, world.rank, self._group)
-            self._buffers = {
-                (name, piece.offsets): torch.empty(piece.data.shape, dtype=piece.data.dtype, pin_memory=pinned)
+            shapes = {
+                (name, piece.offsets): piece.data.shape
                 for name, held in state.items()
                 for piece in held.pieces
                 if (name, piece.offsets) in boxes
             }
+            self._buffers = _buffers(shapes, pinned=world.device.type == "cuda")
         staged = {}
         for name, held in state.items():
             pieces = []
@@ -194,12 +194,14 @@ class _Write:
 
     def _run(self) -> None:
         try:
-            if self._writer.engine.world.device.type == "cuda":
-                torch.cuda.set_device(self._writer.engine.world.device)  # a new thread is on device 0
             self._bytes = self._save()
             self.write_seconds = time.perf_counter() - self._begin
         except BaseException as error:
             self._error = error
+
+    def _use_device(self) -> None:
+        if self._writer.engine.world.device.type == "cuda":
+            torch.cuda.set_device(self._writer.engine.world.device)  # a new thread is on device 0
 
     def _save(self) -> int:
         writer, group = self._writer, self._writer._group
@@ -207,14 +209,13 @@ class _Write:
         partial = files.partial_of(writer.run, self.step, writer._name)
         rank = writer.engine.world.rank
         try:
+            together(self._use_device, group)
             on_first(lambda: files.start(partial), group)
             # No copies ahead: the tensors are on the CPU, and a thread beside training should use no CUDA stream.
             storage = dcp.FileSystemWriter(partial, per_thread_copy_ahead=0)
             with _plain_errors(final):
                 dcp.save(self._staged, storage_writer=storage, planner=SavePieces(), process_group=group)
-            own = [".metadata"] if rank == 0 else []
-            own += [path.name for path in partial.glob(f"__{rank}_*")]
-            parts = on_each(lambda: {name: files.stamp(partial / name) for name in own}, group)
+            parts = on_each(lambda: _stamps(partial, rank), group)
             stamps = {name: stamp for part in parts for name, stamp in part.items()}
             on_first(lambda: files.publish(partial, final, self._meta, stamps), group)
         except BaseException:
@@ -223,6 +224,12 @@ class _Write:
             raise
         on_first(lambda: files.retire(writer.run, self.step, writer.keep, writer.keep_every), group)
         return sum(stamp["bytes"] for stamp in stamps.values())
+
+
+def _stamps(partial: Path, rank: int) -> dict[str, Any]:
+    """Stamps of the files that this rank has written."""
+    own = [*([".metadata"] if rank == 0 else []), *(path.name for path in partial.glob(f"__{rank}_*"))]
+    return {name: files.stamp(partial / name) for name in own}
 
 
 def save(run: Path, engine: Engine, step: int, meta: Mapping[str, Any], keep: int) -> Path:
@@ -234,6 +241,13 @@ def save(run: Path, engine: Engine, step: int, meta: Mapping[str, Any], keep: in
     with CheckpointWriter(run, engine, keep, asynchronous=False) as writer:
         writer.save(step, meta)
     return files.folder_of(run, step)
+
+
+def _buffers(shapes: Mapping[Box, torch.Size], pinned: bool) -> dict[Box, Tensor]:
+    """fp32 tensors of these shapes, parts of one allocation: the system rounds every pinned one up."""
+    sizes = [shape.numel() for shape in shapes.values()]
+    parts = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=pinned).split(sizes)
+    return {box: part.view(shape) for (box, shape), part in zip(shapes.items(), parts)}
 
 
 def _share(state: Mapping[str, Held], rank: int, group: dist.ProcessGroup) -> set[Box]:

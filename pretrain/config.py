@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from bd3_megatron.config import (
+    ConfigError,
     DiffusionConfig,
     KernelConfig,
     ModelConfig,
@@ -96,3 +97,19 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+
+def check_batches(train: TrainConfig, parallel: ParallelConfig, data_size: int) -> None:
+    """Check that ``data_size`` data-parallel ranks share a global batch in whole micro-batches.
+
+    Raises:
+        ConfigError: one line with the value and what would fit.
+    """
+    # The interleaved schedule hands micro-batches on in groups as large as the pipeline.
+    unit = train.micro_batch * data_size * (parallel.pipeline if parallel.interleave > 1 else 1)
+    if train.global_batch % unit:
+        groups = f" and parallel.pipeline={parallel.pipeline} interleaved stages" if parallel.interleave > 1 else ""
+        raise ConfigError(
+            f"train.global_batch={train.global_batch}: not a multiple of train.micro_batch={train.micro_batch} times "
+            f"{data_size} data-parallel ranks{groups}; use a multiple of {unit}"
+        )

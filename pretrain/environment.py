@@ -24,6 +24,8 @@ class Ranks:
     master_port: int = 0
     """0: any free port, in a world of 1"""
     launcher: Literal["torchrun", "slurm", "none"] = "none"
+    store_served: bool = False
+    """the launcher serves the rendezvous store; else rank 0 does"""
 
 
 def read_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
@@ -60,7 +62,9 @@ def _torchrun(environ: Mapping[str, str]) -> Ranks:
         raise ConfigError(f"RANK={rank}: not below WORLD_SIZE={world_size}; start with torchrun")
     if local_rank > rank:
         raise ConfigError(f"LOCAL_RANK={local_rank}: above RANK={rank}; start with torchrun")
-    return Ranks(rank, world_size, local_rank, environ["MASTER_ADDR"], _number(environ, "MASTER_PORT"), "torchrun")
+    port = _number(environ, "MASTER_PORT")
+    served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Ranks(rank, world_size, local_rank, environ["MASTER_ADDR"], port, "torchrun", served)
 
 
 def _number(environ: Mapping[str, str], name: str) -> int:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, Field
 
 from bd3_megatron.config import ConfigError, check_layout, split_layers
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, check_batches
 from pretrain.files import replace_file
 from pretrain.options import (
     as_section,
@@ -120,7 +120,9 @@ def _resolve(cls: type[Options], args: list[str], prog: str) -> tuple[RunConfig,
     config = RunConfig(**{name: getattr(options, name) for name in RunConfig.model_fields})
     parallel = config.parallel
     world_size = getattr(options, "world_size", None) or parallel.tensor * parallel.pipeline * parallel.context
-    check_layout(config.model, config.diffusion, parallel, world_size, config.zero)
+    data_size = check_layout(config.model, config.diffusion, parallel, world_size, config.zero)
+    if getattr(options, "world_size", None):
+        check_batches(config.train, parallel, data_size)
     return config, options
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,14 +15,14 @@ import torch.distributed as dist
 
 from bd3_megatron import flops, parallel
 from bd3_megatron.config import ConfigError, check_layout
-from bd3_megatron.engine import build_engine
+from bd3_megatron.engine import build_engine, check_installed
 from bd3_megatron.engine.base import Engine, StepResult
 from data_prep.manifest import Manifest
 from data_prep.reader import RowReader
 from pretrain import checkpoint, runs
 from pretrain.agree import alike, everywhere, lost_ranks, on_first, together
 from pretrain.batches import Batches
-from pretrain.config import RunConfig, TrainConfig
+from pretrain.config import RunConfig, TrainConfig, check_batches
 from pretrain.environment import Ranks, read_ranks
 from pretrain.evaluate import Evaluation, evaluate
 from pretrain.hardware import peak_flops
@@ -50,7 +51,7 @@ def train(config: RunConfig) -> Path:
     ranks = read_ranks()
     with alike():
         data_size = check_layout(config.model, config.diffusion, config.parallel, ranks.world_size, config.zero)
-        _check_batches(config, data_size)
+        check_batches(config.train, config.parallel, data_size)
         if config.data.path is None:
             raise ConfigError("data.path: not set; give the folder that bd3 prep wrote with --data.path")
     lock = trainer = watch = None
@@ -60,6 +61,7 @@ def train(config: RunConfig) -> Path:
             world = parallel.start(config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, store)
             watch = Watchdog(ranks, config.parallel.timeout_minutes, Path(config.run) / "hang")
             # From here on what may fail on one rank alone is agreed on by all.
+            together(lambda: check_installed(config.zero))
             config, reader, validation = together(lambda: _open_data(config))
             run = Path(config.run)
             on_first(lambda: check_same_run(run, config))
@@ -81,7 +83,7 @@ def train(config: RunConfig) -> Path:
                 trainer.run()
     finally:
         if watch is not None:
-            watch.close()
+            watch.close(sys.exc_info()[1])
         if lock is not None and ranks.rank == 0:
             os.close(lock)
         parallel.stop()
@@ -128,7 +130,8 @@ class Trainer:
         # At step 0 the first evaluation is made (again): of a run that got no further, no record is kept.
         kept = self.step or -1
         board = config.log.tensorboard and self.step < train.steps
-        self.metrics = MetricsWriter(run, kept, board) if self.first else None
+        self.metrics: MetricsWriter | None = None
+        on_first(lambda: self._open_metrics(kept, board))
         self.progress = Progress(train.steps, self.step, config.log.every) if self.first else None
         self.throughput = Throughput(
             self.step,
@@ -137,6 +140,9 @@ class Trainer:
             model_flops=flops.six_n(config.model),
             peak_flops=peak_flops(config.log.peak_tflops, train.precision) * engine.world.size,
         )
+
+    def _open_metrics(self, kept: int, board: bool) -> None:
+        self.metrics = MetricsWriter(self.folder, kept, board)
 
     def __enter__(self) -> Trainer:
         return self
@@ -228,8 +234,7 @@ class Trainer:
         return result
 
     def _save(self) -> None:
-        if self.first:
-            self.metrics.sync()
+        on_first(lambda: self.metrics.sync())  # the other ranks have none
         meta = position(self.config, self.step) | {
             "tokens": self._tokens(self.step),
             "data": runs.data_identity(self.reader.manifest),
@@ -295,18 +300,6 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _check_batches(config: RunConfig, data_size: int) -> None:
-    train, parallel = config.train, config.parallel
-    # The interleaved schedule hands micro-batches on in groups as large as the pipeline.
-    unit = train.micro_batch * data_size * (parallel.pipeline if parallel.interleave > 1 else 1)
-    if train.global_batch % unit:
-        groups = f" and parallel.pipeline={parallel.pipeline} interleaved stages" if parallel.interleave > 1 else ""
-        raise ConfigError(
-            f"train.global_batch={train.global_batch}: not a multiple of train.micro_batch={train.micro_batch} times "
-            f"{data_size} data-parallel ranks{groups}; use a multiple of {unit}"
-        )
-
-
 def _open_data(config: RunConfig) -> tuple[RunConfig, RowReader, RowReader]:
     """The configuration with what the data set decides, and both splits."""
     reader, validation = (RowReader(config.data.path, split) for split in ("train", "validation"))
@@ -347,8 +340,7 @@ def _store(ranks: Ranks, config: RunConfig) -> dist.Store | None:
         ranks.master_addr,
         ranks.master_port,
         ranks.world_size,
-        # torchrun's agent already serves this port; under Slurm rank 0 does.
-        is_master=ranks.rank == 0 and ranks.launcher == "slurm",
+        is_master=ranks.rank == 0 and not ranks.store_served,
     )
     # torchrun starts ranks again with the same store, where those before them have left their addresses.
     return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

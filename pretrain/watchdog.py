@@ -33,6 +33,9 @@ from pretrain.environment import Ranks
 from pretrain.stacks import standing, start_mark, write_stacks, write_state
 from pretrain.verdict import Observer, Process, Report, Verdict, judge, message, stack_file
 
+FAILED = 1
+"""exit code of a rank that ends because another one failed"""
+
 HUNG = 124
 """exit code of every rank of a job that is ended because it hangs, as of timeout(1)"""
 
@@ -61,6 +64,7 @@ class Watchdog:
         self._state = (0, "at the start", True, time.monotonic())
         self._main = threading.get_ident()
         self._leaving, self._ending = threading.Event(), threading.Lock()
+        self._failure = ""
         self._threads: list[threading.Thread] = []
         if ranks.world_size > 1:
             self._join()
@@ -77,10 +81,16 @@ class Watchdog:
         """
         self._state = (self._state[0] + 1, phase, patient, time.monotonic())
 
-    def close(self) -> None:
-        """Say goodbye: this rank is no longer waited for. Does not return while the job is being ended."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Say goodbye: this rank is no longer waited for. Does not return while the job is being ended.
+
+        Args:
+            error: what the rank ends of. If it fails alone, the others, who would wait for it, end with it.
+        """
         if self._leaving.is_set():
             return
+        if isinstance(error, Exception) and not getattr(error, "everywhere", False):
+            self._failure = f"rank {self.ranks.rank} failed ({type(error).__name__})"
         self._leaving.set()
         for thread in self._threads[:1]:
             thread.join(min(4 * self.interval, _GOODBYE))
@@ -89,8 +99,8 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        self.close(error)
 
     # ---- the store ----
 
@@ -162,6 +172,9 @@ class Watchdog:
     def _exchange(self, leaving: bool) -> None:
         self._beat += 1
         self._store.set(self._key(self.ranks.rank), self._report(leaving).encode())
+        if self._failure:
+            self._store.set(self._key("verdict"), json.dumps({"failed": self._failure}))
+            return
         if self.ranks.rank not in self._observers:
             verdict = self._store.get(self._key("verdict"))
             self._answers += 1
@@ -218,6 +231,10 @@ class Watchdog:
     def _end(self, verdict: dict) -> None:
         """Write stacks, wait until all have, and exit; the line has been printed."""
         self._ending.acquire()
+        if "failed" in verdict:
+            if self.ranks.local_rank == 0:
+                _say(f"rank {self.ranks.rank}: ends because {verdict['failed']}")
+            os._exit(FAILED)
         deadline = time.monotonic() + self.last_words
         self._within(self.last_words, self._write_stacks)
         try:
@@ -233,7 +250,7 @@ class Watchdog:
     def _end_without_store(self, quiet: float, speaks: bool) -> None:
         self._ending.acquire()
         ranks, silent = self.ranks, []
-        if ranks.launcher == "slurm":
+        if not ranks.store_served:  # rank 0 serves it
             verdict, silent = Verdict("silent", (0,), quiet), [self._first]
             phase = self._state[1]  # its own is not known; all are in the same
             told = message(verdict, {0: Report(phase=phase)}, silent, self.timeout_minutes, str(self.folder))

@@ -14,6 +14,20 @@ from bd3_megatron.engine.base import Engine
 from bd3_megatron.parallel import World
 
 
+def check_installed(zero: ZeroConfig) -> None:
+    """Check that this machine has what the engine needs.
+
+    Raises:
+        ConfigError: DeepSpeed is not installed, or what offloading needs is not built.
+    """
+    if zero.stage > 0:
+        from bd3_megatron.engine import ops
+
+        ops.import_deepspeed(f"zero.stage={zero.stage}")
+        if zero.offload:
+            ops.load()
+
+
 def build_engine(
     model: ModelConfig,
     diffusion: DiffusionConfig,
@@ -27,7 +41,7 @@ def build_engine(
     """The engine that a configuration asks for: DeepSpeed's where ``zero.stage`` is set, else Megatron's.
 
     Raises:
-        ConfigError: DeepSpeed is asked for and not installed.
+        ConfigError: as :func:`check_installed`.
     """
     if zero.stage > 0:
         from bd3_megatron.engine.zero import ZeroEngine

@@ -1,6 +1,6 @@
 """`bd3 bench parity`: does every layout compute what one process computes?
 
-Each layout trains the same tiny model on the same rows in real processes over gloo, in fp32. Compared are the first
+Each layout trains the same tiny model on the same rows in real processes, in fp32. Compared are the first
 step's loss and every gradient (gathered), losses and weights after all steps, the evaluation under averaged weights,
 and the noise of every sample, bit for bit.
 """
@@ -39,6 +39,7 @@ from bd3_megatron.engine import build_engine
 from bd3_megatron.engine.base import Engine
 from bd3_megatron.hf.mapping import entries
 from bd3_megatron.shards import Held, Piece
+from pretrain.config import TrainConfig, check_batches
 from pretrain.options import did_you_mean, parse_options, validate
 from pretrain.spawn import FORKS, run_world
 
@@ -320,6 +321,12 @@ def bench_parity(args: list[str]) -> int:
     task = _task(options)
     for name in names:
         _check(name, LAYOUTS[name], task)
+    most = max(LAYOUTS[name].size for name in names)
+    if torch.cuda.is_available() and torch.cuda.device_count() < most:
+        raise ConfigError(
+            f"{torch.cuda.device_count()} GPU(s): these layouts need {most}; choose others with --layouts, or compare "
+            f"on the CPU with CUDA_VISIBLE_DEVICES="
+        )
     FORKS.set_forkserver_preload([__name__])
     alone = {"": (Layout(1, ParallelConfig()), task)}
     outcomes = run(alone | {name: (LAYOUTS[name], task) for name in names})
@@ -357,17 +364,19 @@ def _check(name: str, layout: Layout, task: Task) -> None:
         data = check_layout(task.model, task.diffusion, layout.parallel, layout.size, layout.zero)
     except ConfigError as error:
         raise ConfigError(f"layout {name}: {error}; or leave it out with --layouts") from None
-    stages = layout.parallel.pipeline if layout.parallel.interleave > 1 else 1
-    unit = task.micro_batch * data * stages
-    if task.global_batch % unit:
-        raise ConfigError(f"global_batch={task.global_batch}: layout {name} needs a multiple of {unit}")
+    try:
+        rows = validate(TrainConfig, {"global_batch": task.global_batch, "micro_batch": task.micro_batch})
+        check_batches(rows, layout.parallel, data)
+    except ConfigError as error:
+        raise ConfigError(f"layout {name}: {str(error).replace('train.', '')}") from None
 
 
 def _print(rows: list[dict[str, Any]], task: Task) -> None:
     model = task.model
     print(
         f"{model.backbone}, {model.layers} layers of {model.hidden}, L={model.length}, "
-        f"B'={task.diffusion.block_size}, fp32, gloo, {task.steps} steps; largest relative differences"
+        f"B'={task.diffusion.block_size}, fp32, {'nccl' if torch.cuda.is_available() else 'gloo'}, {task.steps} steps; "
+        f"largest relative differences"
     )
     columns = ("loss", "gradient", "norm", "steps", "evaluation")
     print(f"{'layout':<24}{'ranks':>6}" + "".join(f"{c:>12}" for c in columns) + f"{'noise':>8}")

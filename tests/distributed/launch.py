@@ -58,5 +58,6 @@ class Job:
 def _prepare(rank: int, size: int, port: int, before: Callable[[], None] | None) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     if before is not None:
         before()

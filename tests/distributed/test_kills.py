@@ -144,6 +144,43 @@ def test_a_disk_that_fills_up_under_one_rank_ends_all_with_one_line(tmp_path, da
         assert done.code == 0, done.err
 
 
+def _full(self) -> None:
+    raise OSError(28, "No space left on device", "metrics.jsonl")
+
+
+def _no_room_for_metrics() -> None:
+    from pretrain.metrics import MetricsWriter
+
+    MetricsWriter.sync = _full
+
+
+def _damaged_shard() -> None:
+    from pretrain.batches import Batches
+
+    whole = Batches.at
+    Batches.at = lambda self, step: _full(self) if step == 2 else whole(self, step)
+
+
+def test_what_only_the_first_rank_writes_ends_all_with_its_line(tmp_path, data_set):
+    run = Run(tmp_path, data_set)
+    first, second = run.start(before={0: _no_room_for_metrics, 1: _quick}).finish()
+    assert (first.code, second.code, second.err) == (2, 2, "")
+    assert first.err.splitlines()[-1] == "metrics.jsonl: cannot write: No space left on device"
+
+
+def test_a_rank_that_fails_alone_says_why_and_the_others_end(tmp_path, data_set):
+    run = Run(tmp_path, data_set)
+    begin = time.monotonic()
+    first, second = run.start(before={1: _damaged_shard}).finish()
+    assert time.monotonic() - begin < 60  # parallel.timeout_minutes is 10
+    assert second.code == 2
+    assert second.err.splitlines()[-1] == "rank 1: metrics.jsonl: cannot write: No space left on device"
+    last = first.err.splitlines()[-1]
+    assert first.code == 1
+    assert LOST.fullmatch(last) or last == "rank 0: ends because rank 1 failed (OSError)"
+    assert "Traceback" not in first.err + second.err
+
+
 def test_what_all_ranks_find_wrong_is_told_once(tmp_path, data_set):
     run = Run(tmp_path, data_set)
     quick = dict.fromkeys(range(2), _quick)

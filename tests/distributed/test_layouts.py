@@ -134,7 +134,7 @@ def test_the_command_prints_a_row_per_layout_and_fails_when_one_is_off(capsys, m
     [
         (["--layouts", "TP2xPP3"], "layouts=TP2xPP3: unknown layout; did you mean TP2xPP2?; use TP2, "),
         (["--heads", "3", "--hidden", "24", "--layouts", "TP2"], "layout TP2: parallel.tensor=2: model.heads=3 "),
-        (["--global-batch", "2", "--layouts", "DP2"], "global_batch=2: layout DP2 needs a multiple of 4"),
+        (["--global-batch", "2", "--layouts", "DP2"], "layout DP2: global_batch=2: not a multiple of micro_batch=2 "),
     ],
 )
 def test_mistakes_are_told_before_a_process_starts(args, line):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 
 from bd3_megatron.config import ConfigError, DiffusionConfig, ModelConfig, ParallelConfig, ZeroConfig
 from bd3_megatron.engine import ops
+from pretrain import cli
 from pretrain.bench import parity
 from pretrain.bench.parity import LAYOUTS, Layout, Outcome, Task
 from pretrain.metrics import read_metrics
@@ -103,6 +106,24 @@ def test_ranks_that_gather_weights_evaluate_rows_that_do_not_divide(data_set, tm
     for ours, expected in zip(zero, alone, strict=True):
         numbers = {name: value for name, value in expected.items() if name != "split"}
         assert {name: ours[name] for name in numbers} == pytest.approx(numbers, rel=1e-5)
+
+
+def _nothing_built(folder: str) -> None:
+    os.environ["TORCH_EXTENSIONS_DIR"] = folder
+    cli.FIRST_SPEAKS = 0.1
+
+
+@installed
+def test_what_offloading_lacks_is_told_once_and_before_anything_is_written(data_set, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    args = ["pretrain", "--config", recipe, "--data.path", data_set, "--run", tmp_path / "run", "--zero.stage", 2]
+    empty = {0: functools.partial(_nothing_built, str(tmp_path)), 1: functools.partial(_nothing_built, str(tmp_path))}
+    first, second = Job([*args, "--zero.offload"], 2, tmp_path, before=empty).finish()
+    assert (first.code, second.code, second.err) == (2, 2, "")
+    assert len(first.err.splitlines()) == 1
+    assert first.err.startswith("zero.offload=true: DeepSpeed's cpu_adam is not built for this machine; run ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_deepspeed_is_named_with_the_command_that_installs_it(monkeypatch):

@@ -108,7 +108,13 @@ REFUSED = [
     (
         4,
         {"pipeline": 4, "interleave": 2},
-        "parallel.pipeline=4: model.layers=6 cannot fill 8 stages (parallel.interleave=2); use 1, 2 or 3",
+        "parallel.pipeline=4: model.layers=6 cannot fill 8 stages (parallel.interleave=2); use 2 or 3",
+    ),
+    (
+        4,
+        {"pipeline": 2, "interleave": 4},
+        "parallel.pipeline=2: model.layers=6 cannot fill 8 stages (parallel.interleave=4); use parallel.interleave=3 "
+        "or less",
     ),
     (
         1,

@@ -195,6 +195,8 @@ def test_spans_name_every_number(numbers):
 def place_of(function) -> tuple[bool | None, str]:
     thread = threading.Thread(target=function, daemon=True)
     thread.start()
+    while sys._current_frames()[thread.ident].f_code.co_filename == threading.__file__:
+        time.sleep(1e-3)
     time.sleep(0.05)
     return standing(thread.ident)
 
