@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from megatron.core.distributed import (
@@ -107,10 +107,8 @@ class MegatronEngine:
             chunk.eval()
         return forward_rows(self.chunks, self.modules[-1].context, batches)
 
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        with self.masters.averaged():
-            yield
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        return self.masters.averaged()
 
     def state(self) -> dict[str, Held]:
         return self.masters.state()

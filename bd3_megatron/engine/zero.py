@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -112,10 +112,8 @@ class ZeroEngine:
         with self._local_rank():
             return forward_rows([self.module], self.module.context, batches)
 
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        with self.masters.averaged():
-            yield
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        return self.masters.averaged()
 
     def state(self) -> dict[str, Held]:
         return self.masters.state()
