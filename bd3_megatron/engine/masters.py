@@ -99,3 +99,15 @@ class MasterWeights:
             master.weight.copy_(self.ema[name])
             self.ema[name].copy_(own)
         self.publish()
+
+
+class OwnsMasters:
+    """What every engine does with its :class:`MasterWeights`, see :class:`bd3_megatron.engine.base.Engine`."""
+
+    masters: MasterWeights
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        return self.masters.averaged()
+
+    def state(self) -> dict[str, Held]:
+        return self.masters.state()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,7 +18,7 @@ from bd3_megatron import cpu_compat
 from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, OptimizationConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.engine.base import StepResult
-from bd3_megatron.engine.masters import Master, MasterWeights
+from bd3_megatron.engine.masters import Master, MasterWeights, OwnsMasters
 from bd3_megatron.engine.stage import (
     build_stage,
     forward_rows,
@@ -30,10 +29,10 @@ from bd3_megatron.engine.stage import (
 )
 from bd3_megatron.model import BlockDiffusionModel
 from bd3_megatron.parallel import World
-from bd3_megatron.shards import Held, held
+from bd3_megatron.shards import held
 
 
-class MegatronEngine:
+class MegatronEngine(OwnsMasters):
     """Implements :class:`bd3_megatron.engine.base.Engine`.
 
     Args:
@@ -106,12 +105,6 @@ class MegatronEngine:
         for chunk in self.chunks:
             chunk.eval()
         return forward_rows(self.chunks, self.modules[-1].context, batches)
-
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        return self.masters.averaged()
-
-    def state(self) -> dict[str, Held]:
-        return self.masters.state()
 
     def loaded(self, steps: int) -> None:
         self.updates = steps

@@ -58,7 +58,6 @@ def import_deepspeed(key: str) -> ModuleType:
     # Its shared-memory all-reduce serves inference alone, and would be compiled when the process groups start.
     backend.build_shm_op = lambda: None
     bf16_optimizer.see_memory_usage = lambda *_, **__: None  # prints, whatever the logger's level
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # of collectives under their older names
     return deepspeed
 
 

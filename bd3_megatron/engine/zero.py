@@ -23,7 +23,7 @@ from bd3_megatron.config import (
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.engine import ops
 from bd3_megatron.engine.base import StepResult
-from bd3_megatron.engine.masters import Master, MasterWeights
+from bd3_megatron.engine.masters import Master, MasterWeights, OwnsMasters
 from bd3_megatron.engine.stage import (
     build_stage,
     forward_rows,
@@ -35,10 +35,9 @@ from bd3_megatron.engine.stage import (
 )
 from bd3_megatron.model import BlockDiffusionModel
 from bd3_megatron.parallel import World
-from bd3_megatron.shards import Held
 
 
-class ZeroEngine:
+class ZeroEngine(OwnsMasters):
     """Implements :class:`bd3_megatron.engine.base.Engine`.
 
     Args:
@@ -111,12 +110,6 @@ class ZeroEngine:
         self.engine.eval()
         with self._local_rank():
             return forward_rows([self.module], self.module.context, batches)
-
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        return self.masters.averaged()
-
-    def state(self) -> dict[str, Held]:
-        return self.masters.state()
 
     def loaded(self, steps: int) -> None:
         self.updates = steps
