@@ -20,7 +20,7 @@ from data_prep.errors import DataError
 from data_prep.pack import Packing
 
 FORMAT = "bd3-rows"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 MEND = "copy the data set again or write it with bd3 prep --overwrite"
@@ -37,12 +37,15 @@ class Record(BaseModel):
 
 
 class Member(NamedTuple):
-    """One sample of a tar, stored as a list of four numbers. Offsets are bytes from the tar's start."""
+    """One sample of a tar, stored as a list of four numbers. Offsets are bytes from the tar's start.
 
-    tokens_offset: Count  # of the raw [rows, length] array, behind its npy header
-    docs_offset: Count  # of the raw [starts, 2] int32 array of (row in member, position)
-    rows: Count
-    starts: Count
+    All samples of a split have the same number of rows, but for the last one, which may have fewer.
+    """
+
+    tokens_offset: int  # of the raw [rows, length] array, behind its npy header
+    docs_offset: int  # of the raw [starts, 2] int32 array of (row in member, position)
+    rows: int
+    starts: int
 
 
 class Shard(Record):
@@ -52,7 +55,8 @@ class Shard(Record):
     bytes: Count
     sha256: Sha256
     rows: Count
-    members: list[Member]
+    # Plain tuples in the order of Member: a manifest of 10,000 shards has hundreds of thousands of them.
+    members: list[tuple[Count, Count, Count, Count]]
 
 
 class Split(Record):
@@ -95,7 +99,7 @@ class Manifest(Record):
     """Contents of ``manifest.json``."""
 
     format: Literal["bd3-rows"] = FORMAT
-    version: int = VERSION
+    version: Literal[2] = VERSION
     package_version: str
     length: int = Field(ge=4, description="tokens per row, L")
     dtype: Literal["<u2", "<u4"]
@@ -147,26 +151,28 @@ def load_manifest(folder: str | Path) -> Manifest:
     if not path.is_file():
         raise DataError(f"{folder}: not a data set, it has no {MANIFEST}; name a folder that bd3 prep wrote")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error}); write the data set again with bd3 prep --overwrite") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise DataError(f"{path}: not the manifest of a data set; name a folder that bd3 prep wrote")
-    if content.get("version") != VERSION:
-        raise DataError(
-            f"{path}: version={content.get('version')}: this program reads version {VERSION}; "
-            "write the data set again with bd3 prep --overwrite"
-        )
+    return parse_manifest(text, path)
+
+
+def parse_manifest(text: bytes, where: str | Path) -> Manifest:
+    """The manifest in ``text``; errors as in :func:`load_manifest`, which name ``where``."""
     try:
-        return Manifest.model_validate(content)
+        return Manifest.model_validate_json(text)  # at once, because this is the fast way
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise DataError(
-            f"{path}: {key}: damaged ({first['msg']}); write the data set again with bd3 prep --overwrite"
-        ) from None
+        first = error.errors(include_url=False)[0]
+    again = "write the data set again with bd3 prep --overwrite"
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}); {again}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"{where}: not the manifest of a data set; name a folder that bd3 prep wrote")
+    if content.get("version") != VERSION:
+        raise DataError(f"{where}: version={content.get('version')}: this program reads version {VERSION}; {again}")
+    raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: damaged ({first['msg']}); {again}")
 
 
 def check_files(folder: Path, manifest: Manifest, splits: tuple[SplitName, ...] = SPLITS) -> None:

@@ -14,7 +14,7 @@ class Rows(NamedTuple):
     """Packed rows and where documents start in them."""
 
     tokens: np.ndarray  # [n, L], the vocabulary's dtype
-    docs: np.ndarray  # [m, 2] int32: (row, position), ascending; every row has an entry at position 0
+    docs: np.ndarray  # [m, 2] int32: (row, position) of every document's first token, ascending
 
 
 class Packer:
@@ -22,8 +22,7 @@ class Packer:
 
     ``wrap`` (the paper's) ends each document with EOS, cuts that stream every ``length - 2`` tokens, and
     writes each row as ``[BOS] + piece + [EOS]``. ``stream`` writes ``BOS document EOS`` one after another and
-    cuts every ``length`` tokens, so a row may begin within a document. Position 0 of a row is always listed
-    as a start: of the row's first document or of the rest of it.
+    cuts every ``length`` tokens. In either, a row may begin within a document, whose start an earlier row has.
 
     Rows come out ``rows_per_chunk`` at a time; no more than that and one batch is held in memory.
     """
@@ -66,5 +65,4 @@ class Packer:
         row, position = np.divmod(taken_starts, self.width)
         # A document that begins right after the wrapping BOS begins with it.
         position = np.where(position == 0, 0, position + self.shift)
-        flat = np.union1d(np.arange(n) * self.length, row * self.length + position)
-        return Rows(tokens, np.stack(np.divmod(flat, self.length), axis=1).astype("<i4"))
+        return Rows(tokens, np.stack([row, position], axis=1).astype("<i4"))

@@ -34,13 +34,14 @@ class RowReader:
         columns = np.array(members, np.int64).reshape(-1, 5).T
         self._shard, self._tokens_offset, self._docs_offset, rows, self._starts = columns
         self._first = np.concatenate([[0], np.cumsum(rows)])  # row with which each member begins
+        self._first_document = np.cumsum(self._starts) - self._starts  # documents that start before each member
         self._map = lru_cache(MAPS_KEPT)(self._open)
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
-        """Rows ``[n, length]`` int64 for row numbers ``[n]``; one gather per shard touched.
+        """Rows ``[n, length]`` in the stored type for row numbers ``[n]``; one gather per shard touched.
 
         Raises:
             IndexError: a number is not in ``[0, len(self))``.
@@ -49,27 +50,30 @@ class RowReader:
         row_bytes = self.length * self.dtype.itemsize
         start = (self._tokens_offset[member] + local * row_bytes) // self.dtype.itemsize
         shard = self._shard[member]
-        out = np.empty((len(start), self.length), np.int64)
+        out = np.empty((len(start), self.length), self.dtype)
         for number in np.unique(shard):
             here = shard == number
             windows = self._map(int(number))[1]
             out[here] = windows[start[here]]
         return out
 
-    def documents(self, indices: np.ndarray) -> list[np.ndarray]:
-        """For row numbers ``[n]``: where documents start in each row, int64, ascending from 0.
+    def documents(self, indices: np.ndarray) -> np.ndarray:
+        """Which document each position of rows ``[n]`` belongs to, ``[n, length]`` int64.
+
+        Documents are counted through the split, so that one that goes on in the next row has the same number there.
 
         Raises:
             IndexError: as :meth:`rows`.
         """
-        out = []
-        for member, local in zip(*self._locate(indices)):
+        out = np.zeros((len(indices), self.length), np.int64)
+        for row, member, local in zip(out, *self._locate(indices)):
             begin, count = self._docs_offset[member], self._starts[member]
             raw = self._map(int(self._shard[member]))[0]
             docs = raw[begin : begin + count * 8].view("<i4").reshape(count, 2)
             low, high = np.searchsorted(docs[:, 0], [local, local + 1])
-            out.append(docs[low:high, 1].astype(np.int64))
-        return out
+            row[docs[low:high, 1]] = 1
+            row[0] += self._first_document[member] + low - 1  # the document that the rows before end with
+        return out.cumsum(1)
 
     def verify(self) -> None:
         """Compare the sha256 of the tokenizer and of every shard of the split with the manifest.

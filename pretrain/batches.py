@@ -64,7 +64,7 @@ def make_batch(
     purpose: Purpose = Purpose.TRAIN,
 ) -> Batch:
     """Read the keyed rows and noise them as the objective asks."""
-    tokens = reader.rows(keys.rows)
+    tokens = reader.rows(keys.rows).astype(np.int64)
     if diffusion.objective == "causal":
         return causal_batch(tokens)
     noise = draw_noise(diffusion, model.length, noise_seed, keys, purpose)

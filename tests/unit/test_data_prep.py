@@ -122,13 +122,16 @@ def test_stock_webdataset_reads_the_same_rows(data_set):
         reader = RowReader(config.out, name)
         tokens = np.concatenate([sample["tokens.npy"] for sample in samples])
         assert (tokens == reader.rows(np.arange(split.rows))).all()
-        starts = reader.documents(np.arange(split.rows))
+        documents = reader.documents(np.arange(split.rows))
         first = 0
         for sample in samples:
-            for row in range(len(sample["tokens.npy"])):
-                docs = sample["docs.npy"]
-                assert docs[docs[:, 0] == row, 1].tolist() == starts[first + row].tolist()
+            rows, positions = sample["docs.npy"].T
+            begin = documents[first + rows, positions]
+            assert (np.diff(begin) == 1).all()
             first += len(sample["tokens.npy"])
+        assert documents[0, 0] == 0
+        assert (np.diff(documents.ravel()) >= 0).all()
+        assert sum(len(sample["docs.npy"]) for sample in samples) == documents[-1, -1] + 1
 
 
 def test_split_is_stable_and_follows_the_fraction():
