@@ -51,7 +51,7 @@ def test_the_bound_is_the_likelihood_token_by_token(world, reader, backbone, dif
     model = of_data(reader, backbone)
     engine = tiny.engine(world, model, diffusion)
     results = [evaluate(engine, reader, model, diffusion, EvalConfig(seed=seed), 16) for seed in range(3)]
-    rows = torch.from_numpy(reader.rows(np.arange(len(reader))))
+    rows = torch.from_numpy(reader.rows(np.arange(len(reader))).astype(np.int64))
     exact = log_likelihood(engine.module, rows)
     assert exact.shape == (len(reader), model.length - 1)
     for result in results:
@@ -119,7 +119,7 @@ def test_a_subset_is_the_first_rows_of_one_order_whatever_the_seed(world, reader
     result = evaluated(world, reader, CAUSAL, rows=rows, seed=3)
     _, chosen = RowOrder(len(reader), 0).epoch_and_row(np.arange(rows))
     engine = tiny.engine(world, of_data(reader), CAUSAL)
-    exact = log_likelihood(engine.module, torch.from_numpy(reader.rows(chosen)))
+    exact = log_likelihood(engine.module, torch.from_numpy(reader.rows(chosen).astype(np.int64)))
     assert (result.rows, result.tokens) == (rows, rows * 31)
     assert result.nelbo == pytest.approx(-exact.mean().item(), rel=1e-5)
 
