@@ -22,12 +22,15 @@ from data_prep.errors import DataError
 
 # Linux allows a process 65,530 mappings by default; with the gaps between them, files take up to two each.
 MOST_MAPPED = 24_000
+# Files begin at multiples of this, so that the system may map those it caches in huge pages by huge pages: rows at
+# random then cost fewer misses of the address translation. Only address space is lost by it.
+PLACE = 2 << 20
 # The values of Linux on all machines that Python's mmap does not name.
-_MAP_FIXED, _MAP_NORESERVE, _PROT_NONE = 0x10, 0x4000, 0
+_MAP_FIXED, _MAP_NORESERVE, _PROT_NONE, _MADV_HUGEPAGE = 0x10, 0x4000, 0, 14
 
 
 class Stretch:
-    """Read-only files, laid end to end in address space from page to page, each mapped when it is asked for.
+    """Read-only files, one after another in address space, each mapped when it is asked for.
 
     Args:
         paths: gives the path of file ``n``.
@@ -35,7 +38,7 @@ class Stretch:
         mend: what a wrong size calls for, the end of the error's line.
 
     Attributes:
-        bytes: uint8 ``[stretch]``, all files with the gaps that fill their last pages. To read where no file is
+        bytes: uint8 ``[stretch]``, all files and the gaps between them. To read where no file is
             mapped ends the process: read only what :meth:`map` has been called for.
         first: int64 ``[files]``, where each file begins in ``bytes``.
         mapped: bool ``[files]``.
@@ -48,16 +51,17 @@ class Stretch:
         if not sys.platform.startswith("linux") or sys.maxsize < 2**32:
             raise OSError("files are mapped to given addresses on 64-bit Linux only")
         self._paths, self._sizes, self._mend = paths, sizes, mend
-        self._mmap = _system_mmap()
-        page = mmap.PAGESIZE
-        ends = np.cumsum([-(-size // page) * page for size in sizes], dtype=np.int64)
+        self._mmap, self._madvise = _system_calls()
+        self._fits_memory = sum(sizes) <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        ends = np.cumsum([-(-size // PLACE) * PLACE for size in sizes], dtype=np.int64)
         self.first = np.concatenate([[0], ends[:-1]]).astype(np.int64)
         self.mapped = np.zeros(len(sizes), bool)
         self._order: dict[int, None] = {}  # mapped files, the first mapped first
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         # Unmapped, with all that lies in it by then, when the last array made from it is gone.
-        self._space = mmap.mmap(-1, max(int(ends[-1]), page), flags=flags, prot=_PROT_NONE)
-        self.bytes = np.frombuffer(self._space, np.uint8)
+        self._space = mmap.mmap(-1, int(ends[-1]) + PLACE, flags=flags, prot=_PROT_NONE)
+        whole = np.frombuffer(self._space, np.uint8)
+        self.bytes = whole[-whole.ctypes.data % PLACE :]
         self._address = self.bytes.ctypes.data
 
     def map(self, numbers: np.ndarray) -> list[int]:
@@ -75,8 +79,17 @@ class Stretch:
         for number in wanted:
             with opened(self._paths(number), self._sizes[number], self._mend) as handle:
                 self._place(number, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, handle)
+                self._advise(number)
             self.mapped[number], self._order[number] = True, None
         return dropped
+
+    def _advise(self, number: int) -> None:
+        """Have a data set that memory holds read and mapped in huge pages; a larger one is read by the row.
+
+        It is advice: what the system makes of it, or that it knows no such thing, does not matter.
+        """
+        if self._fits_memory:
+            self._madvise(self._address + int(self.first[number]), self._sizes[number], _MADV_HUGEPAGE)
 
     def _unmap(self, number: int) -> None:
         """Put reserved space back over a file."""
@@ -123,12 +136,15 @@ def opened(path: Path, size: int, mend: str):
         os.close(handle)
 
 
-def _system_mmap():
+def _system_calls():
+    """(mmap, madvise) of the C library."""
     try:
-        function = ctypes.CDLL(None, use_errno=True).mmap
+        library = ctypes.CDLL(None, use_errno=True)
+        map_, advise = library.mmap, library.madvise
     except (OSError, AttributeError) as error:
         raise OSError(f"the C library's mmap is out of reach ({error})") from None
-    whole = ctypes.c_size_t
-    function.argtypes = [ctypes.c_void_p, whole, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong]
-    function.restype = ctypes.c_void_p
-    return function
+    address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    map_.argtypes = [address, size, number, number, number, ctypes.c_longlong]
+    map_.restype = address
+    advise.argtypes = [address, size, number]
+    return map_, advise

@@ -61,6 +61,7 @@ class RowReader:
         self._map = lru_cache(MAPS_KEPT)(self._map_file)
         self._index_members()
         self._stretch = None if self.remote else self._reserve()
+        self._is_uniform = self._stretch is not None and self._rows_per_member > 1
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -72,12 +73,13 @@ class RowReader:
             IndexError: a number is not in ``[0, len(self))``.
             DataError: a shard cannot be fetched, or is gone or cut since the data set was opened.
         """
-        if self._stretch is not None and self._rows_per_member > 1 and _is_plain(indices):
+        if self._is_uniform and _is_plain(indices):
             with self._lock:  # another thread might unmap
                 try:
                     # As uint64, a number below 0 lies far outside.
                     start = self._table[indices.view(np.uint64) // self._rows_per_member]
-                    return self._windows[start + indices * self.length]
+                    found = self._windows[start + indices * self.length]
+                    return found.view(self.dtype).reshape(-1, self.length)
                 except IndexError:  # a number outside, or one whose shard is not mapped yet
                     pass
         member, local = self._locate(indices)
@@ -197,8 +199,11 @@ class RowReader:
         self._table = np.full_like(tokens, _UNMAPPED)
         # The last window is the last row, so that a number too large is outside.
         last = int(tokens[-1]) + int(self._first[-1] - self._first[-2]) * self.length
-        words = stretch.bytes[: len(stretch.bytes) // self.dtype.itemsize * self.dtype.itemsize].view(self.dtype)
-        self._windows = np.lib.stride_tricks.sliding_window_view(words[:last], self.length)
+        # Each window is one opaque item, which numpy copies faster than an axis of tokens.
+        size = self.dtype.itemsize
+        self._windows = np.ndarray(
+            last - self.length + 1, f"V{self.length * size}", buffer=stretch.bytes, strides=(size,)
+        )
         return stretch
 
     def _parts(self, shard: np.ndarray) -> Iterator[tuple[slice | np.ndarray, np.ndarray, np.ndarray | int]]:

@@ -20,6 +20,7 @@ from bd3_megatron.diffusion.noise import Purpose, SampleKeys
 from bd3_megatron.engine.base import Engine
 from data_prep.order import RowOrder
 from data_prep.reader import RowReader
+from data_prep.stream import RowStream
 from pretrain import runs
 from pretrain.batches import make_batch
 from pretrain.config import EvalConfig
@@ -66,7 +67,7 @@ def likelihood_bound(diffusion: DiffusionConfig) -> DiffusionConfig:
 
 def evaluate(
     engine: Engine,
-    reader: RowReader,
+    reader: RowReader | RowStream,
     model: ModelConfig,
     diffusion: DiffusionConfig,
     options: EvalConfig,
@@ -145,19 +146,21 @@ def main(args: list[str]) -> None:
     options = parse_options(EvalOptions, args, "bd3 eval")
     run = Path(options.run)
     loaded = runs.load(run, options.step, averaged=options.weights == "ema")
-    reader = runs.open_split(options.data or loaded.config.data.path, "validation", loaded.config.model)
+    data = loaded.config.data
+    if options.data is not None:
+        data = data.model_copy(update={"path": options.data, "mix": None})
+    reader = runs.open_stream(data, "validation", loaded.config.model)
     # The causal objective has no noise to draw.
     draws = 1 if loaded.config.diffusion.objective == "causal" else options.draws
     settings = EvalConfig(rows=options.rows, draws=draws, seed=options.seed)
     micro = options.micro_batch or loaded.config.eval.micro_batch or loaded.config.train.micro_batch
     with loaded.engine() as engine:
         result = evaluate(engine, reader, loaded.config.model, loaded.config.diffusion, settings, micro)
-    manifest = reader.manifest
     values = result.record() | {
         "step": loaded.checkpoint.step,
         "weights": options.weights,
         "draws": draws,
-        "unigram_perplexity": manifest.validation_unigram_perplexity,
+        "unigram_perplexity": reader.unigram_perplexity,
     }
     if options.json_:
         print(json.dumps(values))
@@ -166,4 +169,4 @@ def main(args: list[str]) -> None:
     print(f"validation rows     {result.rows} of {len(reader)}, {result.tokens} tokens, {draws} draw(s) each")
     print(f"NELBO               {result.nelbo:.4f} +- {result.nelbo_stderr:.4f} nats per token")
     print(f"perplexity          {result.perplexity:.2f} +- {result.perplexity_stderr:.2f}")
-    print(f"unigram perplexity  {manifest.validation_unigram_perplexity:.2f} (whole split, train counts)")
+    print(f"unigram perplexity  {reader.unigram_perplexity:.2f} (whole split, train counts)")
