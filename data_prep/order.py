@@ -63,8 +63,8 @@ def permute(index: np.ndarray, size: int | np.ndarray, keys: np.ndarray) -> np.n
     low = np.array([math.isqrt(int(n) - 1) + 1 for n in distinct], np.uint64)  # ceil of the square root
     low = low[which] if which is not None else np.broadcast_to(low, sizes.shape) if low.size else low
     high = (sizes + low - np.uint64(1)) // low
-    value = index.astype(np.uint64)
-    walking = np.arange(value.size)
+    value = _feistel(index.astype(np.uint64), low, high, keys)
+    walking = np.flatnonzero(value >= sizes)
     while walking.size:
         value[walking] = _feistel(value[walking], low[walking], high[walking], keys[:, walking])
         walking = walking[value[walking] >= sizes[walking]]
@@ -84,7 +84,7 @@ def round_keys(seed: int, *parts: np.ndarray) -> np.ndarray:
 
 def derive_seed(seed: int, number: int) -> int:
     """Another seed for the ``number``-th of several things under one seed; the 0-th keeps it."""
-    return int(_mix(np.array([seed], np.uint64) + np.uint64(number) * GOLDEN)[0]) if number else seed
+    return int(_mix(np.array([seed], np.uint64) + np.array([number], np.uint64) * GOLDEN)[0]) if number else seed
 
 
 def _feistel(value: np.ndarray, a: np.ndarray, b: np.ndarray, keys: np.ndarray) -> np.ndarray:

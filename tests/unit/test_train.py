@@ -70,7 +70,7 @@ def test_an_epoch_shows_every_row_once_with_noise_of_its_own(data_set):
         streams_of([part for step in range(*ends) for part in made.at(step)], 1)[0]
         for ends in ((0, steps), (steps, 2 * steps))
     ]
-    every = made.reader.rows(np.arange(rows))
+    every = made.stream.rows(np.arange(rows))
     orders = []
     for _noisy, clean in epochs:
         assert np.array_equal(np.unique(clean, axis=0), np.unique(every, axis=0))
