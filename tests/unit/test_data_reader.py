@@ -125,7 +125,7 @@ def test_rows_do_not_depend_on_how_shards_are_mapped(data_set, monkeypatch, way)
 
 def test_members_of_any_size_are_read(data_set, tmp_path):
     """A manifest whose members are not all alike but for the last: found by search."""
-    folder, tokens, documents = data_set
+    folder, tokens, _ = data_set
     shutil.copytree(folder, tmp_path / "copy")
     content = json.loads((folder / "manifest.json").read_text())
     split = content["splits"]["train"]
@@ -158,11 +158,13 @@ def test_rows_outside_their_shard_are_refused(copy):
 
 
 def test_opening_looks_at_each_shard_once(copy, monkeypatch):
-    looked = []
-    stat = os.stat
-    monkeypatch.setattr(
-        "data_prep.manifest.os.stat", lambda path, *a, **o: looked.append(str(path)) or stat(path, *a, **o)
-    )
+    looked, stat = [], os.stat
+
+    def counted(path, *args, **options):
+        looked.append(str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr("data_prep.manifest.os.stat", counted)
     shards = RowReader(copy, "train").shards
     assert sum(path.endswith(".tar") for path in looked) == len(shards)
 
