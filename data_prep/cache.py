@@ -111,7 +111,10 @@ class ShardCache:
         """Fetch these in the background, in this order. What fails is told by :meth:`open` of that shard."""
         for shard in shards:
             path = self.folder / f"{shard.sha256}.tar"
-            if shard.sha256 in self._coming or (shard.sha256 in self._checked and path.exists()):
+            earlier = self._coming.get(shard.sha256)
+            if earlier is not None and not (earlier.done() and earlier.exception() is None):
+                continue  # on its way, or failed and not told yet
+            if shard.sha256 in self._checked and path.exists():
                 continue
             future: Future = Future()
             self._coming[shard.sha256] = future
