@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.errors import DataError
-from data_prep.manifest import MEND, SplitName, check_files, load_manifest, sha256_file
+from data_prep.files import sha256_file
+from data_prep.manifest import MEND, SplitName, check_files, load_manifest
 
 MAPS_KEPT = 256  # each open map holds a file descriptor; systems commonly allow 1024
 
