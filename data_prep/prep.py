@@ -79,7 +79,9 @@ def prep(config: PrepConfig, report: Report = lambda line: None) -> Manifest | N
     out = Path(config.out).absolute()
     if os.path.lexists(out):
         if not config.overwrite:
-            return _reuse(config, sources, out, report)
+            manifest = _reuse(config, sources, out, report)
+            Work(out).tidy()
+            return manifest
         check_replaceable(out)
     return _Prep(config, sources, Work(out), report).run()
 
@@ -251,6 +253,7 @@ class _Prep:
         )
 
     def _build(self, jobs: Sequence[ShardJob]) -> None:
+        self.work.sweep()
         missing = [job for job in jobs if finished_shard(job) is None]
         itemsize = np.dtype(jobs[0].stream.dtype).itemsize
         size = sum(job.stream.tokens * itemsize for job in missing)

@@ -111,6 +111,17 @@ class Work:
         sync(self.out.parent)
         self.remove()
 
+    def sweep(self) -> None:
+        """Remove what killed processes have left in the data set; nobody else may be writing to it."""
+        for path in self.data.glob("*/.*.tmp"):
+            path.unlink()
+
+    def tidy(self) -> None:
+        """Remove what is left of work that was published and then killed."""
+        if self.folder.exists() and not self.data.exists():
+            with suppress(_Busy), self._locked(shared=False):
+                self.remove()
+
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -1,11 +1,11 @@
 """From text to a data set and back: contents, determinism, reuse, and that failures leave nothing."""
 
-import contextlib
 import gzip
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from data_prep.reader import RowReader
 from data_prep.sources import Fields, expand, read_part
 from data_prep.tokenize import encode, load_tokenizer, train_bpe
 from data_prep.work import Work
+from tests.unit.commands import bd3, start
 
 WORDS = ["it", "is", "a", "truth", "universally", "acknowledged", "single", "man", "of", "good", "fortune"]
 
@@ -371,32 +372,31 @@ def test_sharing_tasks_at_once(tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-def test_a_killed_prep_goes_on_to_the_same_bytes(tmp_path):
-    """Kill -9 of all processes at moments spread over the whole run; each goes on from what the last has left."""
-    path = corpus(tmp_path, documents=400)
-    arguments = {"tokenizer": trained(tmp_path), "workers": 2, "inputs": [str(path)], "rows_per_shard": 64}
-    prep(asked(tmp_path, **arguments))
-    script = (
-        "import sys; from data_prep import prep as p; p.SMALLEST_PART = 4000\n"
-        "if __name__ == '__main__': p.prep(p.PrepConfig.model_validate_json(sys.argv[1]))"
-    )
-    (tmp_path / "job.py").write_text(script)
-    config = asked(tmp_path, **arguments, out=str(tmp_path / "killed"))
-    command = [sys.executable, str(tmp_path / "job.py"), config.model_dump_json()]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    rng, kills = np.random.default_rng(0), 0
-    while not (tmp_path / "killed").exists() and kills < 20:
-        child = subprocess.Popen(command, env=environment)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(float(rng.uniform(0.3, 2.0)))
-        if child.poll() is None:
-            child.kill()
-            kills += 1
-        child.wait()
-    if not (tmp_path / "killed").exists():
-        subprocess.run(command, env=environment, check=True)
-    assert contents(tmp_path / "killed") == contents(tmp_path / "data")
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+@pytest.mark.parametrize(("workers", "moments"), [(1, 16), (2, 4)])
+def test_a_killed_prep_goes_on_to_the_same_bytes(tmp_path, workers, moments):
+    """Kill -9 at moments spread over the whole run; the same command again ends it."""
+    corpus(tmp_path, documents=80)
+    options = ["--length", 16, "--tokenizer", trained(tmp_path), "--rows-per-member", 8, "--rows-per-shard", 64]
+    command = ["prep", tmp_path / "text.jsonl", *options, "--workers", workers]
+    how = {"log": tmp_path / "log", "before": small_parts, "parent": workers > 1}
+    begun = time.monotonic()
+    assert bd3(*command, "--out", tmp_path / "whole", **how).code == 0
+    seconds = time.monotonic() - begun
+    rng = np.random.default_rng(workers)
+    for number in range(moments):
+        out = tmp_path / f"killed-{number}"
+        process = start(*command, "--out", out, **how)
+        process.join(seconds * (number + rng.uniform()) / moments)
+        process.kill()
+        process.join()
+        done = bd3(*command, "--out", out, **how)
+        assert done.code == 0, done.err
+        assert contents(out) == contents(tmp_path / "whole")
+        assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def small_parts() -> None:
+    prep_module.SMALLEST_PART, prep_module._LITTLE = 8000, 0
 
 
 @pytest.mark.parametrize(
@@ -447,9 +447,9 @@ def test_a_source_that_grows_meanwhile_is_noticed(tmp_path, monkeypatch):
     read = encode_module.read_part
 
     def grow(*args):
+        yield from read(*args)
         with path.open("a") as stream:
             stream.write('{"text": "late"}\n')
-        return read(*args)
 
     monkeypatch.setattr(encode_module, "read_part", grow)
     assert "changed while it was read" in refused(tmp_path, asked(tmp_path))
