@@ -154,8 +154,10 @@ def _list_remote(url: str) -> RemoteListing:
     else:
         info = files.info(path)
         if info["type"] != "directory" and not url.endswith("/"):
-            return RemoteListing(_describe(files, info, url), [])
+            return RemoteListing(_describe(files, info, url if "::" in url else files.unstrip_protocol(path)), [])
         infos = files.ls(path, detail=True)
+    if "::" in url:
+        raise DataError(f"{url}: a chained address stands for one file; name the files one by one")
     inside = [_describe(files, info) for info in infos if info["type"] == "file" and not info["name"].endswith("/")]
     return RemoteListing(None, sorted(inside))
 

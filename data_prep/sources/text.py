@@ -18,7 +18,7 @@ def read_jsonl(part: Part, local: Path, intake: Intake) -> Iterator[Document]:
         if not line.strip():
             continue
         try:
-            record = parse_object(line, at, fields.text_field)
+            record = parse_object(line.rstrip(b"\r\n"), at, fields.text_field)
             document = intake.document(offset, id_of(record, fields), text_of(record, fields))
         except BadRecord as problem:
             intake.reject(offset, str(problem))
