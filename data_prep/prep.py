@@ -91,9 +91,13 @@ def workers_of(config: PrepConfig) -> int:
 def parts_of(sources: Sequence[Source]) -> list[Part]:
     """What one job each reads, in order.
 
-    Parts of a file depend on the file alone, so that finished ones stay valid when others change.
+    Parts of a file depend on the file alone, so that finished ones stay valid when others change. A remote file is
+    fetched whole, so it is one part.
     """
-    sizes = [min(max(source.bytes // 16, SMALLEST_PART), LARGEST_PART) for source in sources]
+    sizes = [
+        source.bytes + 1 if source.remote else min(max(source.bytes // 16, SMALLEST_PART), LARGEST_PART)
+        for source in sources
+    ]
     return [part for source, size in zip(sources, sizes) for part in split(source, size)]
 
 
