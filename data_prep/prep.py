@@ -177,7 +177,8 @@ class _Prep:
                     self.report(str(result))
                 else:
                     progress.done(job.part.weight, sum(result.text_bytes.values()))
-        progress.line()
+        if jobs:
+            progress.line()
         if failed:
             kept = f"; {len(parts) - len(failed)} of {len(parts)} parts are done and kept: run again once it is mended"
             more = f"; {len(failed) - 1} more failed" if len(failed) > 1 else ""
@@ -245,7 +246,8 @@ class _Prep:
             if isinstance(result, DataError):
                 raise result
             progress.done(job.stream.tokens * itemsize, job.stream.tokens * itemsize)
-        progress.line()
+        if missing:
+            progress.line()
 
     def _check_sources(self) -> None:
         for source in self.sources:
