@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.errors import DataError
-from data_prep.manifest import sha256_file
+from data_prep.files import sha256_file
 from data_prep.mapping import map_file
 from data_prep.remote import fetch
 

@@ -2,12 +2,12 @@
 
 A data set is a folder::
 
-    manifest.json  tokenizer.json  train/train-000000.tar ...  validation/validation-000000.tar ...
+    manifest.json  tokenizer.json  rejects.jsonl (if any)
+    train/train-000000.tar ...  validation/validation-000000.tar ...
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,12 +19,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_prep.errors import DataError
+from data_prep.files import write_text
 from data_prep.pack import Packing
 
 FORMAT = "bd3-rows"
 VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+REJECTS = "rejects.jsonl"
 MEND = "copy the data set again or write it with bd3 prep --overwrite"
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
@@ -74,7 +76,7 @@ class Split(Record):
 
 
 class SourceFile(Record):
-    """An input file, identified by content."""
+    """An input file, identified by content: size and sha256 of what is stored (compressed or not)."""
 
     name: str
     bytes: Count
@@ -86,11 +88,18 @@ class Recipe(Record):
 
     length: int = Field(ge=4)
     packing: Packing
+    documents: bool = Field(description="whether samples list where documents start")
+    add_bos: bool
+    add_eos: bool
     tokenizer: str = Field(description="bpe:N as asked for, or the sha256 of the tokenizer file given")
+    tokenizer_sample: float
     bos: str | None
     eos: str | None
     text_field: str
     id_field: str
+    text_documents: Literal["line", "file"]
+    min_chars: int
+    max_chars: int | None
     split_seed: int
     validation_fraction: float
     rows_per_member: int
@@ -113,7 +122,8 @@ class Manifest(Record):
     tokenizer_sha256: Sha256
     recipe: Recipe
     sources: list[SourceFile]
-    rejects: Count = Field(0, description="documents left out as unreadable")
+    rejects: Count = Field(0, description=f"records left out as unreadable, listed in {REJECTS}")
+    skipped: dict[str, Count] = Field({}, description="documents left out by length: short, long")
     validation_unigram_nats: float = Field(
         description="cross-entropy per token of the validation rows under the train rows' counts plus one; "
         "position 0 of each row is left out of both"
@@ -137,7 +147,7 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
     text = json.dumps(manifest.model_dump(mode="json"), indent=1)
     # A JSON string has no raw line end, so what indent=1 wrote between numbers is all that can change.
     text = re.sub(r"\[\s+\d+(,\s+\d+)*\s+\]", lambda found: " ".join(found[0].split()), text)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / MANIFEST, text + "\n")
 
 
 def load_manifest(folder: str | Path) -> Manifest:
@@ -196,9 +206,3 @@ def check_files(folder: Path, manifest: Manifest, splits: tuple[SplitName, ...] 
                 raise DataError(f"{path}: this shard is missing; {MEND}")
             if status.st_size != shard.bytes:
                 raise DataError(f"{path}: {status.st_size} bytes, the manifest says {shard.bytes}; {MEND}")
-
-
-def sha256_file(path: Path) -> str:
-    """Hexadecimal sha256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

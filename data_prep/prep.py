@@ -1,82 +1,69 @@
-"""Text to a data set: split by document, tokenize, pack, write shards and manifest, all of it or nothing."""
+"""Text to a data set: tokenize the parts of the input, cut shards from their streams, publish all at once.
+
+Both steps are many jobs that any process can do, each with a marker once it is done, so that a prep that was killed
+goes on where it was. The shards depend on the text and the recipe alone: not on how the input is cut into parts, on
+the number of processes, or on interruptions.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tokenizers import Tokenizer
 
+from data_prep import pool
+from data_prep.assemble import Piece, ShardJob, Stream, build_shard, finished_shard, shard_jobs
+from data_prep.encode import (
+    Encoded,
+    EncodeJob,
+    Reject,
+    encode_part,
+    in_validation,
+    read_result,
+    rejects_text,
+    share,
+    too_many_rejects,
+)
 from data_prep.errors import DataError
+from data_prep.files import sha256_file, write_text, written
 from data_prep.manifest import (
     MANIFEST,
+    REJECTS,
     SPLITS,
     TOKENIZER,
     Manifest,
-    Recipe,
     SourceFile,
-    Split,
+    SplitName,
     check_files,
     load_manifest,
     save_manifest,
-    sha256_file,
-    unigram_nats,
 )
-from data_prep.pack import Packer, Packing, Rows
-from data_prep.shards import ShardWriter, sync
-from data_prep.sources import Document, expand, read_documents
-from data_prep.staging import check_replaceable, staged
-from data_prep.tokenize import SpecialIds, encode, load_tokenizer, special_ids, token_dtype, train_bpe
+from data_prep.outcome import all_rejects, check_documents, check_rejects, check_rows, make_manifest
+from data_prep.plan import PrepConfig
+from data_prep.progress import Progress, Report
+from data_prep.remote import fetch
+from data_prep.sources import Part, Source, expand, read_part, split
+from data_prep.tokenize import SpecialIds, load_tokenizer, special_ids, token_dtype, train_bpe
+from data_prep.work import Work, check_replaceable, recipe_difference
 
-BATCH_BYTES = 4 << 20  # text tokenized at once
-REPORT_SECONDS = 2.0
-Report = Callable[[str], None]
+__all__ = ["PrepConfig", "in_validation", "prep"]
 
-
-class PrepConfig(BaseModel):
-    """What ``bd3 prep`` is asked to do."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    inputs: tuple[str, ...] = Field(min_length=1, description="JSONL files, plain or .gz, or folders of them")
-    out: str = Field(min_length=1, description="folder of the data set, created in one piece at the end")
-    length: int = Field(256, ge=4, description="tokens per row, L")
-    tokenizer: str = Field("bpe:4096", description="bpe:N trains one on the train split; else a tokenizer.json")
-    packing: Packing = Field("wrap", description="wrap: each row is BOS, L-2 tokens, EOS; stream: rows cut anywhere")
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of documents held out, by hash of id")
-    seed: int = Field(0, ge=0, description="seed of the split")
-    text_field: str = Field("text", description="JSON field that holds the text")
-    id_field: str = Field("id", description="JSON field that names the document; may be absent")
-    bos: str | None = Field(None, description="token that begins a row; null looks for the usual names")
-    eos: str | None = Field(None, description="token that ends a document; null looks for the usual names")
-    rows_per_member: int = Field(512, ge=1, description="rows in one sample of a tar")
-    rows_per_shard: int = Field(16384, ge=1, description="rows in one tar")
-    overwrite: bool = Field(False, description="replace a data set that is already there")
-
-    @model_validator(mode="after")
-    def _whole_members(self) -> PrepConfig:
-        if self.rows_per_shard % self.rows_per_member:
-            fit = -(-self.rows_per_shard // self.rows_per_member) * self.rows_per_member
-            raise ValueError(
-                f"rows_per_shard={self.rows_per_shard}: not a multiple of "
-                f"rows_per_member={self.rows_per_member}; use {fit}"
-            )
-        return self
+SMALLEST_PART, LARGEST_PART = 1 << 20, 64 << 20  # stored bytes of a file that one job reads, where it can be cut
+_LITTLE = 64 << 20  # bytes of token streams
+_SAMPLE = 1  # seed of the sample that a tokenizer is trained on, unlike most seeds of the split
 
 
-def prep(config: PrepConfig, report: Report = lambda line: None) -> Manifest:
+def prep(config: PrepConfig, report: Report = lambda line: None) -> Manifest | None:
     """Write the data set that ``config`` asks for and return its manifest.
 
     A data set already there is returned untouched if recipe and sources are the same. Nothing is seen under
-    ``config.out`` before all of it is on the disk, and a failure leaves nothing behind.
+    ``config.out`` before all of it is on the disk. Finished parts of a prep that failed or was killed are kept beside
+    it, and the same call goes on from there. With ``config.part`` set, None is returned while other parts are missing.
 
     Args:
         config: what to do.
@@ -85,256 +72,279 @@ def prep(config: PrepConfig, report: Report = lambda line: None) -> Manifest:
     Raises:
         DataError: anything wrong with inputs, tokenizer or output, in one line.
     """
-    files = expand(config.inputs)
+    sources = expand(config.inputs)
     out = Path(config.out).absolute()
     if os.path.lexists(out):
         if not config.overwrite:
-            return _reuse(config, files, out, report)
+            manifest = _reuse(config, sources, out, report)
+            Work(out).tidy()
+            return manifest
         check_replaceable(out)
-    with staged(out, config.overwrite) as folder:
-        manifest = _build(config, files, folder, report)
-    rows = ", ".join(f"{name} {split.rows}" for name, split in manifest.splits.items())
-    report(
-        f"wrote {config.out}: rows of {manifest.length} tokens: {rows}; "
-        f"validation unigram perplexity {manifest.validation_unigram_perplexity:.1f}"
-    )
-    return manifest
+    return _Prep(config, sources, Work(out), report).run()
 
 
-def in_validation(identity: str, seed: int, fraction: float) -> bool:
-    """Whether a document is held out: sha256 of ``"<seed>:<id>"``, read as a fraction, is below ``fraction``.
+def workers_of(config: PrepConfig) -> int:
+    """Processes to use: as asked for, or one for each core that this process may run on."""
+    return config.workers or len(os.sched_getaffinity(0))
 
-    Nothing else matters, so a document stays in its split when others are added.
+
+def parts_of(sources: Sequence[Source]) -> list[Part]:
+    """What one job each reads, in order.
+
+    Parts of a file depend on the file alone, so that finished ones stay valid when others change. A remote file is
+    fetched whole, so it is one part.
     """
-    digest = hashlib.sha256(f"{seed}:{identity}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    sizes = [
+        source.bytes + 1 if source.remote else min(max(source.bytes // 16, SMALLEST_PART), LARGEST_PART)
+        for source in sources
+    ]
+    return [part for source, size in zip(sources, sizes) for part in split(source, size)]
 
 
-def _reuse(config: PrepConfig, files: Sequence[Path], out: Path, report: Report) -> Manifest:
+def share_of(part: str) -> tuple[int, int]:
+    """(K, N) of ``part``, which is ``K/N`` or ``slurm``.
+
+    Raises:
+        DataError: ``slurm`` outside of an array job.
+    """
+    if part != "slurm":
+        mine, of = part.split("/")
+        return int(mine), int(of)
+    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_STEP")
+    try:
+        task, first, count = (int(os.environ[name]) for name in names[:3])
+        step = int(os.environ.get(names[3], 1))
+    except (KeyError, ValueError):
+        raise DataError(
+            f"part=slurm: not in an array job ({names[0]} is not set); use sbatch --array, or K/N"
+        ) from None
+    return (task - first) // step, count
+
+
+class _Prep:
+    """One run of prep in its work folder."""
+
+    def __init__(self, config: PrepConfig, sources: Sequence[Source], work: Work, report: Report):
+        self.config, self.sources, self.work, self.report = config, sources, work, report
+        self.parts = parts_of(sources)
+        self.recipe = config.recipe()
+        self.workers = workers_of(config)
+
+    def run(self) -> Manifest | None:
+        if self.config.part is None:
+            with self.work.opened(self.recipe, self.config.overwrite):
+                self._encode(self.parts)
+                return self._finish()
+        mine, of = share_of(self.config.part)
+        with self.work.opened(self.recipe, self.config.overwrite, shared=True):
+            self._encode(self.parts[mine::of])
+            missing = sum(read_result(self.work.part(part)) is None for part in self.parts)
+            if missing:
+                self.report(f"share {mine} of {of}: done; {missing} of {len(self.parts)} parts are left to others")
+                return None
+            with self.work.exclusively("finish") as unfinished:
+                return self._finish() if unfinished else load_manifest(self.work.out)
+
+    def _encode(self, parts: Sequence[Part]) -> None:
+        """Tokenize the parts that are not done yet. One that fails does not keep others from being done."""
+        special = self._special_ids()
+        dtype = token_dtype(special.vocab_size).str
+        config = self.config
+        jobs = [
+            EncodeJob(
+                part,
+                self.work.part(part),
+                self.work.tokenizer,
+                special.mask,
+                config.rows(special),
+                dtype,
+                config.fields,
+                config.seed,
+                config.validation_fraction,
+                config.max_rejects,
+            )
+            for part in parts
+            if read_result(self.work.part(part)) is None
+        ]
+        if len(jobs) < len(parts):
+            self.report(f"going on: {len(parts) - len(jobs)} of {len(parts)} parts are done already")
+        progress = Progress(self.report, "tokenized", sum(job.part.weight for job in jobs))
+        failed = []
+        with one_thread():
+            for job, result in pool.run(encode_part, jobs, self.workers, progress.tick):
+                if isinstance(result, DataError):
+                    failed.append(result)
+                    self.report(str(result))
+                else:
+                    progress.done(job.part.weight, sum(result.text_bytes.values()))
+        if jobs:
+            progress.line()
+        if failed:
+            kept = f"; {len(parts) - len(failed)} of {len(parts)} parts are done and kept: run again once it is mended"
+            more = f"; {len(failed) - 1} more failed" if len(failed) > 1 else ""
+            raise DataError(f"{failed[0]}{more}{kept if len(parts) > len(failed) else ''}")
+
+    def _finish(self) -> Manifest:
+        """Cut the shards from the streams, write the manifest and publish."""
+        special = self._special_ids()
+        results = [read_result(self.work.part(part)) for part in self.parts]
+        check_rejects(self.config, results)
+        self._check_sources()
+        jobs = {name: self._shard_jobs(name, special, results) for name in SPLITS}
+        try:
+            check_documents(self.config, results)
+            check_rows(self.config, jobs, results)
+        except DataError:
+            self.work.remove()  # only other options help, and these would need other streams
+            raise
+        self._build([job for split_jobs in jobs.values() for job in split_jobs])
+        data, rejects = self.work.data, all_rejects(results)
+        with written(data / TOKENIZER) as temporary:
+            shutil.copyfile(self.work.tokenizer, temporary)
+        if rejects:
+            write_text(data / REJECTS, rejects_text(rejects))
+        digest = sha256_file(self.work.tokenizer)
+        manifest = make_manifest(self.config, self.recipe, special, digest, self.parts, results, jobs)
+        save_manifest(manifest, data)
+        self.work.publish(self.config.overwrite)
+        self._summary(manifest)
+        return manifest
+
+    def _summary(self, manifest: Manifest) -> None:
+        rows = ", ".join(f"{name} {split.rows}" for name, split in manifest.splits.items())
+        left_out = [f"{count} documents too {why}" for why, count in manifest.skipped.items()]
+        if manifest.rejects:
+            left_out.append(f"{manifest.rejects} bad records, listed in {REJECTS}")
+        if left_out:
+            self.report(f"left out: {', '.join(left_out)}")
+        self.report(
+            f"wrote {self.config.out}: rows of {manifest.length} tokens: {rows}; "
+            f"validation unigram perplexity {manifest.validation_unigram_perplexity:.1f}"
+        )
+
+    def _shard_jobs(self, name: SplitName, special: SpecialIds, results: Sequence[Encoded]) -> list[ShardJob]:
+        pieces = [Piece(self.work.part(part), 0, result.tokens[name]) for part, result in zip(self.parts, results)]
+        stream = Stream(name, tuple(pieces), self.config.rows(special), token_dtype(special.vocab_size).str)
+        return shard_jobs(
+            stream,
+            self.config.rows_per_shard,
+            folder=self.work.data / name,
+            notes=self.work.notes,
+            rows_per_member=self.config.rows_per_member,
+            documents=self.config.documents,
+            vocab_size=special.vocab_size,
+        )
+
+    def _build(self, jobs: Sequence[ShardJob]) -> None:
+        self.work.sweep()
+        missing = [job for job in jobs if finished_shard(job) is None]
+        itemsize = np.dtype(jobs[0].stream.dtype).itemsize
+        size = sum(job.stream.tokens * itemsize for job in missing)
+        progress = Progress(self.report, "packed", size)
+        # Starting processes takes longer than a few shards do.
+        for job, result in pool.run(build_shard, missing, self.workers if size > _LITTLE else 1, progress.tick):
+            if isinstance(result, DataError):
+                raise result
+            progress.done(job.stream.tokens * itemsize, job.stream.tokens * itemsize)
+        if missing:
+            progress.line()
+
+    def _check_sources(self) -> None:
+        for source in self.sources:
+            if not source.remote and expand([source.path]) != [source]:
+                raise DataError(f"{source.path}: changed while it was read; run again once it is complete")
+
+    def _special_ids(self) -> SpecialIds:
+        """Train or copy the tokenizer, once for all processes that share the work: a given file is kept as it is."""
+        path, size = self.work.tokenizer, self.config.bpe_size
+        with self.work.exclusively("tokenizer"):
+            if not path.exists() and size is None:
+                with written(path) as temporary:
+                    shutil.copyfile(self.config.tokenizer, temporary)
+            elif not path.exists():
+                write_text(path, self._train(size).to_str(pretty=True))
+        return special_ids(load_tokenizer(path), self.config.bos, self.config.eos)
+
+    def _train(self, size: int) -> Tokenizer:
+        progress = Progress(self.report, "read for the tokenizer", sum(part.weight for part in self.parts))
+        tokenizer = train_bpe(self._train_texts(progress), size)
+        progress.line()
+        self.report(f"trained a byte-level BPE of {tokenizer.get_vocab_size()} entries")
+        return tokenizer
+
+    def _train_texts(self, progress: Progress) -> Iterator[str]:
+        """Texts of the train split, or a sample of them."""
+        config, total = self.config, 0
+        for part in self.parts:
+            began = total
+            with self._local(part.source) as path:
+                for document in read_part(part, path, config.fields, self._rejects(part), lambda why: None):
+                    total += len(document.text.encode())
+                    progress.tick(total)
+                    if in_validation(document.id, config.seed, config.validation_fraction):
+                        continue
+                    if config.tokenizer_sample == 1 or share(document.id, _SAMPLE) < config.tokenizer_sample:
+                        yield document.text
+            progress.done(part.weight, total - began)
+
+    def _rejects(self, part: Part) -> Callable[[int, str], None]:
+        """A callback that lets as many bad records pass as one part may have."""
+        found: list[Reject] = []
+
+        def reject(offset: int, reason: str) -> None:
+            found.append(Reject(source=part.source.name, offset=offset, reason=reason))
+            if len(found) > self.config.max_rejects:
+                raise too_many_rejects(len(found), found[0], self.config.max_rejects)
+
+        return reject
+
+    @contextmanager
+    def _local(self, source: Source) -> Iterator[Path]:
+        """Where a source can be read on this machine; a remote one is fetched for the time of the block."""
+        if not source.remote:
+            yield Path(source.path)
+            return
+        path = self.work.folder / "fetched"
+        fetch(source.path, path, source.bytes)
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _reuse(config: PrepConfig, sources: Sequence[Source], out: Path, report: Report) -> Manifest:
     """The manifest in ``out`` if it is what ``config`` asks for, else DataError."""
     if not (out / MANIFEST).is_file():
         raise DataError(f"{config.out}: exists and is not a data set; choose another --out")
     manifest = load_manifest(out)
-    asked, made = _recipe(config), manifest.recipe
-    for key in Recipe.model_fields:
-        if getattr(asked, key) != getattr(made, key):
-            raise DataError(
-                f"{config.out}: holds a data set with {key}={getattr(made, key)}, not {getattr(asked, key)}; "
-                "choose another --out or pass --overwrite"
-            )
-    if _identify(files) != manifest.sources:
+    difference = recipe_difference(manifest.recipe, config.recipe())
+    if difference:
+        raise DataError(f"{config.out}: holds a data set with {difference}; choose another --out or pass --overwrite")
+    if not _same_sources(sources, manifest.sources):
         raise DataError(f"{config.out}: holds a data set of other sources; choose another --out or pass --overwrite")
     check_files(out, manifest)
     report(f"{config.out}: already there, same recipe and sources; nothing to do")
     return manifest
 
 
-def _recipe(config: PrepConfig) -> Recipe:
-    tokenizer = config.tokenizer
-    if _bpe_size(tokenizer) is None:
-        load_tokenizer(tokenizer)
-        tokenizer = sha256_file(Path(tokenizer))
-    shared = config.model_dump(exclude={"inputs", "out", "overwrite", "seed", "tokenizer"})
-    return Recipe(tokenizer=tokenizer, split_seed=config.seed, **shared)
-
-
-def _bpe_size(tokenizer: str) -> int | None:
-    """N of ``bpe:N``, None for a path."""
-    if not tokenizer.startswith("bpe:"):
-        return None
-    digits = tokenizer[4:]
-    if not digits.isdecimal() or len(digits) > 8:  # the trainer reserves memory for all entries it may find
-        raise DataError(
-            f"tokenizer={tokenizer[:40]}: after bpe: goes a number of entries below 100000000; write bpe:4096"
-        )
-    return int(digits)
-
-
-def _identify(files: Sequence[Path]) -> list[SourceFile]:
+def _same_sources(sources: Sequence[Source], recorded: Sequence[SourceFile]) -> bool:
+    """Whether the files are those of the data set: by content, and remote ones, which stay there, by size."""
+    if [(source.name, source.bytes) for source in sources] != [(file.name, file.bytes) for file in recorded]:
+        return False
     try:
-        return [SourceFile(name=f.name, bytes=f.stat().st_size, sha256=sha256_file(f)) for f in files]
+        return all(s.remote or sha256_file(Path(s.path)) == file.sha256 for s, file in zip(sources, recorded))
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check the file and its rights") from None
 
 
-def _stamp(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _build(config: PrepConfig, files: Sequence[Path], folder: Path, report: Report) -> Manifest:
-    """Write everything into ``folder``."""
-    stamps = {file: _stamp(file) for file in files}
-    recipe, sources = _recipe(config), _identify(files)
-    tokenizer = _tokenizer(config, files, folder / TOKENIZER, report)
-    special = special_ids(tokenizer, config.bos, config.eos)
-    builders = _fill(config, files, tokenizer, special, folder, report)
-    splits = {name: builder.finish() for name, builder in builders.items()}
-    _check_splits(config, splits)
-    for file, stamp in stamps.items():
-        if _stamp(file) != stamp:
-            raise DataError(f"{file}: changed while it was read; run again once it is complete")
-
-    nats = unigram_nats(builders["validation"].counts, builders["train"].counts + 1)
-    manifest = Manifest(
-        package_version=_version(),
-        length=config.length,
-        dtype=token_dtype(special.vocab_size).str,
-        vocab_size=special.vocab_size,
-        bos_id=special.bos,
-        eos_id=special.eos,
-        mask_id=special.mask,
-        tokenizer_sha256=sha256_file(folder / TOKENIZER),
-        recipe=recipe,
-        sources=sources,
-        validation_unigram_nats=nats,
-        validation_unigram_perplexity=math.exp(nats),
-        splits=splits,
-    )
-    save_manifest(manifest, folder)
-    for name in (MANIFEST, TOKENIZER):
-        sync(folder / name)
-    return manifest
-
-
-def _documents(config: PrepConfig, files: Sequence[Path]) -> Iterator[tuple[bool, Document]]:
-    """(in validation, document) for every document."""
-    for document in read_documents(files, config.text_field, config.id_field):
-        yield in_validation(document.id, config.seed, config.validation_fraction), document
-
-
-def _tokenizer(config: PrepConfig, files: Sequence[Path], path: Path, report: Report) -> Tokenizer:
-    """Train or load the tokenizer and leave it at ``path``: a given file is shipped byte for byte."""
-    size = _bpe_size(config.tokenizer)
-    if size is None:
-        tokenizer = load_tokenizer(config.tokenizer)
-        shutil.copyfile(config.tokenizer, path)
-        return tokenizer
-    progress = _Progress(report, "read for the tokenizer")
-    tokenizer = train_bpe((progress.pass_on(d) for held_out, d in _documents(config, files) if not held_out), size)
-    path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    progress.line()
-    report(f"trained a byte-level BPE of {tokenizer.get_vocab_size()} entries")
-    return tokenizer
-
-
-def _fill(
-    config: PrepConfig,
-    files: Sequence[Path],
-    tokenizer: Tokenizer,
-    special: SpecialIds,
-    folder: Path,
-    report: Report,
-) -> dict[str, _SplitBuilder]:
-    """Send every document to its split."""
-    builders = {name: _SplitBuilder(config, tokenizer, special, folder, name) for name in SPLITS}
-    progress = _Progress(report, "packed")
-    for held_out, document in _documents(config, files):
-        builders["validation" if held_out else "train"].add(document)
-        progress.pass_on(document)
-    for builder in builders.values():
-        builder.flush()
-    progress.line()
-    return builders
-
-
-class _SplitBuilder:
-    """Tokenizes, packs, counts and writes one split; holds one batch of text and one chunk of rows."""
-
-    def __init__(self, config: PrepConfig, tokenizer: Tokenizer, special: SpecialIds, folder: Path, name: str):
-        self.tokenizer, self.special = tokenizer, special
-        dtype = token_dtype(special.vocab_size)
-        self.packer = Packer(config.length, special.bos, special.eos, config.packing, dtype, config.rows_per_member)
-        self.writer = ShardWriter(folder / name, name, config.rows_per_shard)
-        self.counts = np.zeros(special.vocab_size, np.int64)  # of tokens at positions 1 to L-1
-        self.batch: list[Document] = []
-        self.batch_bytes = self.documents = self.text_bytes = self.rows = self.tokens = 0
-
-    def add(self, document: Document) -> None:
-        self.batch.append(document)
-        self.batch_bytes += len(document.text.encode())
-        if self.batch_bytes >= BATCH_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Tokenize and pack the batch."""
-        ids = encode(self.tokenizer, [document.text for document in self.batch])
-        for document, tokens in zip(self.batch, ids):
-            if self.special.mask in tokens:
-                name = self.tokenizer.id_to_token(self.special.mask)
-                raise DataError(
-                    f"{document.source}: document {document.id}: its text holds the mask {name!r}, which "
-                    "no clean text may hold; remove it, or mark the mask as special in the tokenizer"
-                )
-        self.documents += len(self.batch)
-        self.text_bytes += self.batch_bytes
-        self.batch, self.batch_bytes = [], 0
-        self._write(self.packer.add(ids))
-
-    def finish(self) -> Split:
-        last, dropped = self.packer.finish()
-        self._write(last)
-        return Split(
-            documents=self.documents,
-            text_bytes=self.text_bytes,
-            rows=self.rows,
-            tokens=self.tokens,
-            dropped_tokens=dropped,
-            unigram_entropy=unigram_nats(self.counts, self.counts) if self.rows else 0.0,
-            shards=self.writer.close(),
-        )
-
-    def _write(self, chunks: list[Rows]) -> None:
-        for chunk in chunks:
-            self.writer.write(chunk)
-            self.counts += np.bincount(chunk.tokens[:, 1:].ravel(), minlength=len(self.counts))
-            self.rows += len(chunk.tokens)
-            self.tokens += chunk.tokens.size
-
-
-def _check_splits(config: PrepConfig, splits: dict[str, Split]) -> None:
-    """Both splits need a document and a row."""
-    documents = sum(split.documents for split in splits.values())
-    if not documents:
-        raise DataError(f"{config.inputs[0]}: no documents in the input; give files with one JSON object a line")
-    for name, split in splits.items():
-        if not split.documents:
-            raise DataError(
-                f"validation_fraction={config.validation_fraction}: none of {documents} documents falls into "
-                f"the {name} split; change --validation-fraction or --seed, or give more documents"
-            )
-        if not split.rows:
-            raise DataError(
-                f"length={config.length}: the {split.documents} documents of the {name} split fill no row "
-                f"({split.dropped_tokens} tokens); use a shorter --length, another --validation-fraction "
-                "or more text"
-            )
-
-
-class _Progress:
-    """Reports documents and MB/s, at most every ``REPORT_SECONDS`` but for the last line."""
-
-    def __init__(self, report: Report, verb: str):
-        self.report, self.verb = report, verb
-        self.documents = self.bytes = 0
-        self.began = self.told = time.monotonic()
-
-    def pass_on(self, document: Document) -> str:
-        """Count a document and return its text."""
-        self.documents += 1
-        self.bytes += len(document.text.encode())
-        if time.monotonic() - self.told >= REPORT_SECONDS:
-            self.line()
-        return document.text
-
-    def line(self) -> None:
-        self.told = time.monotonic()
-        speed = self.bytes / max(self.told - self.began, 1e-9) / 1e6
-        self.report(f"{self.verb}: {self.documents} documents, {self.bytes / 1e6:.1f} MB, {speed:.1f} MB/s")
-
-
-def _version() -> str:
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep ``tokenizers`` from starting threads of its own: one process takes one core."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
-        return metadata.version("bd3-megatron")
-    except metadata.PackageNotFoundError:
-        return "unknown"
+        yield
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before

@@ -14,6 +14,7 @@ import numpy as np
 
 from data_prep.cache import RemoteShard, ShardCache
 from data_prep.errors import DataError
+from data_prep.files import sha256_file
 from data_prep.manifest import (
     MANIFEST,
     MEND,
@@ -22,7 +23,6 @@ from data_prep.manifest import (
     check_files,
     load_manifest,
     parse_manifest,
-    sha256_file,
 )
 from data_prep.mapping import Stretch, map_file
 from data_prep.remote import fetch, is_remote

@@ -8,6 +8,7 @@ import random
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from data_prep.errors import DataError
 
@@ -102,3 +103,74 @@ def _chunks(url: str):
         raise
     except Exception as error:  # every protocol has exceptions of its own
         raise _SourceError(error) from error
+
+
+class RemoteFile(NamedTuple):
+    """One file of a store, as its listing describes it."""
+
+    url: str
+    bytes: int | None  # None where the store does not say
+    stamp: str  # changes when the file does, as far as the store tells
+
+
+class RemoteListing(NamedTuple):
+    """What a URL stands for: a single file, or the files of a folder or glob."""
+
+    single: RemoteFile | None
+    files: list[RemoteFile]
+
+
+def list_remote(url: str) -> RemoteListing:
+    """Describe the file at ``url``, or the files directly in that folder or behind that glob, sorted by URL.
+
+    Raises:
+        DataError: nothing is there, access is denied, or the store or its package cannot be reached.
+    """
+    try:
+        return _list_remote(url)
+    except DataError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{url}: no such file or folder; check the address") from None
+    except PermissionError as error:
+        raise DataError(f"{url}: access denied ({_line(error)}); check the credentials") from None
+    except ImportError as error:
+        raise DataError(f"{url}: cannot be opened ({_line(error)}); pip install 'bd3-megatron[data]'") from None
+    except Exception as error:  # every protocol has exceptions of its own
+        reason = f"{type(error).__name__}: {_line(error)}"
+        raise DataError(f"{url}: cannot be listed ({reason}); check address and credentials") from None
+
+
+def _list_remote(url: str) -> RemoteListing:
+    import fsspec
+
+    files, path = fsspec.url_to_fs(url)
+    files.invalidate_cache()  # a stamp must be of now
+    magic = "*[" if url.startswith(("http://", "https://")) else "*?["  # a query is no pattern
+    if any(sign in url for sign in magic):
+        infos = list(files.glob(path, detail=True).values())
+        if not infos:
+            raise DataError(f"{url}: nothing matches; check the pattern")
+    else:
+        info = files.info(path)
+        if info["type"] != "directory" and not url.endswith("/"):
+            return RemoteListing(_describe(files, info, url if "::" in url else files.unstrip_protocol(path)), [])
+        infos = files.ls(path, detail=True)
+    if "::" in url:
+        raise DataError(f"{url}: a chained address stands for one file; name the files one by one")
+    inside = [_describe(files, info) for info in infos if info["type"] == "file" and not info["name"].endswith("/")]
+    return RemoteListing(None, sorted(inside))
+
+
+def _describe(files, info: dict, url: str | None = None) -> RemoteFile:
+    url = url or files.unstrip_protocol(info["name"])
+    if info.get("size") is None:  # the pages of a web folder list names alone
+        info = files.info(info["name"])
+    strong = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "generation")
+    dates = ("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "modified", "created")
+    stamp = next((str(info[key]) for key in strong + dates if info.get(key)), "")
+    return RemoteFile(url, info.get("size"), stamp.strip('"') or f"{info.get('size')} bytes")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -7,87 +7,53 @@ importing it imports torch, and it does not tell where a payload lies, which the
 from __future__ import annotations
 
 import io
-import os
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.manifest import Member, Shard, sha256_file
+from data_prep.files import sha256_file, written
+from data_prep.manifest import Member, Shard
 from data_prep.pack import Rows
 
 
-class ShardWriter:
-    """Writes chunks of rows, one WebDataset sample each, to ``<folder>/<split>-<number>.tar``.
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}.tar"
+
+
+def write_shard(folder: Path, split: str, number: int, samples: Iterable[Rows]) -> Shard:
+    """Write ``<folder>/<split>-<number>.tar``, one WebDataset sample for each of ``samples``.
 
     A sample has the key ``<split>-<shard>-<member>``, unique over the data set, and the parts ``tokens.npy``
-    ``[n, L]`` and ``docs.npy`` ``[m, 2]`` (see :class:`data_prep.pack.Rows`). A shard is closed once it holds
-    ``rows_per_shard`` rows.
+    ``[n, L]`` and ``docs.npy`` ``[m, 2]`` (see :class:`data_prep.pack.Rows`). The file appears under its name once all
+    of it is on the disk.
+
+    Raises:
+        OSError: as the disk does; nothing is left then.
     """
-
-    def __init__(self, folder: Path, split: str, rows_per_shard: int):
-        self.folder, self.split, self.rows_per_shard = folder, split, rows_per_shard
-        self.shards: list[Shard] = []
-        self._members: list[Member] = []
-        self._tar: tarfile.TarFile | None = None
-        folder.mkdir()
-
-    def write(self, rows: Rows) -> None:
-        """Append one sample. Raises OSError where the disk does."""
-        if self._tar is None:
-            self._tar = tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        key = f"{self.split}-{len(self.shards):06d}-{len(self._members):06d}"
-        tokens = self._add(f"{key}.tokens.npy", rows.tokens)
-        docs = self._add(f"{key}.docs.npy", rows.docs)
-        self._members.append(Member(tokens, docs, len(rows.tokens), len(rows.docs)))
-        if sum(member.rows for member in self._members) >= self.rows_per_shard:
-            self._close_shard()
-
-    def close(self) -> list[Shard]:
-        """Finish the last shard and return all of them, in order."""
-        if self._tar is not None:
-            self._close_shard()
-        sync(self.folder)
-        return self.shards
-
-    @property
-    def _temporary(self) -> Path:
-        return self.folder / f"{self.split}-{len(self.shards):06d}.tar.tmp"
-
-    def _add(self, name: str, array: np.ndarray) -> int:
-        """Append ``array`` as an npy file and return the offset of its raw bytes in the tar."""
-        buffer = io.BytesIO()
-        np.save(buffer, array, allow_pickle=False)
-        info = tarfile.TarInfo(name)  # owner 0, mtime 0: the bytes depend on name and content alone
-        info.size = buffer.tell()
-        buffer.seek(0)
-        self._tar.addfile(info, buffer)
-        padded = -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        return self._tar.offset - padded + info.size - array.nbytes
-
-    def _close_shard(self) -> None:
-        self._tar.close()
-        temporary, self._tar = self._temporary, None
-        final = temporary.with_suffix("")
-        sync(temporary)
-        temporary.rename(final)
-        rows = sum(member.rows for member in self._members)
-        self.shards.append(
-            Shard(
-                name=final.name,
-                bytes=final.stat().st_size,
-                sha256=sha256_file(final),
-                rows=rows,
-                members=self._members,
-            )
-        )
-        self._members = []
+    path = folder / shard_name(split, number)
+    members = []
+    with written(path) as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for rows in samples:
+                key = f"{split}-{number:06d}-{len(members):06d}"
+                tokens = _add(tar, f"{key}.tokens.npy", rows.tokens)
+                docs = _add(tar, f"{key}.docs.npy", rows.docs)
+                members.append(Member(tokens, docs, len(rows.tokens), len(rows.docs)))
+        size, digest = temporary.stat().st_size, sha256_file(temporary)
+    return Shard(
+        name=path.name, bytes=size, sha256=digest, rows=sum(member.rows for member in members), members=members
+    )
 
 
-def sync(path: Path) -> None:
-    """Have the system write a file, or a folder's entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _add(tar: tarfile.TarFile, name: str, array: np.ndarray) -> int:
+    """Append ``array`` as an npy file and return the offset of its raw bytes in the tar."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    info = tarfile.TarInfo(name)  # owner 0, mtime 0: the bytes depend on name and content alone
+    info.size = buffer.tell()
+    buffer.seek(0)
+    tar.addfile(info, buffer)
+    padded = -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return tar.offset - padded + info.size - array.nbytes

@@ -11,8 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data_prep.errors import DataError
-from data_prep.manifest import FORMAT, MANIFEST, SPLITS, TOKENIZER
-from data_prep.shards import sync
+from data_prep.files import sync
 
 
 @contextmanager
@@ -44,23 +43,6 @@ def staged(out: Path, overwrite: bool) -> Iterator[Path]:
                 "make room, check the rights, or choose another folder"
             ) from None
         raise
-
-
-def check_replaceable(out: Path) -> None:
-    """Refuse to delete what ``bd3 prep`` has not written.
-
-    Raises:
-        DataError: ``out`` is not a data set or holds other files too.
-    """
-    foreign = None
-    if out.is_symlink() or not out.is_dir():
-        foreign = "not a folder"
-    elif not (out / MANIFEST).is_file() or FORMAT.encode() not in (out / MANIFEST).read_bytes():
-        foreign = f"it has no {MANIFEST} of ours"
-    elif extra := {p.name for p in out.iterdir()} - {MANIFEST, TOKENIZER, *SPLITS}:
-        foreign = f"it also holds {min(extra)}"
-    if foreign:
-        raise DataError(f"{out}: --overwrite replaces data sets only ({foreign}); choose another --out or remove it")
 
 
 def _publish(folder: Path, out: Path, overwrite: bool) -> None:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.manifest import sha256_file
-from data_prep.shards import sync
+from data_prep.files import sha256_file, sync
 
 COMPLETE = "complete.json"
 _PREFIX = "step-"

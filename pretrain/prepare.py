@@ -7,7 +7,8 @@ import sys
 import tyro
 from pydantic import Field
 
-from data_prep.prep import PrepConfig, prep
+from data_prep.plan import PrepConfig
+from data_prep.prep import prep
 from pretrain.options import parse_options
 
 
@@ -15,8 +16,9 @@ class PrepOptions(PrepConfig):
     """Tokenize text, cut it into rows and write them as WebDataset shards."""
 
     inputs: tyro.conf.Positional[tuple[str, ...]] = Field(
-        min_length=1, description="JSONL files (plain or .gz), or folders of them"
+        min_length=1, description=PrepConfig.model_fields["inputs"].description
     )
+    dry_run: bool = Field(False, description="estimate tokens, shards, disk and time from a sample; write nothing")
 
 
 def main(args: list[str]) -> None:
@@ -26,8 +28,15 @@ def main(args: list[str]) -> None:
         ConfigError, DataError: one line for the user.
     """
     options = parse_options(PrepOptions, args, "bd3 prep")
-    config = PrepConfig(**options.model_dump())
+    config = PrepConfig(**options.model_dump(exclude={"dry_run"}))
+    if options.dry_run:
+        from data_prep.estimate import estimate
+
+        print("\n".join(estimate(config).lines()))
+        return
     manifest = prep(config, lambda line: print(line, file=sys.stderr, flush=True))
+    if manifest is None:
+        return
     print(f"{config.out}: {manifest.length} tokens per row, vocabulary {manifest.vocab_size:,}")
     for name, split in manifest.splits.items():
         print(f"  {name}: {split.documents:,} documents, {split.rows:,} rows, {split.tokens:,} tokens")

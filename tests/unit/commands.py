@@ -33,20 +33,21 @@ class Done:
     err: str
 
 
-def start(*args: object, log: Path, before: Callable[[], None] | None = None) -> BaseProcess:
+def start(*args: object, log: Path, before: Callable[[], None] | None = None, parent: bool = False) -> BaseProcess:
     """Start ``bd3 args``; what it prints goes to ``log.out`` and ``log.err``.
 
     Args:
         before: called in the new process first, to prepare what the command will meet there.
+        parent: whether it may start processes of its own (it then outlives a test that forgets it).
     """
-    process = FORKS.Process(target=_main, args=([str(arg) for arg in args], str(log), before), daemon=True)
+    process = FORKS.Process(target=_main, args=([str(arg) for arg in args], str(log), before), daemon=not parent)
     process.start()
     return process
 
 
-def bd3(*args: object, log: Path, before: Callable[[], None] | None = None) -> Done:
-    """Run ``bd3 args`` to its end."""
-    process = start(*args, log=log, before=before)
+def bd3(*args: object, log: Path, before: Callable[[], None] | None = None, parent: bool = False) -> Done:
+    """Run ``bd3 args`` to its end; arguments as of :func:`start`."""
+    process = start(*args, log=log, before=before, parent=parent)
     process.join()
     out, err = (log.with_suffix(end).read_text(errors="replace") for end in (".out", ".err"))
     return Done(process.exitcode, out, err)

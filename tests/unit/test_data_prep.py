@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,20 @@ import pytest
 from pydantic import ValidationError
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from data_prep import encode as encode_module
+from data_prep import files
 from data_prep import prep as prep_module
-from data_prep import shards
+from data_prep import sources as sources_module
 from data_prep.errors import DataError
+from data_prep.estimate import estimate
 from data_prep.manifest import Manifest, load_manifest
 from data_prep.prep import PrepConfig, in_validation, prep
+from data_prep.progress import Progress, duration
 from data_prep.reader import RowReader
-from data_prep.tokenize import encode, load_tokenizer
+from data_prep.sources import Fields, expand, read_part
+from data_prep.tokenize import encode, load_tokenizer, train_bpe
+from data_prep.work import Work
+from tests.unit.commands import bd3, start
 
 WORDS = ["it", "is", "a", "truth", "universally", "acknowledged", "single", "man", "of", "good", "fortune"]
 
@@ -45,6 +53,14 @@ def asked(tmp_path: Path, **changes) -> PrepConfig:
         "rows_per_shard": 24,
     }
     return PrepConfig(**values | changes)
+
+
+def trained(folder: Path) -> str:
+    """A tokenizer of the corpus."""
+    path = folder / "bpe.json"
+    if not path.exists():
+        train_bpe([" ".join(WORDS)] * 3, 300).save(str(path))
+    return str(path)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -211,7 +227,7 @@ def test_a_data_set_with_a_cut_shard_is_not_reused(tmp_path):
         ({"tokenizer": "missing.json"}, "missing.json: no such tokenizer file"),
         ({"bos": "<nope>"}, "--bos <nope>"),
         ({"text_field": "txt"}, "use --text-field text"),
-        ({"inputs": ["missing.jsonl"]}, "missing.jsonl: no such file"),
+        ({"inputs": ["missing.jsonl"]}, "missing.jsonl: no such"),
     ],
 )
 def test_mistakes_leave_nothing_behind(tmp_path, changes, says):
@@ -219,29 +235,225 @@ def test_mistakes_leave_nothing_behind(tmp_path, changes, says):
     assert says in refused(tmp_path, asked(tmp_path, out=str(tmp_path / "new" / "data"), **changes))
 
 
-def test_damaged_sources_leave_nothing_behind(tmp_path):
+def test_a_broken_source_fails_alone(tmp_path):
     text = corpus(tmp_path).read_bytes()
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(text)[:-9])
-    (tmp_path / "bad.jsonl").write_bytes(text + b"\xff\n")
-    (tmp_path / "none.jsonl").write_bytes(b"\n")
-    for name, says in (
-        ("cut.jsonl.gz", "ends early"),
-        ("bad.jsonl", ":61: not UTF-8"),
-        ("none.jsonl", "no documents"),
-    ):
-        assert says in refused(tmp_path, asked(tmp_path, inputs=[str(tmp_path / name)]))
+    whole = tmp_path / "whole.jsonl"
+    whole.write_bytes(text.replace(b"doc-", b"more-"))
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress(text, mtime=0)[:-9])
+    tokenizer = trained(tmp_path)
+    config = asked(tmp_path, inputs=[str(packed), str(whole)], tokenizer=tokenizer)
+    lines: list[str] = []
+    with pytest.raises(DataError, match=r"packed.jsonl.gz: .*; 1 of 2 parts are done and kept: run again"):
+        prep(config, lines.append)
+    assert not (tmp_path / "data").exists()
+    packed.write_bytes(gzip.compress(text, mtime=0))
+    assert prep(config, lines.append)
+    assert any("going on: 1 of 2 parts are done already" in line for line in lines)
+    at_once = asked(tmp_path, inputs=[str(packed), str(whole)], tokenizer=tokenizer, out=str(tmp_path / "again"))
+    prep(at_once)
+    assert contents(tmp_path / "data") == contents(tmp_path / "again")
+
+
+def test_bad_records_are_listed_and_left_out(tmp_path):
+    path = corpus(tmp_path)
+    clean = prep(asked(tmp_path, out=str(tmp_path / "clean"), tokenizer=trained(tmp_path)))
+    lines = path.read_bytes().splitlines(keepends=True)
+    bad = {3: b"\xff\n", 20: b'{"id": "x"}\n', 41: b"nonsense\n"}
+    with path.open("wb") as stream:
+        offsets = []
+        for number, line in enumerate(lines):
+            if number in bad:
+                offsets.append(stream.tell())
+                stream.write(bad[number])
+            stream.write(line)
+    config = asked(tmp_path, tokenizer=trained(tmp_path))
+    said: list[str] = []
+    manifest = prep(config, said.append)
+    assert manifest.rejects == 3
+    assert "3 bad records, listed in rejects.jsonl" in said[-2]
+    records = [json.loads(line) for line in (tmp_path / "data/rejects.jsonl").read_text().splitlines()]
+    assert [record["offset"] for record in records] == offsets
+    assert {record["source"] for record in records} == {"text.jsonl"}
+    for record, says in zip(records, ("UTF-8", "no field 'text'", "not JSON")):
+        assert says in record["reason"]
+    assert manifest.splits == clean.splits  # the rest is as if they had never been there
+
+    for most, says in ((2, "that is the first of 3 bad records, and max_rejects=2"), (0, "at ")):
+        config = asked(tmp_path, tokenizer=trained(tmp_path), max_rejects=most, out=str(tmp_path / "strict"))
+        assert says in refused(tmp_path, config)
+    config = asked(tmp_path, inputs=[str(path), *more_bad(tmp_path)], tokenizer=trained(tmp_path), max_rejects=4)
+    with pytest.raises(DataError, match="first of 6 bad records"):  # none of the files has too many by itself
+        prep(config.model_copy(update={"out": str(tmp_path / "sum")}))
+
+
+def more_bad(folder: Path) -> list[str]:
+    (folder / "more.jsonl").write_bytes(b"[]\n[]\n[]\n")
+    return [str(folder / "more.jsonl")]
+
+
+def test_lengths_leave_documents_out_and_are_counted(tmp_path):
+    path = corpus(tmp_path)
+    with path.open("a") as stream:
+        stream.write('{"id": "s", "text": "it"}\n{"id": "b", "text": "  "}\n')
+    lengths = [len(json.loads(line)["text"]) for line in path.read_text().splitlines()]
+    config = asked(tmp_path, min_chars=3, max_chars=250)
+    manifest = prep(config)
+    assert manifest.skipped == {"short": 2, "long": sum(n > 250 for n in lengths)}
+    assert sum(split.documents for split in manifest.splits.values()) == sum(3 <= n <= 250 for n in lengths)
+
+
+def test_without_documents_no_starts_are_stored(tmp_path):
+    corpus(tmp_path)
+    prep(asked(tmp_path, documents=False))
+    manifest = load_manifest(tmp_path / "data")
+    assert not manifest.recipe.documents
+    assert all(member[3] == 0 for shard in manifest.splits["train"].shards for member in shard.members)
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(True, True), (True, False), (False, True), (False, False)])
+def test_bos_and_eos_policy_of_a_stream(tmp_path, bos, eos):
+    path = corpus(tmp_path)
+    config = asked(tmp_path, packing="stream", add_bos=bos, add_eos=eos)
+    manifest = prep(config)
+    tokenizer = load_tokenizer(tmp_path / "data/tokenizer.json")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    texts = [r["text"] for r in records if not in_validation(r["id"], 0, 0.25)]
+    head, tail = [manifest.bos_id] * bos, [manifest.eos_id] * eos
+    stream = [token for ids in encode(tokenizer, texts) for token in (*head, *ids, *tail)]
+    reader = RowReader(config.out, "train")
+    rows = reader.rows(np.arange(len(reader)))
+    assert rows.ravel().tolist() == stream[: rows.size]
+    documents = reader.documents(np.arange(len(reader))).ravel()
+    lengths = [len(ids) + bos + eos for ids in encode(tokenizer, texts)]
+    assert documents.tolist() == np.repeat(np.arange(len(texts)), lengths)[: rows.size].tolist()
+
+
+def test_neither_parts_nor_processes_nor_shares_change_a_byte(tmp_path, monkeypatch):
+    path = corpus(tmp_path, documents=80)
+    packed = tmp_path / "more.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes().replace(b"doc-", b"other-"), mtime=0))
+    inputs = {"inputs": [str(path), str(packed)], "tokenizer": trained(tmp_path)}
+    prep(asked(tmp_path, **inputs, workers=1))
+    expected = contents(tmp_path / "data")
+    monkeypatch.setattr(prep_module, "SMALLEST_PART", 700)
+    prep(asked(tmp_path, **inputs, out=str(tmp_path / "two"), workers=2))
+    assert contents(tmp_path / "two") == expected
+
+    shares = [asked(tmp_path, **inputs, out=str(tmp_path / "shares"), part=f"{k}/3", workers=1) for k in range(3)]
+    lines: list[str] = []
+    assert [prep(share, lines.append) is None for share in shares] == [True, True, False]
+    assert "parts are left to others" in lines[1]
+    assert contents(tmp_path / "shares") == expected
+    assert prep(shares[0], lines.append) == load_manifest(tmp_path / "shares")
+    assert "nothing to do" in lines[-1]
+
+
+def test_shares_of_a_slurm_array(monkeypatch):
+    for name, value in (("ID", 7), ("MIN", 3), ("COUNT", 4), ("STEP", 2)):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    assert prep_module.share_of("slurm") == (2, 4)
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
+    with pytest.raises(DataError, match="part=slurm: not in an array job"):
+        prep_module.share_of("slurm")
+
+
+def test_sharing_tasks_at_once(tmp_path):
+    """All tasks of an array start together: one trains the tokenizer, one publishes, and all end well."""
+    corpus(tmp_path)
+    prep(asked(tmp_path))
+    script = (
+        "import sys; from data_prep.prep import PrepConfig, prep;"
+        "prep(PrepConfig.model_validate_json(sys.argv[1]), print)"
+    )
+    configs = [asked(tmp_path, out=str(tmp_path / "array"), part=f"{k}/4", workers=1) for k in range(4)]
+    children = [subprocess.Popen([sys.executable, "-c", script, c.model_dump_json()]) for c in configs]
+    assert [child.wait() for child in children] == [0] * 4
+    assert contents(tmp_path / "array") == contents(tmp_path / "data")
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(("workers", "moments"), [(1, 16), (2, 4)])
+def test_a_killed_prep_goes_on_to_the_same_bytes(tmp_path, workers, moments):
+    """Kill -9 at moments spread over the whole run; the same command again ends it."""
+    corpus(tmp_path, documents=80)
+    options = ["--length", 16, "--tokenizer", trained(tmp_path), "--rows-per-member", 8, "--rows-per-shard", 64]
+    command = ["prep", tmp_path / "text.jsonl", *options, "--workers", workers]
+    how = {"log": tmp_path / "log", "before": small_parts, "parent": workers > 1}
+    begun = time.monotonic()
+    assert bd3(*command, "--out", tmp_path / "whole", **how).code == 0
+    seconds = time.monotonic() - begun
+    rng = np.random.default_rng(workers)
+    for number in range(moments):
+        out = tmp_path / f"killed-{number}"
+        process = start(*command, "--out", out, **how)
+        process.join(seconds * (number + rng.uniform()) / moments)
+        process.kill()
+        process.join()
+        done = bd3(*command, "--out", out, **how)
+        assert done.code == 0, done.err
+        assert contents(out) == contents(tmp_path / "whole")
+        assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def small_parts() -> None:
+    prep_module.SMALLEST_PART, prep_module._LITTLE = 8000, 0
+    files.sync = lambda path: None  # a killed process loses nothing that it has written
+
+
+@pytest.mark.parametrize(
+    "where", ["encode.read_part", "assemble.write_shard", "prep.save_manifest", "prep.Work.publish"]
+)
+def test_a_prep_that_fails_late_goes_on(tmp_path, monkeypatch, where):
+    corpus(tmp_path)
+    config = asked(tmp_path, tokenizer=trained(tmp_path))
+    prep(config.model_copy(update={"out": str(tmp_path / "whole")}))
+    module, _, name = where.partition(".")
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"data_prep.{module}.{name}", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prep(config)
+    assert not (tmp_path / "data").exists()
+    prep(config)
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def test_unfinished_work_of_other_options_is_not_mixed_in(tmp_path, monkeypatch):
+    corpus(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(prep_module, "save_manifest", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prep(asked(tmp_path))
+    with pytest.raises(DataError, match="unfinished work with length=16, not 32; finish it with the same options"):
+        prep(asked(tmp_path, length=32))
+    assert prep(asked(tmp_path, length=32, overwrite=True)).length == 32
+    assert load_manifest(tmp_path / "data").length == 32
+
+
+def test_two_preps_of_one_data_set(tmp_path):
+    corpus(tmp_path)
+    config = asked(tmp_path)
+    busy = pytest.raises(DataError, match="another bd3 prep is writing it")
+    with Work(tmp_path / "data").opened(config.recipe(), discard=False), busy:
+        prep(config)
+    assert prep(config)
 
 
 def test_a_source_that_grows_meanwhile_is_noticed(tmp_path, monkeypatch):
     path = corpus(tmp_path)
-    fill = prep_module._fill
+    read = encode_module.read_part
 
     def grow(*args):
+        yield from read(*args)
         with path.open("a") as stream:
             stream.write('{"text": "late"}\n')
-        return fill(*args)
 
-    monkeypatch.setattr(prep_module, "_fill", grow)
+    monkeypatch.setattr(encode_module, "read_part", grow)
     assert "changed while it was read" in refused(tmp_path, asked(tmp_path))
 
 
@@ -254,15 +466,20 @@ def test_text_that_encodes_to_the_mask_is_refused(tmp_path):
     tokenizer.add_special_tokens(["<s>"])
     tokenizer.add_tokens([AddedToken("<mask>", special=False)])
     tokenizer.save(str(tmp_path / "t.json"))
-    says = refused(tmp_path, asked(tmp_path, tokenizer=str(tmp_path / "t.json")))
-    assert "document odd: its text holds the mask '<mask>'" in says
+    manifest = prep(asked(tmp_path, tokenizer=str(tmp_path / "t.json")))
+    assert manifest.rejects == 1
+    assert "the text holds the mask '<mask>'" in (tmp_path / "data/rejects.jsonl").read_text()
+    says = refused(
+        tmp_path, asked(tmp_path, out=str(tmp_path / "x"), tokenizer=str(tmp_path / "t.json"), max_rejects=0)
+    )
+    assert "the text holds the mask '<mask>'" in says
 
 
 def test_output_that_cannot_be_written(tmp_path, monkeypatch):
     corpus(tmp_path)
     inside_a_file = tmp_path / "text.jsonl" / "data"
     reads = []
-    monkeypatch.setattr(prep_module, "read_documents", lambda *args: reads.append(args))
+    monkeypatch.setattr(encode_module, "read_part", lambda *args: reads.append(args))
     assert str(inside_a_file) in refused(tmp_path, asked(tmp_path, out=str(inside_a_file)))
     assert not reads  # found out before any work
 
@@ -273,43 +490,44 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards.os, "fsync", full)
+    monkeypatch.setattr("data_prep.files.os.fsync", full)
     says = refused(tmp_path, asked(tmp_path))
     assert says.startswith(f"{tmp_path / 'data'}: cannot be written (No space left on device); make room")
 
 
-def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
-    corpus(tmp_path)
-
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(prep_module, "save_manifest", stop)
-    with pytest.raises(KeyboardInterrupt):
-        prep(asked(tmp_path))
-    assert [p.name for p in tmp_path.iterdir()] == ["text.jsonl"]
-
-
-def test_leftovers_of_dead_processes_are_removed(tmp_path):
-    corpus(tmp_path)
-    child = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
-    )
-    dead = int(child.stdout)
-    gone = [f".data.partial-{dead}", f".data.replaced-{dead}"]
-    kept = [f".data.partial-{os.getppid()}", f".data.partial-{dead}@another-host", f".other.partial-{dead}"]
-    for name in gone + kept:
-        (tmp_path / name).mkdir()
-    prep(asked(tmp_path))
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*kept, "data", "text.jsonl"])
+def test_a_dry_run_comes_near_and_writes_nothing(tmp_path):
+    corpus(tmp_path, documents=300)
+    config = asked(tmp_path, tokenizer=trained(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    found = estimate(config)
+    assert sorted(tmp_path.rglob("*")) == before
+    manifest = prep(config)
+    assert found.documents == 300
+    for name, split in manifest.splits.items():
+        assert abs(found.rows[name] - split.rows) <= 1
+        assert found.shards[name] == len(split.shards)
+    assert found.rejects == 0
 
 
 def test_progress_is_reported(tmp_path):
     corpus(tmp_path)
     lines: list[str] = []
     prep(asked(tmp_path), lines.append)
-    assert any("packed: 60 documents" in line and "MB/s" in line for line in lines)
+    assert any("tokenized: " in line and "MB/s" in line for line in lines)
     assert "validation unigram perplexity" in lines[-1]
+
+
+def test_time_left():
+    progress = Progress(lambda line: None, "read", weight=1000)
+    assert progress.seconds_left(1) is None
+    progress.tick(100)
+    assert progress.seconds_left(2) == pytest.approx(18)
+    progress.done(100, 200)  # two bytes of text per stored byte
+    progress.tick(400)
+    assert progress.seconds_left(4) == pytest.approx(16)
+    progress.done(900, 2000)
+    assert progress.seconds_left(9) is None
+    assert [duration(s) for s in (5, 600, 12000)] == ["5 s", "10 min", "3 h 20 min"]
 
 
 def test_config_refuses_what_cannot_be():
@@ -326,8 +544,9 @@ def test_the_room_does_not_import_torch():
 
 
 def test_the_demo_corpus_is_readable():
-    from data_prep.sources import read_documents
-
-    path = Path(__file__).parents[2] / "corpora" / "austen.jsonl.gz"
-    documents = list(read_documents([path]))
+    (source,) = expand([str(Path(__file__).parents[2] / "corpora" / "austen.jsonl.gz")])
+    (part,) = sources_module.split(source)
+    rejects = []
+    documents = list(read_part(part, Path(source.path), Fields(), lambda *at: rejects.append(at), rejects.append))
     assert len({d.id for d in documents}) == len(documents) == 271
+    assert not rejects

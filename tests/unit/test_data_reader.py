@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import DataError
-from data_prep.manifest import Manifest, Recipe, Split, load_manifest, save_manifest, sha256_file
-from data_prep.pack import Packer
+from data_prep.files import sha256_file
+from data_prep.manifest import Manifest, Recipe, Split, load_manifest, save_manifest
+from data_prep.pack import RowFormat
 from data_prep.reader import RowReader
-from data_prep.shards import ShardWriter
+from data_prep.shards import write_shard
 
 LENGTH, ROWS = 10, 103
 
@@ -23,14 +24,17 @@ def written(folder: Path, dtype: str, documents: int = 100, seed: int = 5) -> tu
     """Write a data set without text; return its rows and each position's document, both ``[rows, length]``."""
     rng = np.random.default_rng(seed)
     count = documents
-    packer = Packer(LENGTH, 1, 2, "wrap", np.dtype(dtype), rows_per_chunk=7)
+    form = RowFormat(LENGTH, "wrap", 1, 2, True, True)
     documents = [rng.integers(3, 60_000, size=int(n)).tolist() for n in rng.integers(0, 25, size=count)]
-    chunks = packer.add(documents) + packer.finish()[0]
+    stream = np.array([token for ids in documents for token in (*ids, 2)], dtype)
+    stream = stream[: len(stream) // form.width * form.width]
+    starts = np.cumsum([0, *(len(ids) + 1 for ids in documents)])[:-1]
+    places = [(a, min(a + 7 * form.width, len(stream))) for a in range(0, len(stream), 7 * form.width)]
+    chunks = [form.cut(stream[a:b], starts[(starts >= a) & (starts < b)] - a) for a, b in places]
     splits = {}
     for name in ("train", "validation"):
-        writer = ShardWriter(folder / name, name, rows_per_shard=21)
-        for chunk in chunks:
-            writer.write(chunk)
+        (folder / name).mkdir()
+        shards = [write_shard(folder / name, name, i, chunks[3 * i : 3 * i + 3]) for i in range(-(-len(chunks) // 3))]
         rows = sum(len(chunk.tokens) for chunk in chunks)
         splits[name] = Split(
             documents=count,
@@ -39,17 +43,24 @@ def written(folder: Path, dtype: str, documents: int = 100, seed: int = 5) -> tu
             tokens=rows * LENGTH,
             dropped_tokens=0,
             unigram_entropy=0.0,
-            shards=writer.close(),
+            shards=shards,
         )
     (folder / "tokenizer.json").write_text("{}")
     recipe = Recipe(
         length=LENGTH,
         packing="wrap",
+        documents=True,
+        add_bos=True,
+        add_eos=True,
         tokenizer="bpe:1",
+        tokenizer_sample=1.0,
         bos=None,
         eos=None,
         text_field="text",
         id_field="id",
+        text_documents="line",
+        min_chars=1,
+        max_chars=None,
         split_seed=0,
         validation_fraction=0.5,
         rows_per_member=7,

@@ -1,0 +1,112 @@
+"""Jobs in worker processes that never outlive the process that started them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from data_prep.errors import DataError
+
+TICK = 1.0  # seconds between calls of the caller's tick
+_PR_SET_PDEATHSIG = 1
+
+_counter: Any = None  # in a worker: the shared count of bytes
+
+
+def run(
+    function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, tick: Callable[[int], None]
+) -> Iterator[tuple[Any, Any]]:
+    """``(job, result)`` of ``function(job)`` for every job, as they end, with ``workers`` processes.
+
+    A result is what the function returned, or the DataError that it raised; any other exception is raised here and
+    ends the workers. A single worker is this process itself.
+
+    Args:
+        function: of a module's top level; what it does so far it tells by :func:`count`.
+        tick: called now and then with the sum of all counts.
+
+    Raises:
+        DataError: a worker died.
+    """
+    global _counter
+    if min(workers, len(jobs)) <= 1:
+        _counter = _Local(tick)
+        for job in jobs:
+            yield job, _guarded(function, job)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks and half of torch
+    counter = context.Value("q", 0)
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (counter, os.getpid()))
+    try:
+        waiting = {pool.submit(_guarded, function, job): job for job in jobs}
+        while waiting:
+            done, _ = wait(waiting, TICK, FIRST_COMPLETED)
+            tick(counter.value)
+            for future in done:
+                yield waiting.pop(future), future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process died (killed, or out of memory); run again with fewer --workers: what is finished is kept"
+        ) from None
+    finally:
+        for process in set(multiprocessing.active_children()) - before:
+            process.kill()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def count(amount: int) -> None:
+    """Add to the sum that the caller's tick is told."""
+    if _counter is not None:
+        with _counter.get_lock():
+            _counter.value += amount
+
+
+class _Local:
+    """The counter of a single process, which ticks by itself."""
+
+    def __init__(self, tick: Callable[[int], None]):
+        self._tick, self._told, self._value = tick, time.monotonic(), 0
+
+    def get_lock(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    @property
+    def value(self) -> int:
+        return self._value
+
+    @value.setter
+    def value(self, value: int) -> None:
+        self._value = value
+        if time.monotonic() - self._told >= TICK:
+            self._told = time.monotonic()
+            self._tick(value)
+
+
+def _guarded(function: Callable[[Any], Any], job: Any) -> Any:
+    try:
+        return function(job)
+    except DataError as error:
+        return error
+
+
+def _start(counter: Any, parent: int) -> None:
+    """Set up a worker."""
+    global _counter
+    _counter = counter
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    if sys.platform == "linux":
+        # Else workers of a killed parent would go on until their jobs are done.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

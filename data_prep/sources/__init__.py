@@ -1,0 +1,47 @@
+"""Documents of JSONL, text, Parquet and WebDataset text tars, streamed strictly.
+
+A bad record is handed to a callback and reading goes on; a file that cannot be read whole is an error, never a
+short read. :func:`expand` finds the files, :func:`split` cuts them into parts for parallel work, and
+:func:`read_part` streams the documents of one part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from data_prep.sources.find import expand
+from data_prep.sources.kinds import SUFFIXES, Document, Fields, Part, Source
+from data_prep.sources.parquet import read_parquet
+from data_prep.sources.parts import split
+from data_prep.sources.records import Intake
+from data_prep.sources.tar import read_tar
+from data_prep.sources.text import read_jsonl, read_text
+
+__all__ = ["SUFFIXES", "Document", "Fields", "Part", "Source", "expand", "read_part", "split"]
+
+
+def read_part(
+    part: Part, local: Path, fields: Fields, reject: Callable[[int, str], None], skipped: Callable[[str], None]
+) -> Iterator[Document]:
+    """Stream the documents that start in ``part``, in the order of the file; little of it is in memory at once.
+
+    Offsets count from the start of the whole file, not of the part: the byte at which the record's line starts in
+    the unpacked text (JSONL, text), the row (Parquet), or the byte of the member's payload in the unpacked tar. A
+    document without an id is called ``<file name>:<offset>`` (in a tar: by its key); equal ids are allowed. Lines
+    of white space alone separate and count as nothing.
+
+    Args:
+        part: what to read, from :func:`split`.
+        local: where the file lies on this machine: ``part.source.path`` itself, or the copy of a remote file.
+        fields: where text and id are, and which lengths are kept.
+        reject: called with (offset, one line of reason) for a record that cannot be used; reading goes on.
+        skipped: called with ``"short"`` or ``"long"`` for a document left out by ``min_chars`` or ``max_chars``;
+            a blank text is short.
+
+    Raises:
+        DataError: the file cannot be read, is cut, corrupt or no longer what was listed; it is Parquet without
+            the column; zstandard or pyarrow is needed and missing. Documents before the damage have been yielded.
+    """
+    readers = {"jsonl": read_jsonl, "text": read_text, "tar": read_tar, "parquet": read_parquet}
+    return readers[part.source.kind](part, local, Intake(part.source.name, fields, reject, skipped))

@@ -1,0 +1,235 @@
+"""Documents of WebDataset tars: neighbouring members with one key are one sample."""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from data_prep.errors import DataError
+from data_prep.sources import records
+from data_prep.sources.kinds import Document, Part
+from data_prep.sources.records import BOM, BadRecord, Intake, decode, encodable, id_of, parse_object, text_of, too_big
+from data_prep.sources.streams import open_stream
+
+BLOCK = 512
+MAX_HEADER = 1 << 20  # bytes of a long name or an extended header
+NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)  # key, then all extensions; no hidden files
+GNU_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
+NO_PAYLOAD = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
+
+
+def read_tar(part: Part, local: Path, intake: Intake) -> Iterator[Document]:
+    """One document for each sample: its ``.txt`` member, or the text field of its ``.json`` member.
+
+    As in WebDataset a key is the name up to the first dot of the base name, and members without a dot or with a
+    hidden name belong to no sample. See :func:`data_prep.sources.read_part`.
+    """
+    with open_stream(part.source, local) as stream:
+        for sample in _samples(_Tar(stream, part.source.path)):
+            try:
+                document = _document(sample, intake)
+            except BadRecord as problem:
+                intake.reject(sample.offset, str(problem))
+                continue
+            if document is not None:
+                yield document
+
+
+@dataclass
+class _Sample:
+    """What is needed of the members of one key."""
+
+    key: str
+    offset: int  # of its text; of its first member while there is none
+    problem: str | None = None
+    text: bytes | None = None
+    meta: bytes | None = None
+    meta_offset: int = 0
+
+
+def _document(sample: _Sample, intake: Intake) -> Document | None:
+    fields = intake.fields
+    if sample.problem is not None:
+        raise BadRecord(sample.problem)
+    if sample.text is None and sample.meta is None:
+        raise BadRecord(f"sample {sample.key!r} has neither a .txt nor a .json member; add one")
+    record = {}
+    if sample.meta is not None:
+        bom = len(BOM) if sample.meta.startswith(BOM) else 0
+        record = parse_object(sample.meta[bom:], sample.meta_offset + bom, fields.text_field)
+    identity = id_of(record, fields)
+    if not identity:
+        identity = sample.key
+        encodable(identity, "the name of the member")
+    if sample.text is None:
+        return intake.document(sample.offset, identity, text_of(record, fields))
+    bom = len(BOM) if sample.text.startswith(BOM) else 0
+    return intake.document(sample.offset, identity, decode(sample.text[bom:], sample.offset + bom))
+
+
+def _samples(tar: _Tar) -> Iterator[_Sample]:
+    """Samples in order; the keys seen are kept, to find one that comes back."""
+    seen: set[str] = set()
+    sample: _Sample | None = None
+    for member in tar:
+        match = NAME.fullmatch(member.name)
+        if match is None or member.isdir():
+            continue
+        key, extension = match[1], match[2].lower()
+        if sample is None or sample.key != key:
+            if sample is not None:
+                yield sample
+            sample = _Sample(key, member.offset_data)
+            if key in seen:
+                sample.problem = f"a second sample with the key {key!r}; rename it"
+            seen.add(key)
+        if extension in ("txt", "json") and sample.problem is None:
+            sample.problem = _take(sample, member, extension, tar)
+    if sample is not None:
+        yield sample
+
+
+def _take(sample: _Sample, member: tarfile.TarInfo, extension: str, tar: _Tar) -> str | None:
+    """Put the payload of a member into its sample; returns what is wrong with it, if anything."""
+    if not member.isreg():
+        return f"member {member.name!r} is a link or device, not a file; store the file itself"
+    if (sample.text if extension == "txt" else sample.meta) is not None:
+        return f"a second .{extension} member of the key {sample.key!r}; rename it"
+    if member.size > records.MAX_LINE:
+        return too_big(member.size, "member")
+    if extension == "txt":
+        sample.text, sample.offset = tar.payload(), member.offset_data
+    else:
+        sample.meta, sample.meta_offset = tar.payload(), member.offset_data
+        if sample.text is None:
+            sample.offset = member.offset_data
+    return None
+
+
+class _Tar:
+    """Members of a tar stream, in order.
+
+    Headers are parsed by :mod:`tarfile`, but it is not used to walk through the archive: it takes a damaged header,
+    a cut between members and a missing end for the end of the archive, and each of them is an error here.
+    """
+
+    def __init__(self, stream: BinaryIO, path: str):
+        self._stream, self._path = stream, path
+        self._at = 0  # bytes read
+        self._next = 0  # where the next header is
+        self._size = 0  # of the payload that begins here
+
+    def payload(self) -> bytes:
+        """The payload of the member that came last; to be asked for once."""
+        return self._read(self._size)
+
+    def __iter__(self) -> Iterator[tarfile.TarInfo]:
+        """Members with their full names and sizes; ``offset_data`` is where the payload begins."""
+        name: str | None = None  # from the headers before the member
+        size: int | None = None
+        while (header := self._header()) is not None:
+            if header.type in GNU_LONG:
+                long = self._meta(header)
+                if header.type == tarfile.GNUTYPE_LONGNAME:
+                    name = long.rstrip(b"\0").decode("utf-8", "surrogateescape")
+                continue
+            if header.type in EXTENDED:
+                pairs = self._pairs(self._meta(header))
+                if header.type == tarfile.XGLTYPE and not pairs.keys().isdisjoint(("path", "size")):
+                    raise self._damaged("a global header that names a member")
+                name = pairs.get("path", name)
+                size = self._number(pairs["size"]) if "size" in pairs else size
+                continue
+            if name is not None:
+                header.name = name.rstrip("/")
+            if header.type not in NO_PAYLOAD:
+                self._payload_here(header.size if size is None else size)
+            header.size, header.offset_data = self._size, self._at
+            name = size = None
+            yield header
+        if name is not None or size is not None:
+            raise self._damaged("an extended header without its member")
+        self._finish()
+
+    def _header(self) -> tarfile.TarInfo | None:
+        """The next header, or None for the first of the two zero blocks that end an archive."""
+        self._pass_by(self._next - self._at)
+        block = self._read(BLOCK)
+        self._next, self._size = self._at, 0
+        if not any(block):
+            return None
+        try:
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise self._damaged(str(error)) from None
+        if header.size < 0:
+            raise self._damaged(f"a member of {header.size} bytes")
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            raise self._damaged("a sparse member, which cannot be read")
+        return header
+
+    def _payload_here(self, size: int) -> None:
+        self._size = size
+        self._next = self._at + -(-size // BLOCK) * BLOCK
+
+    def _meta(self, header: tarfile.TarInfo) -> bytes:
+        """What an extended header holds."""
+        if header.size > MAX_HEADER:
+            raise self._damaged(f"an extended header of {header.size} bytes")
+        self._payload_here(header.size)
+        return self._read(header.size)
+
+    def _pairs(self, data: bytes) -> dict[str, str]:
+        """Keywords and values of a pax header: ``<length> <keyword>=<value>\\n``, again and again."""
+        pairs: dict[str, str] = {}
+        while data.strip(b"\0"):
+            digits, space, _ = data.partition(b" ")
+            length = self._number(digits.decode("latin-1"))
+            keyword, equals, value = data[len(digits) + 1 : length].partition(b"=")
+            if not (space and equals and value.endswith(b"\n") and len(digits) < length <= len(data)):
+                raise self._damaged("a pax header that cannot be read")
+            pairs[keyword.decode("utf-8", "surrogateescape")] = value[:-1].decode("utf-8", "surrogateescape")
+            data = data[length:]
+        if any(keyword.startswith("GNU.sparse") for keyword in pairs):
+            raise self._damaged("a sparse member, which cannot be read")
+        return pairs
+
+    def _number(self, digits: str) -> int:
+        if not (digits.isascii() and digits.isdecimal() and len(digits) < 20):
+            raise self._damaged(f"a pax header with the number {digits[:20]!r}")
+        return int(digits)
+
+    def _finish(self) -> None:
+        """Check the end of the archive, and what comes after it: zeros, if anything."""
+        if any(self._read(BLOCK)):
+            raise self._damaged("a block of zeros")
+        while rest := self._stream.read(1 << 20):
+            if rest.count(0) != len(rest):
+                raise DataError(
+                    f"{self._path}: more data after the end of the archive at byte {self._at}; "
+                    "if tars were joined, unpack them and pack them anew"
+                )
+
+    def _pass_by(self, count: int) -> None:
+        while count > 0:
+            count -= len(self._read(min(count, 1 << 20)))
+
+    def _read(self, count: int) -> bytes:
+        data = self._stream.read(count)
+        self._at += len(data)
+        if len(data) < count:
+            raise DataError(
+                f"{self._path}: the tar is cut: it ends at byte {self._at} (unpacked) without the two zero blocks "
+                "that end an archive; fetch the file again"
+            )
+        return data
+
+    def _damaged(self, what: str) -> DataError:
+        return DataError(
+            f"{self._path}: damaged tar at the header before byte {self._at} (unpacked): {what}; fetch the file again"
+        )
