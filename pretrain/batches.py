@@ -20,6 +20,7 @@ class Batches:
         micro_batch: rows per micro-batch.
         rank, size: this data-parallel rank's coordinates; it takes consecutive slots of every batch.
         order_seed, noise_seed: of the row order and of the noise.
+        document_mask: whether attention keeps to the documents of a row.
     """
 
     def __init__(
@@ -34,13 +35,14 @@ class Batches:
         size: int = 1,
         order_seed: int = 0,
         noise_seed: int = 0,
+        document_mask: bool = False,
     ):
         self.reader, self.model, self.diffusion = reader, model, diffusion
         self.order = RowOrder(len(reader), order_seed)
         self.global_batch, self.micro_batch = global_batch, micro_batch
         share = global_batch // size
         self.slots = np.arange(rank * share, (rank + 1) * share)
-        self.noise_seed = noise_seed
+        self.noise_seed, self.document_mask = noise_seed, document_mask
 
     def at(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global batch ``step`` (0 is the first); the last may be smaller."""
@@ -52,7 +54,9 @@ class Batches:
     def _batch(self, step: int, slots: np.ndarray) -> Batch:
         epochs, rows = self.order.epoch_and_row(step * self.global_batch + slots)
         keys = SampleKeys(epochs, rows, slots, batch=step, batch_rows=self.global_batch)
-        return make_batch(self.reader, self.model, self.diffusion, keys, self.noise_seed)
+        return make_batch(
+            self.reader, self.model, self.diffusion, keys, self.noise_seed, document_mask=self.document_mask
+        )
 
 
 def make_batch(
@@ -62,10 +66,12 @@ def make_batch(
     keys: SampleKeys,
     noise_seed: int,
     purpose: Purpose = Purpose.TRAIN,
+    document_mask: bool = False,
 ) -> Batch:
-    """Read the keyed rows and noise them as the objective asks."""
+    """Read the keyed rows and noise them as the objective asks; with ``document_mask`` also their documents."""
     tokens = reader.rows(keys.rows).astype(np.int64)
+    documents = reader.documents(keys.rows) if document_mask else None
     if diffusion.objective == "causal":
-        return causal_batch(tokens)
+        return causal_batch(tokens, documents)
     noise = draw_noise(diffusion, model.length, noise_seed, keys, purpose)
-    return diffusion_batch(tokens, noise, model.mask_id, Streams.of(diffusion, model.length))
+    return diffusion_batch(tokens, noise, model.mask_id, Streams.of(diffusion, model.length), documents)

@@ -25,6 +25,7 @@ class DataConfig(Section):
 
     path: str | None = Field(None, description="folder that bd3 prep wrote")
     seed: Seed | None = Field(None, description="seed of the row order; null means train.seed")
+    document_mask: bool = Field(False, description="attention keeps to the documents that are packed in a row")
 
 
 class TrainConfig(OptimizationConfig):

@@ -48,6 +48,17 @@ def resolve_model(model: ModelConfig, manifest: Manifest, path: str) -> ModelCon
     return ModelConfig(**model.model_dump() | decided)
 
 
+def check_documents(manifest: Manifest, path: str, asked: str) -> None:
+    """Check that the data set says where documents start.
+
+    Raises:
+        ConfigError: it does not; ``asked`` is the option that needs it.
+    """
+    # Recipes without the field are of data sets that always say it.
+    if not getattr(manifest.recipe, "documents", True):
+        raise ConfigError(f"{asked}: {path} was written without document starts; run bd3 prep with --documents")
+
+
 def data_identity(manifest: Manifest) -> str:
     """Digest of what the rows and the tokenizer are, wherever the data set lies."""
     digest = hashlib.sha256(manifest.tokenizer_sha256.encode())

@@ -126,6 +126,7 @@ class Trainer:
             size=engine.world.data_size,
             order_seed=order_seed(config),
             noise_seed=train.seed,
+            document_mask=config.data.document_mask,
         )
         # At step 0 the first evaluation is made (again): of a run that got no further, no record is kept.
         kept = self.step or -1
@@ -222,6 +223,7 @@ class Trainer:
                 config.eval,
                 micro,
                 progress=lambda: self.watch.tick(phase),
+                document_mask=config.data.document_mask,
             )
         self.watch.tick(f"after step {self.step}")
         if self.first:
@@ -304,6 +306,8 @@ def _open_data(config: RunConfig) -> tuple[RunConfig, RowReader, RowReader]:
     """The configuration with what the data set decides, and both splits."""
     reader, validation = (RowReader(config.data.path, split) for split in ("train", "validation"))
     model = runs.resolve_model(config.model, reader.manifest, config.data.path)
+    if config.data.document_mask:
+        runs.check_documents(reader.manifest, config.data.path, "data.document_mask=true")
     return config.model_copy(update={"model": model}), reader, validation
 
 
