@@ -213,6 +213,7 @@ def _of_one_block(
         query_document = packed.numbers[:, start:end].repeat(1, repeats)
         mask = within_documents(True, query_document[:, :, None], packed.numbers[:, None, low:high])[:, None]
         seen = (x[:, :, low - first : high - first] for x in (key, value))
-        out.append(F.scaled_dot_product_attention(part.flatten(2, 3), *seen, mask, scale=scale).view(part.shape))
+        mixed = F.scaled_dot_product_attention(part.flatten(2, 3), *seen, attn_mask=mask, scale=scale)
+        out.append(mixed.view(part.shape))
         start = end
     return torch.cat(out, 3)

@@ -39,7 +39,7 @@ MORE = {
     "mdlm": ["CP2", "CP2xPP2"],
     "dropout": ["TP2", "selective"],  # where every rank drops out of whole activations
     "ar": ["CP2", "TP2+SP"],
-    "documents": ["TP2", "TP2+SP-full", "PP2", "PP2-interleaved", "CP2", "CP2xPP2", "ZeRO1", "selective"],
+    "documents": ["TP2", "TP2+SP-full", "PP2", "PP2-interleaved", "CP2", "CP2xPP2", "selective"],
     "documents draws": ["CP2"],
     "documents mdlm": ["CP2", "CP2xPP2"],
 }
