@@ -93,11 +93,13 @@ def test_a_row_of_one_document_is_a_row_without_documents(name):
 
 @pytest.mark.parametrize("name", sorted(BACKENDS))
 @settings(max_examples=25, deadline=None)
-@given(case=packed(), size=st.sampled_from([2, 3]), parts=st.integers(1, 2), seed=st.integers(0, 99))
-def test_ranks_that_share_a_row_attend_as_one(name, case, size, parts, seed):
+@given(case=packed(), size=st.sampled_from([2, 3]), parts=st.integers(1, 2), seed=st.integers(0, 99), one=st.booleans())
+def test_ranks_that_share_a_row_attend_as_one(name, case, size, parts, seed, one):
+    """Chunks of whole blocks, and parts of the ``one`` block of a row."""
     _, streams, batch, groups, heads, _ = case
-    length = 2 * size * parts * (min(streams.block_size, 70) if streams.clean else 70)
-    streams = Streams(min(streams.block_size, 70) if streams.clean else length, streams.noisy, streams.clean)
+    length = 2 * size * parts * (70 if one else min(streams.block_size, 70))
+    block, noisy = (length, max(1, streams.noisy)) if one else (min(streams.block_size, 70), streams.noisy)
+    streams = Streams(block, noisy, clean=not one)
     generator = torch.Generator().manual_seed(seed)
     documents = (torch.rand(batch, length, generator=generator) < 4 / length).cumsum(1)
     query, key, value = inputs(length, streams, batch, groups, heads)

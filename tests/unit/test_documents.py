@@ -7,6 +7,7 @@ import json
 import math
 import random
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from data_prep.prep import PrepConfig, prep
 from data_prep.reader import RowReader
 from pretrain.batches import make_batch
 from pretrain.config import EvalConfig
-from pretrain.documents import Documents, DocumentTally, ratio
+from pretrain.documents import Documents, DocumentTally, cut_documents, ratio
 from pretrain.evaluate import evaluate, likelihood_bound
 from pretrain.metrics import read_metrics
 from pretrain.runs import resolve_model
@@ -123,6 +124,34 @@ def test_the_size_of_micro_batches_does_not_matter(world, reader):
     _, split = by_document(world, reader, OBJECTIVES["two draws"], True, micro=5, draws=2)
     assert (split.numbers.tolist(), split.tokens.tolist()) == (whole.numbers.tolist(), whole.tokens.tolist())
     assert split.nats == pytest.approx(whole.nats, rel=1e-5)
+
+
+@dataclass
+class Numbers:
+    """Documents ``[n, L]`` of rows, as a reader gives them."""
+
+    whole: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def documents(self, indices: np.ndarray) -> np.ndarray:
+        return self.whole[indices]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    starts=st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=8),
+    chosen=st.sets(st.integers(0, 7), min_size=1),
+)
+def test_a_document_is_cut_where_a_row_with_tokens_of_it_is_missing(starts, chosen):
+    numbers = np.cumsum(starts).reshape(-1, 4)
+    rows = [row for row in chosen if row < len(numbers)] or [0]
+    found = cut_documents(Numbers(numbers), np.array(rows))
+    seen, missing = (
+        {d for row in some for d in numbers[row, 1:]} for some in (rows, set(range(len(numbers))) - set(rows))
+    )
+    assert set(found) & seen == seen & missing
 
 
 class Elsewhere(RowReader):
