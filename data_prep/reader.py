@@ -160,6 +160,11 @@ class RowReader:
             if found != digest:
                 raise DataError(f"{path}: sha256 is {found[:12]}, the manifest says {digest[:12]}; {MEND}")
 
+    @property
+    def documents_started(self) -> int:
+        """Documents that have a token in the rows; 0 where the data set does not say."""
+        return int(self._starts.sum())
+
     def shard_rows(self) -> np.ndarray:
         """Rows of each shard, int64 ``[shards]``."""
         return np.array([shard.rows for shard in self.shards], np.int64)

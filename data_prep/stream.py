@@ -111,6 +111,7 @@ class RowStream:
         else:
             self.orders = [RowOrder(len(r), own) for r, own in zip(readers, seeds)]
         self._first = np.cumsum([0, *map(len, readers)])
+        self._first_document = np.cumsum([0, *(reader.documents_started for reader in readers)])
 
     def __len__(self) -> int:
         """Rows of all data sets together."""
@@ -169,11 +170,23 @@ class RowStream:
 
     def rows(self, numbers: np.ndarray) -> np.ndarray:
         """Rows ``[n, length]`` in the stored type for row numbers ``[n]``; errors as in :meth:`RowReader.rows`."""
-        return self._read("rows", numbers, self.dtype)
+        if len(self.readers) == 1:
+            return self.readers[0].rows(numbers)
+        out = np.empty((len(numbers), self.length), self.dtype)
+        for reader, here, own in self._owners(numbers):
+            if here.any():
+                out[here] = reader.rows(own)
+        return out
 
     def documents(self, numbers: np.ndarray) -> np.ndarray:
-        """Document of each position, int64 ``[n, length]``, counted in the row's data set; see the reader's."""
-        return self._read("documents", numbers, np.dtype(np.int64))
+        """Document of each position, int64 ``[n, length]``, counted through all data sets; see the reader's."""
+        if len(self.readers) == 1:
+            return self.readers[0].documents(numbers)
+        out = np.empty((len(numbers), self.length), np.int64)
+        for number, (reader, here, own) in enumerate(self._owners(numbers)):
+            if here.any():
+                out[here] = reader.documents(own) + self._first_document[number]
+        return out
 
     def prefetch(self, numbers: np.ndarray) -> None:
         """Fetch what rows ``[n]`` need of remote data sets in the background, in their order."""
@@ -181,15 +194,6 @@ class RowStream:
             for reader, here, own in self._owners(numbers):
                 if reader.remote and here.any():
                     reader.prefetch(own)
-
-    def _read(self, what: str, numbers: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        if len(self.readers) == 1:
-            return getattr(self.readers[0], what)(numbers)
-        out = np.empty((len(numbers), self.length), dtype)
-        for reader, here, own in self._owners(numbers):
-            if here.any():
-                out[here] = getattr(reader, what)(own)
-        return out
 
     def _owners(self, numbers: np.ndarray):
         """For each data set: its reader, which of the rows are its own, and their numbers there."""

@@ -23,6 +23,7 @@ class Batches:
         micro_batch: rows per micro-batch.
         rank, size: this data-parallel rank's coordinates; :meth:`RowStream.slots` says which rows of a batch it takes.
         noise_seed: of the noise.
+        document_mask: whether attention keeps to the documents of a row.
     """
 
     def __init__(
@@ -36,11 +37,12 @@ class Batches:
         rank: int = 0,
         size: int = 1,
         noise_seed: int = 0,
+        document_mask: bool = False,
     ):
         self.stream, self.model, self.diffusion = stream, model, diffusion
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.size = rank, size
-        self.noise_seed = noise_seed
+        self.noise_seed, self.document_mask = noise_seed, document_mask
         self._fetched = 0  # steps before this one have been prefetched
 
     def at(self, step: int) -> list[Batch]:
@@ -51,7 +53,17 @@ class Batches:
             self._fetched = step + 1 + _AHEAD
         keys = self.keys(step)
         parts = [slice(start, start + self.micro_batch) for start in range(0, len(keys.rows), self.micro_batch)]
-        return [make_batch(self.stream, self.model, self.diffusion, keys.part(part), self.noise_seed) for part in parts]
+        return [
+            make_batch(
+                self.stream,
+                self.model,
+                self.diffusion,
+                keys.part(part),
+                self.noise_seed,
+                document_mask=self.document_mask,
+            )
+            for part in parts
+        ]
 
     def keys(self, step: int) -> SampleKeys:
         """What this rank reads in global batch ``step``: rows, their epochs and their slots."""
@@ -67,10 +79,12 @@ def make_batch(
     keys: SampleKeys,
     noise_seed: int,
     purpose: Purpose = Purpose.TRAIN,
+    document_mask: bool = False,
 ) -> Batch:
-    """Read the keyed rows and noise them as the objective asks."""
+    """Read the keyed rows and noise them as the objective asks; with ``document_mask`` also their documents."""
     tokens = reader.rows(keys.rows).astype(np.int64)
+    documents = reader.documents(keys.rows) if document_mask else None
     if diffusion.objective == "causal":
-        return causal_batch(tokens)
+        return causal_batch(tokens, documents)
     noise = draw_noise(diffusion, model.length, noise_seed, keys, purpose)
-    return diffusion_batch(tokens, noise, model.mask_id, Streams.of(diffusion, model.length))
+    return diffusion_batch(tokens, noise, model.mask_id, Streams.of(diffusion, model.length), documents)

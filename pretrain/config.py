@@ -36,6 +36,7 @@ class DataConfig(Section):
         None, description="folder for the shards of URLs; null means $BD3_CACHE or ~/.cache/bd3-megatron"
     )
     cache_gb: float = Field(100.0, gt=0, description="most that the cache holds, in GB (1e9 bytes)")
+    document_mask: bool = Field(False, description="attention keeps to the documents that are packed in a row")
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:

@@ -51,6 +51,19 @@ def resolve_model(model: ModelConfig, manifest: Manifest, path: str) -> ModelCon
     return ModelConfig(**model.model_dump() | decided)
 
 
+def check_documents(stream: RowStream, asked: str) -> None:
+    """Check that the data sets say where documents start.
+
+    Raises:
+        ConfigError: one does not; ``asked`` is the option that needs it.
+    """
+    for reader in stream.readers:
+        if not reader.manifest.recipe.documents:
+            raise ConfigError(
+                f"{asked}: {reader.folder} was written without document starts; run bd3 prep with --documents"
+            )
+
+
 def data_identity(*manifests: Manifest) -> str:
     """Digest of what the rows and the tokenizer are, of all data sets of a mix, wherever they lie."""
     digest = hashlib.sha256(manifests[0].tokenizer_sha256.encode())
@@ -79,7 +92,10 @@ def open_stream(data: DataConfig, split: SplitName, model: ModelConfig, seed: in
     readers = [RowReader(path, split, cache if is_remote(path) else None) for path in weights]
     for path, reader in zip(weights, readers):
         resolve_model(model, reader.manifest, path)
-    return RowStream(readers, list(weights.values()), seed, data.order, data.lanes)
+    stream = RowStream(readers, list(weights.values()), seed, data.order, data.lanes)
+    if data.document_mask:
+        check_documents(stream, "data.document_mask=true")
+    return stream
 
 
 @dataclass

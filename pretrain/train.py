@@ -123,6 +123,7 @@ class Trainer:
             rank=engine.world.data_rank,
             size=engine.world.data_size,
             noise_seed=train.seed,
+            document_mask=config.data.document_mask,
         )
         # At step 0 the first evaluation is made (again): of a run that got no further, no record is kept.
         kept = self.step or -1
@@ -219,6 +220,7 @@ class Trainer:
                 config.eval,
                 micro,
                 progress=lambda: self.watch.tick(phase),
+                document_mask=config.data.document_mask,
             )
         self.watch.tick(f"after step {self.step}")
         if self.first:
