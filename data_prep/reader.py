@@ -28,6 +28,7 @@ from data_prep.mapping import Stretch, map_file
 from data_prep.remote import fetch, is_remote
 
 MAPS_KEPT = 256  # where shards are mapped one by one: each such map holds a descriptor, and 1024 are common
+_INT64, _UINT64 = np.dtype(np.int64), np.dtype(np.uint64)
 _UNMAPPED = -(2**62)  # far below 0 with any row's offset added
 
 
@@ -73,12 +74,14 @@ class RowReader:
             IndexError: a number is not in ``[0, len(self))``.
             DataError: a shard cannot be fetched, or is gone or cut since the data set was opened.
         """
-        if self._is_uniform and _is_plain(indices):
+        if self._is_uniform and type(indices) is np.ndarray and indices.dtype == _INT64 and indices.ndim == 1:
             with self._lock:  # another thread might unmap
                 try:
-                    # As uint64, a number below 0 lies far outside.
-                    start = self._table[indices.view(np.uint64) // self._rows_per_member]
-                    found = self._windows[start + indices * self.length]
+                    # As uint64, a number below 0 lies far outside, also after the division by 2 or more.
+                    member = (indices.view(_UINT64) // self._rows_per_member).view(_INT64)
+                    start = self._table.take(member)
+                    start += indices * self.length
+                    found = self._windows[start]
                     return found.view(self.dtype).reshape(-1, self.length)
                 except IndexError:  # a number outside, or one whose shard is not mapped yet
                     pass
@@ -259,10 +262,6 @@ class RowReader:
             )
         member = np.searchsorted(self._first, indices, side="right") - 1
         return member, indices - self._first[member]
-
-
-def _is_plain(indices: np.ndarray) -> bool:
-    return isinstance(indices, np.ndarray) and indices.dtype == np.int64 and indices.ndim == 1
 
 
 def _bisect(starts: np.ndarray, begin: np.ndarray, count: np.ndarray, row: np.ndarray) -> np.ndarray:
