@@ -28,14 +28,14 @@ def tile_size(length: int, block_size: int) -> int:
 
 
 @lru_cache(maxsize=512)
-def _tile_mask(first: int, start: int, end: int, streams: Streams, repeats: int, device: torch.device) -> Tensor:
-    """Mask of one joint tile, ``[S r C, start - first + S C]``.
+def _tile_mask(start: int, end: int, streams: Streams, repeats: int, device: torch.device) -> Tensor:
+    """Mask of one joint tile, ``[S r C, start + S C]`` (``start`` keys only with a clean stream).
 
-    Queries come as (stream, head of the group, position), keys as the clean positions from ``first`` up to the tile
-    followed by (stream, position of the tile).
+    Queries come as (stream, head of the group, position), keys as the clean positions before the tile followed by
+    (stream, position of the tile).
     """
     inside = torch.arange(start, end, device=device) // streams.block_size
-    past = torch.arange(first, start, device=device) // streams.block_size
+    past = torch.arange(start if streams.clean else 0, device=device) // streams.block_size
     stream = torch.arange(streams.count, device=device)
     query_block = inside.repeat(streams.count * repeats)
     query_stream = stream.repeat_interleave(repeats * (end - start))
@@ -166,8 +166,9 @@ def _tile_of_blocks(
     key, value = (torch.cat([*before, *here], 2) for before, here in zip(past, own))
     (first, start), repeats = bounds, q.shape[3]
     end = start + q.shape[-2]
-    mask = _tile_mask(first, start, end, streams, repeats, q.device)
+    mask = _tile_mask(start, end, streams, repeats, q.device)
     if packed is not None:
+        mask = mask[:, -key.shape[2] :]  # without the keys that were skipped; cached masks are those of all keys
         inside = packed.numbers[:, start:end]
         key_document = torch.cat([packed.numbers[:, first:start], inside.repeat(1, streams.count)], 1)
         query_document = inside.repeat(1, streams.count * repeats)
