@@ -168,6 +168,12 @@ class RowReader:
         """Documents that have a token in the rows; 0 where the data set does not say."""
         return int(self._starts.sum())
 
+    @property
+    def unfinished(self) -> np.ndarray:
+        """Numbers, int64, of documents whose last tokens may have filled no row: the last one, or none."""
+        cut = self.manifest.splits[self.split].dropped_tokens > 0 and self.documents_started > 0
+        return np.array([self.documents_started - 1] if cut else [], np.int64)
+
     def shard_rows(self) -> np.ndarray:
         """Rows of each shard, int64 ``[shards]``."""
         return np.array([shard.rows for shard in self.shards], np.int64)

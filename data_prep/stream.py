@@ -123,6 +123,11 @@ class RowStream:
         return [reader.manifest for reader in self.readers]
 
     @property
+    def unfinished(self) -> np.ndarray:
+        """Numbers, int64, of documents whose last tokens may have filled no row: the last one of each data set."""
+        return np.concatenate([reader.unfinished + first for reader, first in zip(self.readers, self._first_document)])
+
+    @property
     def unigram_perplexity(self) -> float:
         """Perplexity of the validation rows under each data set's own train counts.
 

@@ -115,20 +115,21 @@ class DocumentTally:
         return Documents(numbers[whole], nats[whole], tokens[whole].astype(np.int64), int((present & cut).sum()))
 
 
-def cut_documents(reader: RowReader, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Numbers of the documents of ``rows`` that go on in the row before or after, where that is not one of ``rows``.
+def cut_documents(reader: RowReader | RowStream, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers of the documents of ``rows`` that go on in the row before or after, where that is not one of ``rows``,
+    or may go on where a data set ends.
 
     Position 0 of a row, which no evaluation counts, does not make a document go on there.
     """
     chosen = np.zeros(len(reader), bool)
     chosen[rows] = True
-    cut = []
+    cut = [reader.unfinished]
     # Pairs of rows one after the other of which one was chosen.
     edges = np.flatnonzero(chosen[:-1] != chosen[1:])
     for some in _pieces(edges):
         before, after = reader.documents(some)[:, -1], reader.documents(some + 1)[:, 1]
         cut.append(before[before == after])
-    return np.concatenate(cut) if cut else np.empty(0, np.int64)
+    return np.concatenate(cut)
 
 
 def ratio(sums: NDArray[np.float64], counts: NDArray[np.int64] | int) -> tuple[float, float]:

@@ -104,7 +104,9 @@ def test_rows_and_documents_by_number_are_those_of_the_readers(folders, kind):
     stream = streams(folders)[kind]
     _, numbers = stream.at(np.arange(200))
     tokens = np.concatenate([reader.rows(np.arange(len(reader))) for reader in stream.readers])
-    documents = np.concatenate([reader.documents(np.arange(len(reader))) for reader in stream.readers])
+    own = [reader.documents(np.arange(len(reader))) for reader in stream.readers]
+    before = np.cumsum([0, *(reader.documents_started for reader in stream.readers)])
+    documents = np.concatenate([found + first for found, first in zip(own, before)])  # counted through all data sets
     assert (stream.rows(numbers) == tokens[numbers]).all()
     assert (stream.documents(numbers) == documents[numbers]).all()
     for wrong in (-1, len(stream)):
