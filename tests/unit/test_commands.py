@@ -199,8 +199,8 @@ MISTAKES = {
     # prep
     "prep corpus.jsonl --out new --lenght 32": "--lenght: unknown option; did you mean --length?",
     "prep nowhere.jsonl --out new": "nowhere.jsonl: no such file or folder; check the path",
-    "prep cut.jsonl.gz --out new --tokenizer bpe:300": "cut.jsonl.gz: the gzip stream ends early, after line ",
-    "prep latin.jsonl --out new --tokenizer bpe:300": "latin.jsonl:1: not UTF-8 at byte 24",
+    "prep cut.jsonl.gz --out new --tokenizer bpe:300": "cut.jsonl.gz: the gz stream ends early, after ",
+    "prep latin.jsonl --out new --tokenizer bpe:300": "latin.jsonl at 0: not UTF-8 at byte 24",
     "prep corpus.jsonl --out new --tokenizer gpt5": "gpt5: no such tokenizer file",
     "prep corpus.jsonl --out new --tokenizer bpe:10": "tokenizer=bpe:10: no room for",
     "prep corpus.jsonl --out new --tokenizer bpe:99999999999999999999999": "after bpe: goes a number of entries below",
