@@ -44,6 +44,7 @@ class Encoded(Record):
     tokens: dict[str, Count]
     skipped: dict[str, Count]
     rejects: list[Reject]
+    files: dict[str, Count]  # bytes of each stream
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,14 @@ def encode_part(job: EncodeJob) -> Encoded:
 
 
 def read_result(folder: Path) -> Encoded | None:
-    """What :func:`encode_part` has left in ``folder``; None where it has not ended."""
+    """What :func:`encode_part` has left in ``folder``; None where it has not ended, or its streams are not whole."""
     try:
-        return Encoded.model_validate_json((folder / RESULT).read_bytes())
+        result = Encoded.model_validate_json((folder / RESULT).read_bytes())
+        # A stream cut since then would shift all rows behind it without an error.
+        whole = all((folder / name).stat().st_size == size for name, size in result.files.items())
     except (FileNotFoundError, ValidationError):
         return None
+    return result if whole else None
 
 
 @lru_cache(1)
@@ -125,6 +129,7 @@ class _PartEncoder:
     def __init__(self, job: EncodeJob, files: ExitStack):
         self.job, self.tokenizer = job, _load(job.tokenizer)
         names = {(split, kind): job.folder / f"{split}.{kind}" for split in SPLITS for kind in ("tokens", "starts")}
+        self.paths = list(names.values())
         places = {key: files.enter_context(written(path)) for key, path in names.items()}
         self.streams = {key: files.enter_context(path.open("wb")) for key, path in places.items()}
         self.documents, self.text_bytes, self.tokens = (dict.fromkeys(SPLITS, 0) for _ in range(3))
@@ -197,6 +202,7 @@ class _PartEncoder:
             tokens=self.tokens,
             skipped=self.skipped,
             rejects=self.rejects,
+            files={path.name: path.stat().st_size for path in self.paths},
         )
 
 

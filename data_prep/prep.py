@@ -114,10 +114,16 @@ def share_of(part: str) -> tuple[int, int]:
     try:
         task, first, count = (int(os.environ[name]) for name in names[:3])
         step = int(os.environ.get(names[3], 1))
+        last = int(os.environ.get("SLURM_ARRAY_TASK_MAX", first + (count - 1) * step))
     except (KeyError, ValueError):
         raise DataError(
             f"part=slurm: not in an array job ({names[0]} is not set); use sbatch --array, or K/N"
         ) from None
+    if last - first != (count - 1) * step:
+        raise DataError(
+            f"part=slurm: an array of {count} tasks from {first} to {last} leaves some out, so their shares are not "
+            "known; to run single shares again, use --part K/N with the N of the first array"
+        )
     return (task - first) // step, count
 
 
@@ -236,6 +242,7 @@ class _Prep:
         )
 
     def _build(self, jobs: Sequence[ShardJob]) -> None:
+        self.work.keep_shards_of(self.parts)
         self.work.sweep()
         missing = [job for job in jobs if finished_shard(job) is None]
         itemsize = np.dtype(jobs[0].stream.dtype).itemsize
@@ -261,9 +268,24 @@ class _Prep:
             if not path.exists() and size is None:
                 with written(path) as temporary:
                     shutil.copyfile(self.config.tokenizer, temporary)
-            elif not path.exists():
-                write_text(path, self._train(size).to_str(pretty=True))
+            elif size is not None:
+                self._train_once(size)
         return special_ids(load_tokenizer(path), self.config.bos, self.config.eos)
+
+    def _train_once(self, size: int) -> None:
+        """Train the tokenizer, or keep the one that was trained on the same inputs before."""
+        work = self.work
+        if not work.tokenizer_is_of(self.parts):
+            if work.tokenizer.exists():
+                if self.config.part is not None:  # others may be using it
+                    raise DataError(
+                        f"{work.folder}: holds unfinished work with a tokenizer trained on other inputs; give every "
+                        "share the same inputs, or remove the folder"
+                    )
+                self.report("the inputs have changed: training the tokenizer again")
+            work.begin_tokenizer(self.parts)
+        if not work.tokenizer.exists():
+            write_text(work.tokenizer, self._train(size).to_str(pretty=True))
 
     def _train(self, size: int) -> Tokenizer:
         progress = Progress(self.report, "read for the tokenizer", sum(part.weight for part in self.parts))

@@ -2,9 +2,9 @@
 
 ::
 
-    .<name>.partial/  recipe.json  tokenizer.json  lock
+    .<name>.partial/  recipe.json  tokenizer.json  tokenizer.inputs (what it was trained on)  lock
         parts/<key>/  token streams of one part of the input; done.json once they are complete
-        notes/        what is known of finished shards
+        notes/        what is known of finished shards, and of which inputs they are
         data/         becomes the data set by one rename
 """
 
@@ -14,7 +14,7 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -34,6 +34,7 @@ class Work:
         self.out = out
         self.folder = out.with_name(f".{out.name}.partial")
         self.tokenizer = self.folder / TOKENIZER
+        self._trained_on = self.folder / "tokenizer.inputs"
         self.notes = self.folder / "notes"
         self.data = self.folder / "data"
 
@@ -42,6 +43,30 @@ class Work:
         source = part.source
         key = f"{source.path}\n{source.bytes}\n{source.stamp}\n{part.begin}\n{part.end}"
         return self.folder / "parts" / hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:20]
+
+    def tokenizer_is_of(self, parts: Sequence[Part]) -> bool:
+        """Whether the tokenizer here was, or is to be, trained on these parts and no others."""
+        return _text(self._trained_on) == _digest(self, parts)
+
+    def begin_tokenizer(self, parts: Sequence[Part]) -> None:
+        """Make place for a tokenizer trained on these parts; streams of another are removed with it."""
+        self.tokenizer.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "parts", ignore_errors=True)
+        write_text(self._trained_on, _digest(self, parts))
+
+    def keep_shards_of(self, parts: Sequence[Part]) -> None:
+        """Remove finished shards unless they were cut from the streams of these parts, in this order."""
+        path = self.notes / "inputs"
+        if _text(path) == _digest(self, parts):
+            return
+        for folder in (self.notes, self.data):
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in self._shard_folders():
+            folder.mkdir(parents=True)
+        write_text(path, _digest(self, parts))
+
+    def _shard_folders(self) -> list[Path]:
+        return [self.notes, *(self.data / split for split in SPLITS)]
 
     @contextmanager
     def opened(self, recipe: Recipe, discard: bool, shared: bool = False) -> Iterator[None]:
@@ -61,7 +86,7 @@ class Work:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             with self._locked(shared):
                 self._check_recipe(recipe, discard)
-                for folder in (self.folder / "parts", self.notes, *(self.data / split for split in SPLITS)):
+                for folder in (self.folder / "parts", *self._shard_folders()):
                     folder.mkdir(parents=True, exist_ok=True)
                 yield
         except BaseException as error:
@@ -101,6 +126,7 @@ class Work:
         aside = None
         if replace and self.out.exists():
             aside = self.folder / "replaced"
+            shutil.rmtree(aside, ignore_errors=True)  # of a prep that was killed after it had published
             self.out.rename(aside)
         try:
             self.data.rename(self.out)  # fails if another process has put a data set there meanwhile
@@ -161,6 +187,17 @@ class Work:
                 elif entry.name != "lock":
                     entry.unlink()
         write_text(path, recipe.model_dump_json(indent=1))
+
+
+def _digest(work: Work, parts: Sequence[Part]) -> str:
+    """Of the inputs, their order included."""
+    return hashlib.sha256("".join(work.part(part).name for part in parts).encode()).hexdigest()
+
+
+def _text(path: Path) -> str | None:
+    with suppress(FileNotFoundError):
+        return path.read_text()
+    return None
 
 
 def _same_file(descriptor: int, path: Path) -> bool:

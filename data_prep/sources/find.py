@@ -112,4 +112,8 @@ def _source(path: str, name: str, size: int, stamp: str) -> Source:
     kind = kind_of(name)
     if kind is None:
         raise DataError(f"{path}: not a file type that can be read; {READABLE}")
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # manifest and rejects are JSON, which has no such text
+        raise DataError(f"{path}: the file's name is not UTF-8; rename it") from None
     return Source(path, name, *kind, size, stamp)

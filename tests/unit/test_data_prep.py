@@ -353,6 +353,11 @@ def test_shares_of_a_slurm_array(monkeypatch):
     for name, value in (("ID", 7), ("MIN", 3), ("COUNT", 4), ("STEP", 2)):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
     assert prep_module.share_of("slurm") == (2, 4)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "9")
+    assert prep_module.share_of("slurm") == (2, 4)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "19")  # --array=3,7,9,19, as failed tasks are asked for again
+    with pytest.raises(DataError, match="an array of 4 tasks from 3 to 19 leaves some out.*use --part K/N"):
+        prep_module.share_of("slurm")
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     with pytest.raises(DataError, match="part=slurm: not in an array job"):
         prep_module.share_of("slurm")
@@ -433,6 +438,50 @@ def test_unfinished_work_of_other_options_is_not_mixed_in(tmp_path, monkeypatch)
         prep(asked(tmp_path, length=32))
     assert prep(asked(tmp_path, length=32, overwrite=True)).length == 32
     assert load_manifest(tmp_path / "data").length == 32
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe:300", "given"])
+def test_a_prep_that_goes_on_with_other_inputs_mixes_nothing(tmp_path, monkeypatch, tokenizer):
+    """Neither shards cut from the earlier inputs nor a tokenizer trained on them find their way into the data set."""
+    one, other = corpus(tmp_path, seed=1).rename(tmp_path / "one.jsonl"), corpus(tmp_path)
+    tokenizer = trained(tmp_path) if tokenizer == "given" else tokenizer
+    config = asked(tmp_path, tokenizer=tokenizer, inputs=[str(other), str(one)])
+    prep(config.model_copy(update={"out": str(tmp_path / "whole")}))
+    with monkeypatch.context() as patch:
+        patch.setattr(prep_module, "save_manifest", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prep(config.model_copy(update={"inputs": (str(one),)}))
+    if tokenizer == "bpe:300":
+        with pytest.raises(DataError, match="tokenizer trained on other inputs; give every share the same"):
+            prep(config.model_copy(update={"part": "0/2"}))
+    prep(config)
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
+def test_streams_cut_after_they_were_finished_are_written_again(tmp_path):
+    corpus(tmp_path)
+    more = [str(tmp_path / "text.jsonl"), str(corpus(tmp_path, seed=1).rename(tmp_path / "more.jsonl"))]
+    corpus(tmp_path)
+    config = asked(tmp_path, tokenizer=trained(tmp_path), inputs=more)
+    prep(config.model_copy(update={"out": str(tmp_path / "whole")}))
+    assert prep(config.model_copy(update={"part": "0/2"})) is None
+    (stream,) = (tmp_path / ".data.partial").glob("parts/*/train.tokens")
+    os.truncate(stream, stream.stat().st_size // 2)
+    prep(config)
+    assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
+def test_overwrite_after_a_kill_right_behind_the_move(tmp_path, monkeypatch):
+    corpus(tmp_path)
+    prep(asked(tmp_path))
+    again = asked(tmp_path, overwrite=True, length=32)
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "remove", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prep(again)
+    assert (tmp_path / ".data.partial" / "replaced").exists()
+    assert prep(again).length == 32
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
 def test_two_preps_of_one_data_set(tmp_path):
