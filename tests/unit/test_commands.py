@@ -271,7 +271,7 @@ def test_a_mistake_is_one_line_exit_code_two_and_nothing_left_behind(line, workp
     *progress, told = done.err.splitlines()
     assert MISTAKES[line] in told
     # What prep has done until it meets the mistake may be reported before it.
-    assert all(said.startswith(("read ", "trained ", "packed")) for said in progress)
+    assert all(said.startswith(("read ", "trained ", "tokenized")) for said in progress)
     assert (done.code, done.out) == (2, "")
     assert tree(workplace) == before
 
