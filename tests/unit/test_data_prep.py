@@ -356,7 +356,7 @@ def test_shares_of_a_slurm_array(monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "9")
     assert prep_module.share_of("slurm") == (2, 4)
     monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "19")  # --array=3,7,9,19, as failed tasks are asked for again
-    with pytest.raises(DataError, match="an array of 4 tasks from 3 to 19 leaves some out.*use --part K/N"):
+    with pytest.raises(DataError, match=r"an array of 4 tasks from 3 to 19 leaves some out.*use --part K/N"):
         prep_module.share_of("slurm")
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     with pytest.raises(DataError, match="part=slurm: not in an array job"):
