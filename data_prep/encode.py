@@ -16,11 +16,11 @@ from tokenizers import Tokenizer
 
 from data_prep import pool
 from data_prep.errors import DataError
-from data_prep.files import sha256_file, write_text, written
+from data_prep.files import write_text, written
 from data_prep.manifest import SPLITS, Count, Record, Sha256
 from data_prep.pack import RowFormat
 from data_prep.remote import fetch
-from data_prep.sources import Document, Fields, Part, expand, read_part
+from data_prep.sources import Document, Fields, Part, expand, read_part, sha256_source
 from data_prep.tokenize import encode, load_tokenizer
 
 BATCH_BYTES = 1 << 20  # text tokenized at once
@@ -91,7 +91,7 @@ def encode_part(job: EncodeJob) -> Encoded:
             digest, local = fetch(source.path, fetched, source.bytes), fetched
         else:
             local = Path(source.path)
-            digest = sha256_file(local) if job.part.begin == 0 else None
+            digest = sha256_source(source, local) if job.part.begin == 0 else None
         with ExitStack() as files:
             encoder = _PartEncoder(job, files)
             for document in read_part(job.part, local, job.fields, encoder.reject, encoder.skip):

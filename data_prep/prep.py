@@ -47,7 +47,7 @@ from data_prep.outcome import all_rejects, check_documents, check_rejects, check
 from data_prep.plan import PrepConfig
 from data_prep.progress import Progress, Report
 from data_prep.remote import fetch
-from data_prep.sources import Part, Source, expand, read_part, split
+from data_prep.sources import Part, Source, expand, read_part, sha256_source, split
 from data_prep.tokenize import SpecialIds, load_tokenizer, special_ids, token_dtype, train_bpe
 from data_prep.work import Work, check_replaceable, recipe_difference
 
@@ -353,10 +353,7 @@ def _same_sources(sources: Sequence[Source], recorded: Sequence[SourceFile]) -> 
     """Whether the files are those of the data set: by content, and remote ones, which stay there, by size."""
     if [(source.name, source.bytes) for source in sources] != [(file.name, file.bytes) for file in recorded]:
         return False
-    try:
-        return all(s.remote or sha256_file(Path(s.path)) == file.sha256 for s, file in zip(sources, recorded))
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check the file and its rights") from None
+    return all(s.remote or sha256_source(s, Path(s.path)) == file.sha256 for s, file in zip(sources, recorded))
 
 
 @contextmanager

@@ -140,6 +140,7 @@ class RowReader:
         if self.remote:
             fetch(f"{self.folder}/{name}", to, sha256=self.manifest.tokenizer_sha256)
         else:
+            _check_sha256(self.folder / name, sha256_file(self.folder / name), self.manifest.tokenizer_sha256)
             shutil.copyfile(self.folder / name, to)
 
     def verify(self) -> None:
@@ -159,9 +160,7 @@ class RowReader:
         expected = {self.folder / self.manifest.tokenizer: self.manifest.tokenizer_sha256}
         expected |= {self.folder / self.split / shard.name: shard.sha256 for shard in self.shards}
         for path, digest in expected.items():
-            found = sha256_file(path) if path.is_file() else "missing"
-            if found != digest:
-                raise DataError(f"{path}: sha256 is {found[:12]}, the manifest says {digest[:12]}; {MEND}")
+            _check_sha256(path, sha256_file(path) if path.is_file() else "missing", digest)
 
     @property
     def documents_started(self) -> int:
@@ -281,6 +280,11 @@ def _bisect(starts: np.ndarray, begin: np.ndarray, count: np.ndarray, row: np.nd
         low = np.where(searching & before, middle + 1, low)
         high = np.where(searching & ~before, middle, high)
     return low
+
+
+def _check_sha256(path: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise DataError(f"{path}: sha256 is {found[:12]}, the manifest says {expected[:12]}; {MEND}")
 
 
 def _remote_manifest(url: str) -> Manifest:

@@ -15,10 +15,11 @@ from data_prep.sources.kinds import SUFFIXES, Document, Fields, Part, Source
 from data_prep.sources.parquet import read_parquet
 from data_prep.sources.parts import split
 from data_prep.sources.records import Intake
+from data_prep.sources.streams import sha256_source
 from data_prep.sources.tar import read_tar
 from data_prep.sources.text import read_jsonl, read_text
 
-__all__ = ["SUFFIXES", "Document", "Fields", "Part", "Source", "expand", "read_part", "split"]
+__all__ = ["SUFFIXES", "Document", "Fields", "Part", "Source", "expand", "read_part", "sha256_source", "split"]
 
 
 def read_part(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.errors import DataError
+from data_prep.files import sha256_file
 from data_prep.sources.kinds import EXTRA, Source
 
 BUFFER = 1 << 20
@@ -186,6 +187,14 @@ def _skip_line(stream: BinaryIO, enough: int) -> int:
         if piece.endswith(b"\n"):
             break
     return skipped
+
+
+def sha256_source(source: Source, local: Path) -> str:
+    """sha256 of the stored bytes, packed or not; raises DataError where they cannot be read."""
+    try:
+        return sha256_file(local)
+    except OSError as error:
+        raise DataError(_unreadable(source, error)) from None
 
 
 def _unreadable(source: Source, error: OSError) -> str:

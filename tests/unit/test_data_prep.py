@@ -255,6 +255,28 @@ def test_a_broken_source_fails_alone(tmp_path):
     assert contents(tmp_path / "data") == contents(tmp_path / "again")
 
 
+def test_a_source_without_rights_fails_alone(tmp_path, monkeypatch):
+    corpus(tmp_path)
+    closed = tmp_path / "closed.jsonl"
+    closed.write_bytes((tmp_path / "text.jsonl").read_bytes())
+    inputs = [str(closed), str(tmp_path / "text.jsonl")]
+    config = asked(tmp_path, inputs=inputs, tokenizer=trained(tmp_path), workers=1)
+    opened = Path.open
+
+    def refuse(path, *args, **options):
+        if path == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        with pytest.raises(
+            DataError, match=r"closed\.jsonl: cannot be read \(Permission denied\).*1 of 2 parts are done"
+        ):
+            prep(config)
+    assert prep(config)
+
+
 def test_bad_records_are_listed_and_left_out(tmp_path):
     path = corpus(tmp_path)
     clean = prep(asked(tmp_path, out=str(tmp_path / "clean"), tokenizer=trained(tmp_path)))

@@ -213,6 +213,13 @@ def test_verify_finds_a_flipped_bit(copy, name):
         RowReader(copy, "train").verify()
 
 
+def test_a_run_does_not_take_another_tokenizer(copy, tmp_path):
+    (copy / "tokenizer.json").write_text("another")
+    with pytest.raises(DataError, match=r"tokenizer\.json: sha256 is [0-9a-f]{12}, the manifest says"):
+        RowReader(copy, "train").copy_tokenizer(tmp_path / "taken.json")
+    assert not (tmp_path / "taken.json").exists()
+
+
 def test_folders_that_are_no_data_set(copy, tmp_path):
     def says(text: str, folder: Path = copy) -> None:
         with pytest.raises(DataError, match=text) as caught:
