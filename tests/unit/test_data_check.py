@@ -139,7 +139,8 @@ def test_lengths_join_across_shards_whatever_the_members(tmp_path, tokenizer):
     for place, sizes in enumerate([(1, 1), (2, 4), (512, 1024)]):
         folder = tmp_path / str(place)
         folder.mkdir()
-        found = check(made(folder, texts, tokenizer, rows_per_member=sizes[0], rows_per_shard=sizes[1]), workers=1)
+        data = made(folder, texts, tokenizer, rows_per_member=sizes[0], rows_per_shard=sizes[1])
+        found = check(data, workers=1)
         assert not found.faults
         lengths.append({name: content.lengths for name, content in found.splits.items()})
     assert lengths[0] == lengths[1] == lengths[2]
