@@ -113,12 +113,13 @@ class BlockDiffusionModel(LanguageModule):
         """Receive the previous stage's activations from Megatron's schedule."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def hidden_states(self, input_ids: Tensor, offset: int = 0) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, offset: int = 0, documents: Tensor | None = None) -> Tensor:
         """Run this stage's layers.
 
         Args:
             input_ids: ``[S b, l]``, streams stacked, of the positions this rank holds; read by the first stage only.
             offset: position of the first token, for a block that follows cached ones.
+            documents: ``[b, L]``, the document of each position of the whole rows; None lets a row be one.
 
         Returns:
             ``[l, S b, h]``, or the stage's shard of the sequence under sequence parallelism.
@@ -126,7 +127,9 @@ class BlockDiffusionModel(LanguageModule):
         hidden = self.embedding(input_ids, None) if self.pre_process else None
         # "packed" keeps Megatron from picking context-parallel positions, which pins memory and so needs a GPU.
         rotary = self.rotary(input_ids.shape[1] * self.context.size, offset, packed_seq=True)
-        return self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=self.context.take(rotary, 0))
+        rotary = self.context.take(rotary, 0)
+        # Megatron passes its mask on untouched, and only TwoStreamAttention reads it.
+        return self.decoder(hidden_states=hidden, attention_mask=documents, rotary_pos_emb=rotary)
 
     def logits(self, rows: Tensor) -> Tensor:
         """SUBS logits of hidden rows ``[..., h]`` -> ``[..., V / tensor]``: -inf for the mask token and padding."""
@@ -148,7 +151,7 @@ class BlockDiffusionModel(LanguageModule):
         ``batch`` holds the positions of this context-parallel rank, and so does the result. Only rows with a weight
         reach the head, unless ``kernels.masked_rows_only`` is off.
         """
-        hidden = self.hidden_states(batch.input_ids)
+        hidden = self.hidden_states(batch.input_ids, documents=batch.documents)
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -30,8 +31,6 @@ class RowOrder:
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed={seed}: not an unsigned 64-bit integer; use 0 or more")
         self.rows, self.seed = rows, seed
-        low = math.isqrt(rows - 1) + 1  # ceil of the square root
-        self._radices = (low, -(-rows // low))
 
     def epoch_and_row(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(epochs, rows), int64, for stream positions int64 of any shape.
@@ -43,31 +42,130 @@ class RowOrder:
         if (positions < 0).any():
             raise ValueError(f"position {positions.min()}: below 0; the stream begins at 0")
         epochs, index = np.divmod(positions, self.rows)
-        keys = self._keys(epochs.ravel())
-        value = index.ravel().astype(np.uint64)
-        walking = np.arange(value.size)
-        while walking.size:
-            value[walking] = self._permute(value[walking], keys[:, walking])
-            walking = walking[value[walking] >= self.rows]
-        return epochs, value.astype(np.int64).reshape(positions.shape)
+        distinct, which = np.unique(epochs.ravel(), return_inverse=True)
+        keys = round_keys(self.seed, distinct)[:, which]
+        return epochs, permute(index.ravel(), self.rows, keys).reshape(positions.shape)
 
-    def _keys(self, epochs: np.ndarray) -> np.ndarray:
-        """Round keys ``[ROUNDS, n]``: mix(mix(mix(seed) + epoch) + round GOLDEN)."""
-        distinct, which = np.unique(epochs, return_inverse=True)
-        base = _mix(_mix(np.array([self.seed], np.uint64)) + distinct.astype(np.uint64))
-        return _mix(base + np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * GOLDEN)[:, which]
 
-    def _permute(self, value: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """One pass of the network over ``[0, a b)``; ``value`` ``[n]``, ``keys`` ``[ROUNDS, n]``."""
-        a, b = (np.uint64(radix) for radix in self._radices)
-        right, left = np.divmod(value, a)  # below b, below a
-        for key in keys:
-            # The upper 32 bits of the mix, scaled to [0, a); a is below 2^32.
-            step = ((_mix(right ^ key) >> HALF) * a) >> HALF
-            moved = left + step
-            left, right = right, np.where(moved < a, moved, moved - a)
-            a, b = b, a
-        return left + right * a
+def permute(index: np.ndarray, size: int | np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Keyed permutations of ``[0, size)``, where equal sizes and keys belong to one permutation.
+
+    Args:
+        index: int64 ``[n]``, each below its size.
+        size: of the permuted range, below 2^62: one for all, or int64 ``[n]``.
+        keys: uint64 ``[ROUNDS, n]`` of :func:`round_keys`.
+
+    Returns:
+        int64 ``[n]``.
+    """
+    sizes = np.broadcast_to(np.asarray(size, np.int64), index.shape).astype(np.uint64)
+    distinct, which = np.unique(sizes, return_inverse=True) if np.ndim(size) else (sizes[:1], None)
+    low = np.array([math.isqrt(int(n) - 1) + 1 for n in distinct], np.uint64)  # ceil of the square root
+    low = low[which] if which is not None else np.broadcast_to(low, sizes.shape) if low.size else low
+    high = (sizes + low - np.uint64(1)) // low
+    value = _feistel(index.astype(np.uint64), low, high, keys)
+    walking = np.flatnonzero(value >= sizes)
+    while walking.size:
+        value[walking] = _feistel(value[walking], low[walking], high[walking], keys[:, walking])
+        walking = walking[value[walking] >= sizes[walking]]
+    return value.astype(np.int64)
+
+
+def round_keys(seed: int, *parts: np.ndarray) -> np.ndarray:
+    """Round keys ``[ROUNDS, n]`` for what the parts (int64 ``[n]`` each) number.
+
+    mix(mix(... mix(seed) + part ...) + round GOLDEN), where mix is a bijection of uint64.
+    """
+    base = np.array([seed], np.uint64)
+    for part in parts:
+        base = _mix(base) + part.astype(np.uint64)
+    return _mix(_mix(base) + np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * GOLDEN)
+
+
+def derive_seed(seed: int, number: int) -> int:
+    """Another seed for the ``number``-th of several things under one seed; the 0-th keeps it."""
+    return int(_mix(np.array([seed], np.uint64) + np.array([number], np.uint64) * GOLDEN)[0]) if number else seed
+
+
+def _feistel(value: np.ndarray, a: np.ndarray, b: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """One pass of the network over ``[0, a b)``; all ``[n]``, but ``keys`` ``[ROUNDS, n]``."""
+    right, left = np.divmod(value, a)  # below b, below a
+    for key in keys:
+        # The upper 32 bits of the mix, scaled to [0, a); a is below 2^32.
+        step = ((_mix(right ^ key) >> HALF) * a) >> HALF
+        moved = left + step
+        left, right = right, np.where(moved < a, moved, moved - a)
+        a, b = b, a
+    return left + right * a
+
+
+class LaneOrder:
+    """Visits every row once per epoch so that few shards are read at a time; for shards in an object store.
+
+    The shards of an epoch, in an order keyed by ``(seed, epoch)``, make an axis of all rows. Each of ``lanes`` lanes
+    has a contiguous part of it, and position ``i`` of the epoch is row ``i // lanes`` of lane ``i % lanes``. A lane
+    reads its shards one after another, the rows of each in an order of their own. Whoever reads some of the lanes
+    fetches these shards and no others. The order is a function of (seed, epoch, position); memory is one number per
+    shard.
+
+    Args:
+        shard_rows: rows of each shard, int64 ``[shards]``; rows are numbered shard after shard.
+        seed: in ``[0, 2^64)``.
+        lanes: how many; more than there are rows or shards is fine.
+
+    Raises:
+        ValueError: no rows, a bad seed, or no lanes.
+    """
+
+    def __init__(self, shard_rows: np.ndarray, seed: int, lanes: int):
+        if lanes < 1:
+            raise ValueError(f"lanes={lanes}: use 1 or more")
+        self._shard_rows = np.asarray(shard_rows, np.int64)
+        self._shard_rows_before = np.cumsum(self._shard_rows) - self._shard_rows
+        self.rows, self.seed, self.lanes = int(self._shard_rows.sum()), seed, lanes
+        RowOrder(self.rows, seed)  # checks both
+        self._axis = lru_cache(4)(self._build_axis)
+
+    def epoch_and_row(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epochs, rows), int64, for stream positions int64 of any shape.
+
+        Raises:
+            ValueError: a position is negative.
+        """
+        positions = np.asarray(positions, np.int64)
+        if (positions < 0).any():
+            raise ValueError(f"position {positions.min()}: below 0; the stream begins at 0")
+        epochs, index = np.divmod(positions, self.rows)
+        rows = np.empty_like(index)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            rows[here] = self._rows_of(epoch, index[here])
+        return epochs, rows
+
+    def lane(self, positions: np.ndarray) -> np.ndarray:
+        """The lane that each position is read from, int64."""
+        return np.asarray(positions, np.int64) % self.rows % self.lanes
+
+    def _rows_of(self, epoch: int, index: np.ndarray) -> np.ndarray:
+        shards, ends = self._axis(epoch)
+        line, lane = np.divmod(index, self.lanes)
+        each, extra = divmod(self.rows, self.lanes)
+        start = lane * each + np.minimum(lane, extra)
+        stop = start + each + (lane < extra)
+        place = np.searchsorted(ends, start + line, side="right")  # which shard of the epoch's order
+        # The part of that shard that belongs to this lane is permuted; it is known by where it begins.
+        before = ends[place] - self._shard_rows[shards[place]]
+        first = np.maximum(before, start)
+        size = np.minimum(ends[place], stop) - first
+        keys = round_keys(self.seed, np.full_like(first, epoch), first)
+        moved = first + permute(start + line - first, size, keys)
+        return self._shard_rows_before[shards[place]] + moved - before
+
+    def _build_axis(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(shards in the epoch's order, end of each on the axis of rows)."""
+        count = len(self._shard_rows)
+        _, shards = RowOrder(count, self.seed).epoch_and_row(epoch * count + np.arange(count))
+        return shards, np.cumsum(self._shard_rows[shards])
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -7,19 +7,17 @@ the number of processes, or on interruptions.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from data_prep import pool
-from data_prep.assemble import Piece, ShardJob, Stream, build_shard, counts_of, finished_shard, shard_jobs
+from data_prep.assemble import Piece, ShardJob, Stream, build_shard, finished_shard, shard_jobs
 from data_prep.encode import (
     Encoded,
     EncodeJob,
@@ -40,13 +38,12 @@ from data_prep.manifest import (
     TOKENIZER,
     Manifest,
     SourceFile,
-    Split,
     SplitName,
     check_files,
     load_manifest,
     save_manifest,
-    unigram_nats,
 )
+from data_prep.outcome import all_rejects, check_documents, check_rejects, check_rows, make_manifest
 from data_prep.plan import PrepConfig
 from data_prep.progress import Progress, Report
 from data_prep.remote import fetch
@@ -94,9 +91,13 @@ def workers_of(config: PrepConfig) -> int:
 def parts_of(sources: Sequence[Source]) -> list[Part]:
     """What one job each reads, in order.
 
-    Parts of a file depend on the file alone, so that finished ones stay valid when others change.
+    Parts of a file depend on the file alone, so that finished ones stay valid when others change. A remote file is
+    fetched whole, so it is one part.
     """
-    sizes = [min(max(source.bytes // 16, SMALLEST_PART), LARGEST_PART) for source in sources]
+    sizes = [
+        source.bytes + 1 if source.remote else min(max(source.bytes // 16, SMALLEST_PART), LARGEST_PART)
+        for source in sources
+    ]
     return [part for source, size in zip(sources, sizes) for part in split(source, size)]
 
 
@@ -176,7 +177,8 @@ class _Prep:
                     self.report(str(result))
                 else:
                     progress.done(job.part.weight, sum(result.text_bytes.values()))
-        progress.line()
+        if jobs:
+            progress.line()
         if failed:
             kept = f"; {len(parts) - len(failed)} of {len(parts)} parts are done and kept: run again once it is mended"
             more = f"; {len(failed) - 1} more failed" if len(failed) > 1 else ""
@@ -186,42 +188,23 @@ class _Prep:
         """Cut the shards from the streams, write the manifest and publish."""
         special = self._special_ids()
         results = [read_result(self.work.part(part)) for part in self.parts]
-        _check_rejects(self.config, results)
+        check_rejects(self.config, results)
         self._check_sources()
         jobs = {name: self._shard_jobs(name, special, results) for name in SPLITS}
         try:
-            _check_documents(self.config, results)
-            _check_rows(self.config, jobs, results)
+            check_documents(self.config, results)
+            check_rows(self.config, jobs, results)
         except DataError:
             self.work.remove()  # only other options help, and these would need other streams
             raise
         self._build([job for split_jobs in jobs.values() for job in split_jobs])
-        counts = {name: counts_of(jobs[name]) for name in SPLITS}
-        splits = {name: _split(name, jobs[name], results, counts[name]) for name in SPLITS}
-        nats = unigram_nats(counts["validation"], counts["train"] + 1)
-        skipped = {why: sum(r.skipped.get(why, 0) for r in results) for why in ("short", "long")}
-        data, rejects = self.work.data, [reject for result in results for reject in result.rejects]
+        data, rejects = self.work.data, all_rejects(results)
         with written(data / TOKENIZER) as temporary:
             shutil.copyfile(self.work.tokenizer, temporary)
         if rejects:
             write_text(data / REJECTS, rejects_text(rejects))
-        manifest = Manifest(
-            package_version=_version(),
-            length=self.config.length,
-            dtype=token_dtype(special.vocab_size).str,
-            vocab_size=special.vocab_size,
-            bos_id=special.bos,
-            eos_id=special.eos,
-            mask_id=special.mask,
-            tokenizer_sha256=sha256_file(self.work.tokenizer),
-            recipe=self.recipe,
-            sources=_source_files(self.parts, results),
-            rejects=len(rejects),
-            skipped={why: count for why, count in skipped.items() if count},
-            validation_unigram_nats=nats,
-            validation_unigram_perplexity=math.exp(nats),
-            splits=splits,
-        )
+        digest = sha256_file(self.work.tokenizer)
+        manifest = make_manifest(self.config, self.recipe, special, digest, self.parts, results, jobs)
         save_manifest(manifest, data)
         self.work.publish(self.config.overwrite)
         self._summary(manifest)
@@ -263,7 +246,8 @@ class _Prep:
             if isinstance(result, DataError):
                 raise result
             progress.done(job.stream.tokens * itemsize, job.stream.tokens * itemsize)
-        progress.line()
+        if missing:
+            progress.line()
 
     def _check_sources(self) -> None:
         for source in self.sources:
@@ -353,66 +337,6 @@ def _same_sources(sources: Sequence[Source], recorded: Sequence[SourceFile]) -> 
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check the file and its rights") from None
 
 
-def _source_files(parts: Sequence[Part], results: Sequence[Encoded]) -> list[SourceFile]:
-    """The input files; the first part of each knows its sha256."""
-    return [
-        SourceFile(name=part.source.name, bytes=part.source.bytes, sha256=result.sha256)
-        for part, result in zip(parts, results)
-        if part.begin == 0
-    ]
-
-
-def _check_rejects(config: PrepConfig, results: Sequence[Encoded]) -> None:
-    """The bad records of all parts together must not be too many."""
-    rejects = [reject for result in results for reject in result.rejects]
-    if len(rejects) > config.max_rejects:
-        raise too_many_rejects(len(rejects), rejects[0], config.max_rejects)
-
-
-def _check_documents(config: PrepConfig, results: Sequence[Encoded]) -> None:
-    """Both splits need a document."""
-    rejects = [reject for result in results for reject in result.rejects]
-    counts = {name: sum(result.documents[name] for result in results) for name in SPLITS}
-    documents = sum(counts.values())
-    if not documents:
-        skipped = sum(sum(result.skipped.values()) for result in results)
-        reason = f"; {skipped} were left out by length" if skipped else ""
-        if rejects:
-            reason += f"; {rejects[0].source} at {rejects[0].offset}: {rejects[0].reason}"
-        raise DataError(f"{config.inputs[0]}: no documents in the input{reason}; give files with text")
-    for name, count in counts.items():
-        if not count:
-            raise DataError(
-                f"validation_fraction={config.validation_fraction}: none of {documents} documents falls into "
-                f"the {name} split; change --validation-fraction or --seed, or give more documents"
-            )
-
-
-def _check_rows(config: PrepConfig, jobs: dict[SplitName, list[ShardJob]], results: Sequence[Encoded]) -> None:
-    for name in SPLITS:
-        if not jobs[name]:
-            raise DataError(
-                f"length={config.length}: the {sum(r.documents[name] for r in results)} documents of the {name} "
-                f"split fill no row ({sum(r.tokens[name] for r in results)} tokens); use a shorter --length, another "
-                "--validation-fraction or more text"
-            )
-
-
-def _split(name: SplitName, jobs: Sequence[ShardJob], results: Sequence[Encoded], counts: np.ndarray) -> Split:
-    shards = [finished_shard(job) for job in jobs]
-    rows = sum(shard.rows for shard in shards)
-    form = jobs[0].stream.rows
-    return Split(
-        documents=sum(result.documents[name] for result in results),
-        text_bytes=sum(result.text_bytes[name] for result in results),
-        rows=rows,
-        tokens=rows * form.length,
-        dropped_tokens=sum(result.tokens[name] for result in results) - rows * form.width,
-        unigram_entropy=unigram_nats(counts, counts),
-        shards=shards,
-    )
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Keep ``tokenizers`` from starting threads of its own: one process takes one core."""
@@ -424,10 +348,3 @@ def one_thread() -> Iterator[None]:
         del os.environ["TOKENIZERS_PARALLELISM"]
         if before is not None:
             os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-def _version() -> str:
-    try:
-        return metadata.version("bd3-megatron")
-    except metadata.PackageNotFoundError:
-        return "unknown"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -21,10 +21,34 @@ from bd3_megatron.config import (
 
 
 class DataConfig(Section):
-    """Where the rows come from."""
+    """Where the rows come from and in which order."""
 
-    path: str | None = Field(None, description="folder that bd3 prep wrote")
+    path: str | None = Field(None, description="folder that bd3 prep wrote, or the URL of a copy (s3://bucket/data)")
+    mix: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="several of them with their weights, instead of data.path"
+    )
     seed: Seed | None = Field(None, description="seed of the row order; null means train.seed")
+    order: Literal["global", "lanes"] = Field(
+        "global", description="global permutes all rows; lanes reads few shards at a time, for object stores"
+    )
+    lanes: int = Field(64, ge=1, description="shards read at a time over all ranks with data.order=lanes")
+    cache: str | None = Field(
+        None, description="folder for the shards of URLs; null means $BD3_CACHE or ~/.cache/bd3-megatron"
+    )
+    cache_gb: float = Field(100.0, gt=0, description="most that the cache holds, in GB (1e9 bytes)")
+    document_mask: bool = Field(False, description="attention keeps to the documents that are packed in a row")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if self.mix is not None and self.path is not None:
+            raise ValueError(f"data.mix: data.path={self.path} is given too; set one of them to null")
+        if self.mix is not None and not self.mix:
+            raise ValueError("data.mix: empty; give paths with their weights, or null")
+        return self
+
+    def weights(self) -> dict[str, float]:
+        """Weight of each data set by path, in order; empty if none is given."""
+        return self.mix or ({} if self.path is None else {self.path: 1.0})
 
 
 class TrainConfig(OptimizationConfig):

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, Field
 
 from bd3_megatron.config import ConfigError, check_layout, split_layers
+from data_prep.remote import is_remote
 from pretrain.config import RunConfig, check_batches
 from pretrain.files import replace_file
 from pretrain.options import (
@@ -63,12 +64,19 @@ def load_run_config(args: list[str], prog: str = "bd3 pretrain") -> RunConfig:
 def save_config(config: RunConfig, path: Path) -> None:
     """Write ``config`` as YAML under a temporary name and rename it: ``path`` is complete or untouched.
 
-    ``data.path`` is stored absolute, because what reads the file later may be called from another folder.
+    Paths of data sets and cache are stored absolute, because what reads the file later may be called from another
+    folder. URLs are stored as they are.
     """
-    if config.data.path is not None:
-        data = config.data.model_copy(update={"path": os.path.abspath(config.data.path)})
-        config = config.model_copy(update={"data": data})
+    data = config.data
+    found = {"path": data.path and _absolute(data.path), "cache": data.cache and _absolute(data.cache)}
+    if data.mix is not None:
+        found["mix"] = {_absolute(path): weight for path, weight in data.mix.items()}
+    config = config.model_copy(update={"data": data.model_copy(update=found)})
     replace_file(path, to_yaml(config).encode())
+
+
+def _absolute(path: str) -> str:
+    return path if is_remote(path) else os.path.abspath(path)
 
 
 def load_saved(path: Path) -> RunConfig:

@@ -9,7 +9,7 @@ from typing import Any
 
 from bd3_megatron.config import ConfigError
 from bd3_megatron.parallel import World
-from data_prep.manifest import Manifest
+from data_prep.stream import RowStream
 from pretrain import checkpoint, runs
 from pretrain.agree import everywhere, on_first
 from pretrain.config import RunConfig
@@ -17,7 +17,8 @@ from pretrain.load import load_saved
 
 # What may change when a run goes on: how long, where and how it is watched. (A decaying learning rate follows
 # train.steps, so a longer run has another rate from here on.)
-_FREE = ("run", "parallel", "zero", "log", "eval", "checkpoint", "train.steps", "train.micro_batch", "data.path")
+_FREE = ("run", "parallel", "zero", "log", "eval", "checkpoint", "train.steps", "train.micro_batch")
+_FREE += ("data.path", "data.cache", "data.cache_gb")
 
 
 def check_same_run(run: Path, config: RunConfig) -> None:
@@ -26,10 +27,18 @@ def check_same_run(run: Path, config: RunConfig) -> None:
         if (run / "checkpoints").exists():
             raise ConfigError(f"run={run}: has checkpoints but no {runs.CONFIG}; put it back or use another --run")
         return
-    before, now = load_saved(run / runs.CONFIG).model_dump(), config.model_dump()
+    before, now = (_comparable(found) for found in (load_saved(run / runs.CONFIG), config))
     for path, old, new in _differences(before, now):
         if not any(path == free or path.startswith(free + ".") for free in _FREE):
             raise ConfigError(f"{path}={new}: the run in {run} was started with {old}; use that, or another --run")
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    """The configuration as values; of a mix the weights alone, because data sets may move."""
+    values = config.model_dump()
+    if config.data.mix is not None:
+        values["data"]["mix"] = list(config.data.mix.values())
+    return values
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""):
@@ -41,10 +50,16 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
             yield f"{prefix}{key}", old, new
 
 
-def position(config: RunConfig, step: int) -> dict[str, Any]:
-    """What decides, with the data set, which rows and which noise follow after ``step`` steps, on any layout."""
+def position(config: RunConfig, step: int, stream: RowStream) -> dict[str, Any]:
+    """What decides, with the data set, which rows and which noise follow after ``step`` steps, on any layout.
+
+    ``data_positions`` is how many rows of each data set have been read.
+    """
+    rows, data = step * config.train.global_batch, config.data
     return {
-        "rows": step * config.train.global_batch,
+        "rows": rows,
+        "data_positions": stream.positions(rows),
+        "order": f"lanes {data.lanes}" if data.order == "lanes" else data.order,
         "seed": config.train.seed,
         "order_seed": order_seed(config),
         "beta": config.diffusion.beta,
@@ -56,9 +71,12 @@ def order_seed(config: RunConfig) -> int:
     return config.train.seed if config.data.seed is None else config.data.seed
 
 
-def checkpoint_to_resume(
-    run: Path, config: RunConfig, manifest: Manifest, world: World
-) -> checkpoint.Checkpoint | None:
+def _named(config: RunConfig) -> str:
+    data = config.data
+    return f"data.path={data.path}" if data.mix is None else f"data.mix={' '.join(data.mix)}"
+
+
+def checkpoint_to_resume(run: Path, config: RunConfig, stream: RowStream, world: World) -> checkpoint.Checkpoint | None:
     """The newest good checkpoint, or None for a new run; refuses to go on from another position or with other data."""
     found = checkpoint.newest_together(run, world, warn=lambda text: print(text, file=sys.stderr, flush=True))
     if found is None:
@@ -67,15 +85,15 @@ def checkpoint_to_resume(
                 ConfigError(f"{run}/checkpoints: none is whole; put one back, or start again with another --run")
             )
         return None
-    data = runs.data_identity(manifest)
+    data = runs.data_identity(*stream.manifests)
     if found.meta.get("data", data) != data:
         raise everywhere(
             ConfigError(
-                f"data.path={config.data.path}: not the data {found.path} was trained on; "
+                f"{_named(config)}: not the data {found.path} was trained on; "
                 f"use the data set of the run, or another --run"
             )
         )
-    for name, value in position(config, found.step).items():
+    for name, value in position(config, found.step, stream).items():
         if found.meta.get(name, value) != value:
             raise everywhere(
                 ConfigError(

@@ -14,10 +14,13 @@ from bd3_megatron import parallel
 from bd3_megatron.config import ConfigError, ModelConfig, ParallelConfig
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.hf.mapping import check_shapes, entries
+from data_prep.cache import ShardCache, default_folder
 from data_prep.manifest import Manifest, SplitName
 from data_prep.reader import RowReader
+from data_prep.remote import is_remote
+from data_prep.stream import RowStream
 from pretrain import checkpoint
-from pretrain.config import RunConfig
+from pretrain.config import DataConfig, RunConfig
 from pretrain.load import load_saved
 
 CONFIG = "config.yaml"
@@ -48,27 +51,51 @@ def resolve_model(model: ModelConfig, manifest: Manifest, path: str) -> ModelCon
     return ModelConfig(**model.model_dump() | decided)
 
 
-def data_identity(manifest: Manifest) -> str:
-    """Digest of what the rows and the tokenizer are, wherever the data set lies."""
-    digest = hashlib.sha256(manifest.tokenizer_sha256.encode())
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            digest.update(shard.sha256.encode())
+def check_documents(stream: RowStream, asked: str) -> None:
+    """Check that the data sets say where documents start.
+
+    Raises:
+        ConfigError: one does not; ``asked`` is the option that needs it.
+    """
+    for reader in stream.readers:
+        if not reader.manifest.recipe.documents:
+            raise ConfigError(
+                f"{asked}: {reader.folder} was written without document starts; run bd3 prep with --documents"
+            )
+
+
+def data_identity(*manifests: Manifest) -> str:
+    """Digest of what the rows and the tokenizer are, of all data sets of a mix, wherever they lie."""
+    digest = hashlib.sha256(manifests[0].tokenizer_sha256.encode())
+    for number, manifest in enumerate(manifests):
+        if number:
+            digest.update(b"next data set")
+        for split in manifest.splits.values():
+            for shard in split.shards:
+                digest.update(shard.sha256.encode())
     return digest.hexdigest()
 
 
-def open_split(path: str | None, split: SplitName, model: ModelConfig) -> RowReader:
-    """A split of the data set at ``path``, checked against the model.
+def open_stream(data: DataConfig, split: SplitName, model: ModelConfig, seed: int = 0) -> RowStream:
+    """A split of the configured data sets, checked against each other and the model; ``seed`` is of the order.
 
     Raises:
-        ConfigError: no path, or a data set that does not fit the model.
-        DataError: no data set there, or damaged shards.
+        ConfigError: no data set is named, or one does not fit the model.
+        DataError: no data set there, damaged shards, data sets that do not go together, or no cache for remote ones.
     """
-    if path is None:
+    weights = data.weights()
+    if not weights:
         raise ConfigError("data.path: not set; give the folder that bd3 prep wrote with --data.path (bd3 eval: --data)")
-    reader = RowReader(path, split)
-    resolve_model(model, reader.manifest, path)
-    return reader
+    cache = None
+    if any(map(is_remote, weights)):
+        cache = ShardCache(data.cache or default_folder(), round(data.cache_gb * 1e9))
+    readers = [RowReader(path, split, cache if is_remote(path) else None) for path in weights]
+    for path, reader in zip(weights, readers):
+        resolve_model(model, reader.manifest, path)
+    stream = RowStream(readers, list(weights.values()), seed, data.order, data.lanes)
+    if data.document_mask:
+        check_documents(stream, "data.document_mask=true")
+    return stream
 
 
 @dataclass

@@ -6,7 +6,6 @@ import fcntl
 import math
 import os
 import platform
-import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +16,7 @@ from bd3_megatron import flops, parallel
 from bd3_megatron.config import ConfigError, check_layout
 from bd3_megatron.engine import build_engine, check_installed
 from bd3_megatron.engine.base import Engine, StepResult
-from data_prep.manifest import Manifest
-from data_prep.reader import RowReader
+from data_prep.stream import RowStream
 from pretrain import checkpoint, runs
 from pretrain.agree import alike, everywhere, lost_ranks, on_first, together
 from pretrain.batches import Batches
@@ -52,7 +50,7 @@ def train(config: RunConfig) -> Path:
     with alike():
         data_size = check_layout(config.model, config.diffusion, config.parallel, ranks.world_size, config.zero)
         check_batches(config.train, config.parallel, data_size)
-        if config.data.path is None:
+        if not config.data.weights():
             raise ConfigError("data.path: not set; give the folder that bd3 prep wrote with --data.path")
     lock = trainer = watch = None
     try:
@@ -62,11 +60,11 @@ def train(config: RunConfig) -> Path:
             watch = Watchdog(ranks, config.parallel.timeout_minutes, Path(config.run) / "hang")
             # From here on what may fail on one rank alone is agreed on by all.
             together(lambda: check_installed(config.zero))
-            config, reader, validation = together(lambda: _open_data(config))
+            config, stream, validation = together(lambda: _open_data(config))
             run = Path(config.run)
             on_first(lambda: check_same_run(run, config))
-            found = checkpoint_to_resume(run, config, reader.manifest, world)
-            lock = on_first(lambda: _prepare_folder(run, config, reader.manifest))
+            found = checkpoint_to_resume(run, config, stream, world)
+            lock = on_first(lambda: _prepare_folder(run, config, stream))
             engine = build_engine(
                 config.model,
                 config.diffusion,
@@ -79,7 +77,7 @@ def train(config: RunConfig) -> Path:
             )
             if found is not None:
                 checkpoint.restore(found, engine)
-            with Trainer(config, run, engine, reader, validation, found.step if found else 0, watch) as trainer:
+            with Trainer(config, run, engine, stream, validation, found.step if found else 0, watch) as trainer:
                 trainer.run()
     finally:
         if watch is not None:
@@ -98,14 +96,14 @@ class Trainer:
         config: RunConfig,
         run: Path,
         engine: Engine,
-        reader: RowReader,
-        validation: RowReader,
+        stream: RowStream,
+        validation: RowStream,
         step: int,
         watch: Watchdog,
     ):
         self.config, self.folder, self.engine, self.step = config, run, engine, step
         self.watch, self.first_step = watch, step
-        self.reader, self.validation = reader, validation
+        self.stream, self.validation = stream, validation
         self.first = engine.world.is_first
         train = config.train
         self.writer = checkpoint.CheckpointWriter(
@@ -117,15 +115,15 @@ class Trainer:
             self._record_checkpoint,
         )
         self.batches = Batches(
-            reader,
+            stream,
             config.model,
             config.diffusion,
             global_batch=train.global_batch,
             micro_batch=train.micro_batch,
             rank=engine.world.data_rank,
             size=engine.world.data_size,
-            order_seed=order_seed(config),
             noise_seed=train.seed,
+            document_mask=config.data.document_mask,
         )
         # At step 0 the first evaluation is made (again): of a run that got no further, no record is kept.
         kept = self.step or -1
@@ -222,22 +220,23 @@ class Trainer:
                 config.eval,
                 micro,
                 progress=lambda: self.watch.tick(phase),
+                document_mask=config.data.document_mask,
             )
         self.watch.tick(f"after step {self.step}")
         if self.first:
             self.metrics.validation(self.step, result.record())
             self._say(
                 f"step {self.step} | validation perplexity {result.perplexity:.2f} +- {result.perplexity_stderr:.2f} "
-                f"(unigram {self.reader.manifest.validation_unigram_perplexity:.2f}) | "
+                f"(unigram {self.validation.unigram_perplexity:.2f}) | "
                 f"NELBO {result.nelbo:.4f} +- {result.nelbo_stderr:.4f} nats per token"
             )
         return result
 
     def _save(self) -> None:
         on_first(lambda: self.metrics.sync())  # the other ranks have none
-        meta = position(self.config, self.step) | {
+        meta = position(self.config, self.step, self.stream) | {
             "tokens": self._tokens(self.step),
-            "data": runs.data_identity(self.reader.manifest),
+            "data": runs.data_identity(*self.stream.manifests),
         }
         self.watch.tick(f"in the checkpoint of step {self.step}", patient=True)
         with self.throughput.paused():
@@ -256,7 +255,7 @@ class Trainer:
 
     def _finish(self) -> None:
         self.watch.tick("at the end", patient=True)
-        unigram = self.reader.manifest.validation_unigram_perplexity
+        unigram = self.validation.unigram_perplexity
         plot = plot_curves(self.folder, reference={"unigram": unigram})
         records = read_metrics(self.folder)
         self.progress.close()
@@ -276,8 +275,8 @@ class Trainer:
         return (
             f"{config.model.parameters(config.model.vocab_size) / 1e6:.2f}M parameters, {config.model.backbone}, "
             f"L={config.model.length}, B'={config.diffusion.block_size}, {config.train.precision}, "
-            f"{world.size} process(es) on {world.device.type}; {len(self.reader)} train rows, "
-            f"{config.train.steps * config.train.global_batch / len(self.reader):.2f} epochs"
+            f"{world.size} process(es) on {world.device.type}; {len(self.stream)} train rows, "
+            f"{config.train.steps * config.train.global_batch / len(self.stream):.2f} epochs"
         )
 
     def _say(self, text: str) -> None:
@@ -300,14 +299,16 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _open_data(config: RunConfig) -> tuple[RunConfig, RowReader, RowReader]:
-    """The configuration with what the data set decides, and both splits."""
-    reader, validation = (RowReader(config.data.path, split) for split in ("train", "validation"))
-    model = runs.resolve_model(config.model, reader.manifest, config.data.path)
-    return config.model_copy(update={"model": model}), reader, validation
+def _open_data(config: RunConfig) -> tuple[RunConfig, RowStream, RowStream]:
+    """The configuration with what the data sets decide, and both splits."""
+    stream, validation = (
+        runs.open_stream(config.data, split, config.model, order_seed(config)) for split in ("train", "validation")
+    )
+    model = runs.resolve_model(config.model, stream.manifests[0], next(iter(config.data.weights())))
+    return config.model_copy(update={"model": model}), stream, validation
 
 
-def _prepare_folder(run: Path, config: RunConfig, manifest: Manifest) -> int:
+def _prepare_folder(run: Path, config: RunConfig, stream: RowStream) -> int:
     """Make the run folder and write what describes the run; returns the descriptor that holds the folder's lock.
 
     Raises:
@@ -323,7 +324,7 @@ def _prepare_folder(run: Path, config: RunConfig, manifest: Manifest) -> int:
     tokenizer = run / runs.TOKENIZER
     if not tokenizer.exists():
         partial = tokenizer.with_suffix(".partial")
-        shutil.copyfile(Path(config.data.path) / manifest.tokenizer, partial)
+        stream.readers[0].copy_tokenizer(partial)
         partial.replace(tokenizer)
     lines = [f"python {platform.python_version()}"]
     lines += [f"{name} {version(name)}" for name in ("bd3-megatron", "torch", "megatron-core", "numpy")]

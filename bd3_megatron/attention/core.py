@@ -15,7 +15,7 @@ from bd3_megatron.attention import chunked, reference
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.mask import Streams
 
-Backend = Callable[[Tensor, Tensor, Tensor, Streams, float | None, ContextShard | None], Tensor]
+Backend = Callable[[Tensor, Tensor, Tensor, Streams, float | None, ContextShard | None, Tensor | None], Tensor]
 
 BACKENDS: dict[str, Backend] = {"chunked": chunked.attend, "reference": reference.attend}
 
@@ -50,8 +50,8 @@ class BlockCache:
 class TwoStreamAttention(MegatronModule):
     """Megatron ``core_attention``: the only module that knows about the two streams.
 
-    The mask is a property of the objective, so Megatron's ``attention_mask`` stays None; activation recomputation
-    and pipeline stages then carry nothing extra.
+    The mask is a property of the objective. Where rows hold several documents, Megatron's ``attention_mask`` brings
+    their numbers ``[b, L]``: Megatron hands it on as it is, to layers that are computed again too.
     """
 
     def __init__(
@@ -78,10 +78,11 @@ class TwoStreamAttention(MegatronModule):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_) -> Tensor:
         """``[l, S b, n, d]`` queries, ``[l, S b, g, d]`` keys and values -> ``[l, S b, n d]``.
 
-        l is L, or the positions that this context-parallel rank holds.
+        l is L, or the positions that this context-parallel rank holds. ``attention_mask`` is None or int ``[b, L]``,
+        the document of each position of the whole rows; what is sampled with a cache is one document.
         """
         if self.cache is not None:
             out = self.cache.attend(query, key, value, self.scale)
         else:
-            out = self.backend(query, key, value, self.streams, self.scale, self.context)
+            out = self.backend(query, key, value, self.streams, self.scale, self.context, attention_mask)
         return out.flatten(2)

@@ -62,11 +62,30 @@ def sees(query_stream: Tensor, query_block: Tensor, key_stream: Tensor, key_bloc
     return own | earlier
 
 
-def dense_mask(length: int, streams: Streams, device: torch.device | None = None) -> Tensor:
-    """The mask over all streams laid end to end, ``[count * L, count * L]``: for the reference and for tests."""
+def within_documents(seen: Tensor | bool, query_document: Tensor, key_document: Tensor) -> Tensor:
+    """Of the keys that :func:`sees` admits, those of the query's own document; all streams share their row's documents.
+
+    Args:
+        seen: what :func:`sees` gave, or True where a query's block and stream admit every key.
+        query_document, key_document: number of the document each belongs to, broadcastable with ``seen``.
+    """
+    return (query_document == key_document) & seen
+
+
+def dense_mask(
+    length: int, streams: Streams, device: torch.device | None = None, documents: Tensor | None = None
+) -> Tensor:
+    """The mask over all streams laid end to end, ``[count * L, count * L]``: for the reference and for tests.
+
+    With ``documents`` ``[b, L]`` every row has its own, ``[b, count * L, count * L]``.
+    """
     block = (torch.arange(length, device=device) // streams.block_size).repeat(streams.count)
     stream = torch.arange(streams.count, device=device).repeat_interleave(length)
-    return sees(stream[:, None], block[:, None], stream[None], block[None], streams.clean_index)
+    mask = sees(stream[:, None], block[:, None], stream[None], block[None], streams.clean_index)
+    if documents is None:
+        return mask
+    number = documents.repeat(1, streams.count)
+    return within_documents(mask, number[:, :, None], number[:, None])
 
 
 def live_pairs(length: int, streams: Streams) -> int:

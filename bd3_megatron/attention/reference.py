@@ -16,6 +16,7 @@ def attend(
     streams: Streams,
     scale: float | None = None,
     context: ContextShard | None = None,
+    documents: Tensor | None = None,
 ) -> Tensor:
     """Attention of every stream under the dense mask.
 
@@ -25,6 +26,8 @@ def attend(
         key, value: ``[l, count * b, g, d]`` with ``g`` dividing ``n`` (grouped queries).
         scale: factor on the logits; ``1 / sqrt(d)`` when None.
         context: which positions this rank holds; None for all.
+        documents: int ``[b, L]``, the document of each position of the whole rows, never falling along a row: a query
+            sees keys of its own document only. None lets a row be one document.
 
     Returns:
         ``[l, count * b, n, d]``.
@@ -37,12 +40,13 @@ def attend(
         x = x.repeat_interleave(heads // x.shape[2], dim=2)
         return x.view(-1, count, batch, heads, width).permute(2, 3, 1, 0, 4).reshape(batch, heads, -1, width)
 
-    mask = dense_mask(context.length, streams, query.device).view(count, context.length, -1)
+    mask = dense_mask(context.length, streams, query.device, documents)
+    mask = context.take(mask.unflatten(-2, (count, -1)), -2).flatten(-3, -2)  # [S l, S L], b of them with documents
     out = F.scaled_dot_product_attention(
         end_to_end(query),
         end_to_end(context.gather(key)),
         end_to_end(context.gather(value)),
-        attn_mask=context.take(mask, 1).flatten(0, 1),
+        attn_mask=mask if documents is None else mask[:, None],
         scale=scale,
     )
     out = out.view(batch, heads, count, -1, width)

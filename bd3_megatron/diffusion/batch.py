@@ -25,37 +25,66 @@ class Batch:
         weight: float32 ``[R, L]``, weight of each prediction's nll, zero where there is none.
         tokens: what the sum of weighted nll is divided by for the training loss (objective, step 6): L per row for
             the diffusion objective (BOS counted), L - 1 for the causal one.
+        documents: int32 ``[b, L]``, which document of its row each position belongs to, for attention that keeps to
+            documents; None lets a query see all of its row. The K draws of a row share its documents.
     """
 
     input_ids: Tensor
     labels: Tensor
     weight: Tensor
     tokens: int
+    documents: Tensor | None = None
 
     def take(self, context: ContextShard) -> Batch:
-        """The positions that one context-parallel rank holds; ``tokens`` stays that of the whole rows."""
+        """The positions that one context-parallel rank holds.
+
+        ``tokens`` and ``documents`` stay those of the whole rows, because keys come from all ranks.
+        """
         ids, labels, weight = (context.take(x, 1) for x in (self.input_ids, self.labels, self.weight))
-        return Batch(ids, labels, weight, self.tokens)
+        return Batch(ids, labels, weight, self.tokens, self.documents)
 
     def to(self, device: torch.device) -> Batch:
-        ids, labels, weight = (x.to(device, non_blocking=True) for x in (self.input_ids, self.labels, self.weight))
-        return Batch(ids, labels, weight, self.tokens)
+        held = (self.input_ids, self.labels, self.weight, self.documents)
+        ids, labels, weight, documents = (None if x is None else x.to(device, non_blocking=True) for x in held)
+        return Batch(ids, labels, weight, self.tokens, documents)
 
 
-def diffusion_batch(tokens: NDArray[np.int64], noise: Noise, mask_id: int, streams: Streams) -> Batch:
-    """Batch of the diffusion objective from clean rows ``[b, L]`` and their noise (objective, steps 3 and 4)."""
+def diffusion_batch(
+    tokens: NDArray[np.int64],
+    noise: Noise,
+    mask_id: int,
+    streams: Streams,
+    documents: NDArray[np.int64] | None = None,
+) -> Batch:
+    """Batch of the diffusion objective from clean rows ``[b, L]`` and their noise (objective, steps 3 and 4).
+
+    ``documents`` ``[b, L]``, never falling along a row, keeps attention inside them.
+    """
     clean = torch.from_numpy(tokens)
     masked = torch.from_numpy(noise.masked)  # [K, b, L]
     noisy = torch.where(masked, mask_id, clean).flatten(0, 1)
     labels = clean.expand(len(masked), -1, -1).flatten(0, 1)
     weight = torch.from_numpy(noise.weight).flatten(0, 1)
     ids = torch.cat([noisy, clean]) if streams.clean else noisy
-    return Batch(ids, labels, weight, tokens=labels.numel())
+    return Batch(ids, labels, weight, labels.numel(), _within_rows(documents))
 
 
-def causal_batch(tokens: NDArray[np.int64]) -> Batch:
-    """Batch of the plain causal LM: position l predicts token l + 1, the last position nothing."""
+def causal_batch(tokens: NDArray[np.int64], documents: NDArray[np.int64] | None = None) -> Batch:
+    """Batch of the plain causal LM: position l predicts token l + 1, the last position nothing.
+
+    With ``documents`` ``[b, L]`` the last position of a document predicts nothing either, because the next token is
+    another document's. The divisor stays L - 1 per row all the same: did it count predictions, the loss would depend
+    on how rows are dealt to micro-batches.
+    """
     clean = torch.from_numpy(tokens)
     weight = torch.ones(clean.shape, dtype=torch.float32)
     weight[:, -1] = 0
-    return Batch(clean, clean.roll(-1, dims=1), weight, tokens=clean.shape[0] * (clean.shape[1] - 1))
+    numbers = _within_rows(documents)
+    if numbers is not None:
+        weight[:, :-1] = (numbers[:, :-1] == numbers[:, 1:]).float()
+    return Batch(clean, clean.roll(-1, dims=1), weight, clean.shape[0] * (clean.shape[1] - 1), numbers)
+
+
+def _within_rows(documents: NDArray[np.int64] | None) -> Tensor | None:
+    """Numbers that start at 0 in every row: only equality matters, and small ones fit int32."""
+    return None if documents is None else torch.from_numpy((documents - documents[:, :1]).astype(np.int32))

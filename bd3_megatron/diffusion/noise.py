@@ -7,7 +7,7 @@ versions; uniforms are made from the raw words here so that nothing else can cha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -44,6 +44,10 @@ class SampleKeys:
     slots: NDArray[np.int64]
     batch: int
     batch_rows: int
+
+    def part(self, samples: slice) -> SampleKeys:
+        """The keys of some of these samples."""
+        return replace(self, epochs=self.epochs[samples], rows=self.rows[samples], slots=self.slots[samples])
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,13 @@ def two_stream_mask(length: int, size: int, device: torch.device | None = None) 
     return torch.cat([noisy, clean])
 
 
+def inside_documents(mask: Tensor, documents: Tensor | None) -> Tensor:
+    """``[b, 1, s, s]`` bool: of what ``mask`` ``[s, s]`` admits, keys of the query's document ``[b, s]``."""
+    if documents is None:
+        return mask
+    return (mask & (documents[:, :, None] == documents[:, None, :]))[:, None]
+
+
 def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``[s, head_dim]`` in fp32 for positions ``[s]``.
 
@@ -236,7 +243,8 @@ class Backbone(nn.Module):
     def forward(
         self, ids: Tensor, positions: Tensor, mask: Tensor | None, past: list[KeysValues] | None = None
     ) -> tuple[Tensor, list[KeysValues]]:
-        """Run ``ids`` ``[b, s]`` at ``positions`` ``[s]``; ``mask`` ``[s, s]`` of None lets all see all.
+        """Run ``ids`` ``[b, s]`` at ``positions`` ``[s]``; ``mask`` ``[s, s]`` (or ``[b, 1, s, s]``) of None lets all
+        see all.
 
         Returns the hidden states ``[b, s, h]`` and each layer's keys and values, those of ``past`` in front.
         """
@@ -391,6 +399,7 @@ class BD3ForMaskedLM(PreTrainedModel):
         labels: Tensor | None = None,
         loss_weights: Tensor | None = None,
         return_dict: bool | None = None,
+        documents: Tensor | None = None,
     ) -> MaskedLMOutput | tuple[Tensor, ...]:
         """Logits of a noisy row, and its loss.
 
@@ -400,6 +409,8 @@ class BD3ForMaskedLM(PreTrainedModel):
                 training. Without it a block sees the blocks before it as they stand in the input.
             labels: ``[b, L]``, the true row; -100 leaves a position out.
             loss_weights: ``[b, L]`` or ``[b, 1]``, w of the noise schedule (log-linear: 1 / t); None means 1.
+            documents: ``[b, L]`` int, the document that each position belongs to. Given, a position sees its own
+                document only, and under the causal objective none predicts the first token of the next one.
 
         Returns:
             ``loss`` (nats per token: the sum of w nll over masked positions, divided by b L) and ``logits``
@@ -407,13 +418,15 @@ class BD3ForMaskedLM(PreTrainedModel):
             and the loss sums the L - 1 shifted targets.
 
         Raises:
-            ValueError: clean_ids of another shape, or given under the causal objective.
+            ValueError: clean_ids or documents of another shape, or clean_ids under the causal objective.
         """
         length = input_ids.shape[1]
+        if documents is not None and documents.shape != input_ids.shape:
+            raise ValueError(f"documents: shape {list(documents.shape)} differs from input_ids {list(input_ids.shape)}")
         positions = torch.arange(length, device=input_ids.device)
         if clean_ids is None:
             mask = block_causal_mask(length, self.config.causal_block, input_ids.device)
-            hidden, _ = self.model(input_ids, positions, mask)
+            hidden, _ = self.model(input_ids, positions, inside_documents(mask, documents))
         else:
             if self.config.objective == "causal":
                 raise ValueError("clean_ids: the causal objective has one stream; pass input_ids alone")
@@ -422,9 +435,13 @@ class BD3ForMaskedLM(PreTrainedModel):
                     f"clean_ids: shape {list(clean_ids.shape)} differs from input_ids {list(input_ids.shape)}"
                 )
             mask = two_stream_mask(length, self.config.block_size, input_ids.device)
+            mask = inside_documents(mask, None if documents is None else documents.repeat(1, 2))
             hidden, _ = self.model(torch.cat([input_ids, clean_ids], dim=1), positions.repeat(2), mask)
             hidden = hidden[:, :length]
         logits = self.logits(hidden)
+        if labels is not None and documents is not None and self.config.objective == "causal":
+            first = documents != documents.roll(1, dims=1)
+            labels = labels.masked_fill(first, -100)
         loss = None if labels is None else self.loss(logits, input_ids, labels, loss_weights)
         if return_dict is False or (return_dict is None and not self.config.return_dict):
             return (logits,) if loss is None else (loss, logits)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from data_prep.sources.kinds import Part, Source
-from data_prep.sources.parquet import group_bytes
+from data_prep.sources.parquet import group_sizes
 
 
 def split(source: Source, target_bytes: int = 64 << 20) -> list[Part]:
@@ -30,14 +30,12 @@ def split(source: Source, target_bytes: int = 64 << 20) -> list[Part]:
 
 
 def _row_groups(source: Source, target_bytes: int) -> list[Part]:
-    """Neighbouring row groups together until they reach the target."""
-    sizes = group_bytes(source, Path(source.path))
-    total = sum(sizes)
-    parts, begin, held = [], 0, 0
-    for end, size in enumerate(sizes, start=1):
-        held += size
-        if held >= target_bytes or end == len(sizes):
-            before, after = (source.bytes * sum(sizes[:edge]) // (total or 1) for edge in (begin, end))
-            parts.append(Part(source, begin, end, stored=after - before))
-            begin, held = end, 0
+    """Neighbouring row groups together until they reach the target; their stored sizes are taken by proportion."""
+    edges = [0, *accumulate(group_sizes(source, Path(source.path)))]
+    stored = [source.bytes * edge // (edges[-1] or 1) for edge in edges]
+    parts, begin, last = [], 0, len(edges) - 1
+    for end in range(1, last + 1):
+        if stored[end] - stored[begin] >= target_bytes or end == last:
+            parts.append(Part(source, begin, end, stored=stored[end] - stored[begin]))
+            begin = end
     return parts or [Part(source, 0, 0, stored=source.bytes)]

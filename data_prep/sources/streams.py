@@ -17,7 +17,8 @@ from data_prep.errors import DataError
 from data_prep.sources.kinds import EXTRA, Source
 
 BUFFER = 1 << 20
-# What is given to zstd at once. One block of 128 KB can be packed into 4 bytes, so this bounds what comes back (32 MB, twice while joined).
+# What is given to zstd at once. One block of 128 KB can be packed into 4 bytes, so this bounds what comes back:
+# 32 MB, held twice while zstandard joins it.
 ZST_PIECE = 1 << 10
 ZST_WINDOW = 1 << 31  # bytes; the most that the format's long mode asks for
 SKIP = 1 << 20

@@ -89,7 +89,7 @@ LAYOUTS: dict[str, Layout] = {
 
 
 class Task(NamedTuple):
-    """What every layout trains."""
+    """What every layout trains; with ``documents``, on rows of several documents that attention keeps to."""
 
     model: ModelConfig
     diffusion: DiffusionConfig
@@ -97,6 +97,7 @@ class Task(NamedTuple):
     micro_batch: int = 2
     steps: int = 10
     precision: Literal["fp32", "bf16"] = "fp32"
+    documents: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,15 +181,20 @@ def batches(
     """This data-parallel rank's micro-batches of random rows; digests of their noise go to ``noise``."""
     model, count = task.model, task.global_batch
     rows = np.random.default_rng(step).integers(0, model.mask_id, (count, model.length))
+    # About four documents a row, the blocks they begin in included; drawn apart, so that the rows are the same.
+    starts = np.random.default_rng([step, 1]).random(rows.shape) < 4 / model.length
+    documents = starts.cumsum(1) if task.documents else None
     share = count // world.data_size
     made = []
     for start in range(world.data_rank * share, (world.data_rank + 1) * share, task.micro_batch):
         slots = np.arange(start, start + task.micro_batch)
+        packed = None if documents is None else documents[slots]
         if task.diffusion.objective == "causal":
-            made.append(causal_batch(rows[slots]))
+            made.append(causal_batch(rows[slots], packed))
             continue
         drawn = draw_noise(task.diffusion, model.length, 0, SampleKeys(np.zeros_like(slots), slots, slots, step, count))
-        made.append(diffusion_batch(rows[slots], drawn, model.mask_id, Streams.of(task.diffusion, model.length)))
+        streams = Streams.of(task.diffusion, model.length)
+        made.append(diffusion_batch(rows[slots], drawn, model.mask_id, streams, packed))
         for n, slot in enumerate(slots if noise is not None else ()):
             raw = drawn.t[:, n].tobytes() + drawn.masked[:, n].tobytes() + drawn.weight[:, n].tobytes()
             noise[step, int(slot)] = hashlib.sha256(raw).hexdigest()
@@ -308,6 +314,7 @@ class ParityOptions(Section):
     global_batch: int = Field(8, ge=1, description="rows per step")
     micro_batch: int = Field(2, ge=1, description="rows per micro-batch")
     steps: int = Field(10, ge=1, description="optimizer steps")
+    documents: bool = Field(False, description="rows hold several documents, and attention keeps to them")
     json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
 
 
@@ -355,7 +362,8 @@ def _task(options: ParityOptions) -> Task:
         },
     )
     diffusion = validate(DiffusionConfig, {"block_size": options.block_size, "draws": options.draws})
-    return Task(model, diffusion, options.global_batch, options.micro_batch, options.steps)
+    rows = options.global_batch, options.micro_batch, options.steps
+    return Task(model, diffusion, *rows, documents=options.documents)
 
 
 def _check(name: str, layout: Layout, task: Task) -> None:

@@ -26,6 +26,9 @@ TASKS = {
     "draws": Task(MODEL, DiffusionConfig(block_size=4, draws=2), steps=2),
     "mdlm": Task(MODEL, DiffusionConfig(block_size=32), steps=2),
     "dropout": Task(MODEL.model_copy(update={"dropout": 0.2}), BLOCKS, steps=2),
+    "documents": Task(MODEL, BLOCKS, steps=2, documents=True),
+    "documents draws": Task(MODEL, DiffusionConfig(block_size=4, draws=2), steps=2, documents=True),
+    "documents mdlm": Task(MODEL, DiffusionConfig(block_size=32), steps=2, documents=True),
     "ar": Task(MODEL, DiffusionConfig(block_size=1, beta=1, omega=1), steps=2),
 }
 # Each objective under layouts that treat it in their own way; the plain one under all.
@@ -36,6 +39,9 @@ MORE = {
     "mdlm": ["CP2", "CP2xPP2"],
     "dropout": ["TP2", "selective"],  # where every rank drops out of whole activations
     "ar": ["CP2", "TP2+SP"],
+    "documents": ["TP2", "TP2+SP-full", "PP2", "PP2-interleaved", "CP2", "CP2xPP2", "selective"],
+    "documents draws": ["CP2"],
+    "documents mdlm": ["CP2", "CP2xPP2"],
 }
 MEGATRON = [name for name, layout in LAYOUTS.items() if layout.zero.stage == 0]
 CASES = [("qwen3", name) for name in MEGATRON] + [(task, name) for task, names in MORE.items() for name in names]

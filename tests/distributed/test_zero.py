@@ -30,6 +30,7 @@ TASKS = {
     "qwen3": QWEN3,
     "tied": Task(ModelConfig(tie_embeddings=True, **SIZES), BLOCKS, steps=2),
     "dit": Task(ModelConfig(backbone="dit", **SIZES), BLOCKS, steps=2),
+    "documents": QWEN3._replace(documents=True),
     "bf16": QWEN3._replace(precision="bf16"),
 }
 RECIPE = """
@@ -49,6 +50,7 @@ MORE = ZERO | {
 }
 CASES = [
     *(("qwen3", name) for name in MORE),
+    ("documents", "ZeRO1"),
     ("tied", "ZeRO3"),
     ("dit", "ZeRO3-full"),
     ("dit", "PP2-ZeRO1"),

@@ -1,4 +1,4 @@
-"""What the ranks of the checkpoint tests do."""
+"""What the ranks of the tests of checkpoints and of evaluation do."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bd3_megatron import parallel
+from data_prep.reader import RowReader
 from pretrain import checkpoint
 from pretrain.bench.parity import Layout, Task, batches, make_engine
+from pretrain.config import EvalConfig
+from pretrain.documents import Documents, DocumentTally
+from pretrain.evaluate import Evaluation, evaluate
 
 
 def resume(
@@ -38,3 +42,23 @@ def resume(
 def resume_each(rank: int, size: int, store: dist.Store, runs: list[tuple]) -> list[list[float]]:
     """:func:`resume` for each of ``runs`` (its arguments from ``run`` on), one after the other."""
     return [resume(rank, size, dist.PrefixStore(str(n), store), *args) for n, args in enumerate(runs)]
+
+
+def evaluate_each(
+    rank: int, size: int, store: dist.Store, data: Path, layouts: list[Layout], task: Task, rows: int
+) -> list[tuple[Evaluation, Documents]]:
+    """Evaluation of the first rows of a data set and of their documents, which attention keeps to, by layout."""
+    found = []
+    for n, layout in enumerate(layouts):
+        world = parallel.start(layout.parallel, rank, size, rank, dist.PrefixStore(str(n), store))
+        try:
+            engine, reader = make_engine(world, layout, task), RowReader(data, "validation")
+            tally, options = DocumentTally(reader), EvalConfig(rows=rows)
+            micro = task.micro_batch
+            result = evaluate(
+                engine, reader, task.model, task.diffusion, options, micro, document_mask=True, tally=tally
+            )
+            found.append((result, tally.gather()))
+        finally:
+            parallel.stop()
+    return found

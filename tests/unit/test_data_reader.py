@@ -20,11 +20,12 @@ from data_prep.shards import write_shard
 LENGTH, ROWS = 10, 103
 
 
-def written(folder: Path, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+def written(folder: Path, dtype: str, documents: int = 100, seed: int = 5) -> tuple[np.ndarray, np.ndarray]:
     """Write a data set without text; return its rows and each position's document, both ``[rows, length]``."""
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(seed)
+    count = documents
     form = RowFormat(LENGTH, "wrap", 1, 2, True, True)
-    documents = [rng.integers(3, 60_000, size=int(n)).tolist() for n in rng.integers(0, 25, size=100)]
+    documents = [rng.integers(3, 60_000, size=int(n)).tolist() for n in rng.integers(0, 25, size=count)]
     stream = np.array([token for ids in documents for token in (*ids, 2)], dtype)
     stream = stream[: len(stream) // form.width * form.width]
     starts = np.cumsum([0, *(len(ids) + 1 for ids in documents)])[:-1]
@@ -36,7 +37,7 @@ def written(folder: Path, dtype: str) -> tuple[np.ndarray, np.ndarray]:
         shards = [write_shard(folder / name, name, i, chunks[3 * i : 3 * i + 3]) for i in range(-(-len(chunks) // 3))]
         rows = sum(len(chunk.tokens) for chunk in chunks)
         splits[name] = Split(
-            documents=100,
+            documents=count,
             text_bytes=0,
             rows=rows,
             tokens=rows * LENGTH,
@@ -83,7 +84,7 @@ def written(folder: Path, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     save_manifest(manifest, folder)
     tokens = np.concatenate([chunk.tokens for chunk in chunks])
     sizes = [len(document) + 1 for document in documents]  # with EOS
-    stream = np.repeat(np.arange(100), sizes)[: len(tokens) * (LENGTH - 2)].reshape(-1, LENGTH - 2)
+    stream = np.repeat(np.arange(count), sizes)[: len(tokens) * (LENGTH - 2)].reshape(-1, LENGTH - 2)
     return tokens, np.pad(stream, ((0, 0), (1, 1)), "edge")
 
 
@@ -112,11 +113,71 @@ def test_any_rows_in_any_order(data_set, data):
     assert (reader.documents(indices) == documents[indices]).all()
 
 
-def test_rows_do_not_depend_on_how_many_maps_are_kept(data_set, monkeypatch):
-    folder, tokens, _ = data_set
+@pytest.mark.parametrize("way", ["one stretch", "few maps", "no stretch"])
+def test_rows_do_not_depend_on_how_shards_are_mapped(data_set, monkeypatch, way):
+    folder, tokens, documents = data_set
     monkeypatch.setattr("data_prep.reader.MAPS_KEPT", 1)
-    indices = np.random.default_rng(0).integers(0, len(tokens), size=200)
-    assert (RowReader(folder, "train").rows(indices) == tokens[indices]).all()
+    if way == "few maps":
+        monkeypatch.setattr("data_prep.mapping.MOST_MAPPED", 2)
+    if way == "no stretch":
+        monkeypatch.setattr("data_prep.mapping.sys.platform", "darwin")
+    reader = RowReader(folder, "train")
+    assert (reader._stretch is None) == (way == "no stretch")
+    rng = np.random.default_rng(0)
+    for size in (1, 2, 200, 3):
+        indices = rng.integers(0, len(tokens), size=size)
+        for _ in range(2):
+            assert (reader.rows(indices) == tokens[indices]).all()
+            assert (reader.documents(indices) == documents[indices]).all()
+    for wrong in (-1, len(tokens), 2**62):
+        with pytest.raises(IndexError, match=f"row {wrong}: "):
+            reader.rows(np.array([0, wrong]))
+
+
+def test_members_of_any_size_are_read(data_set, tmp_path):
+    """A manifest whose members are not all alike but for the last: found by search."""
+    folder, tokens, _ = data_set
+    shutil.copytree(folder, tmp_path / "copy")
+    content = json.loads((folder / "manifest.json").read_text())
+    split = content["splits"]["train"]
+    for shard in split["shards"][:1]:  # its first member as two, which begin at the same documents' starts
+        begin, docs, rows, starts = shard["members"][0]
+        raw = np.memmap(folder / "train" / shard["name"], np.uint8, "r")
+        pairs = raw[docs : docs + 8 * starts].view("<i4").reshape(-1, 2)
+        early = int((pairs[:, 0] < 1).sum())
+        shard["members"][:1] = [[begin, docs, 1, early]]
+        shard["rows"] -= rows - 1
+    (tmp_path / "copy" / "manifest.json").write_text(json.dumps(content))
+    reader = RowReader(tmp_path / "copy", "train")
+    kept = np.r_[0, 7 : len(tokens)]
+    assert (reader.rows(np.arange(len(reader))) == tokens[kept]).all()
+
+
+def test_a_shard_that_is_cut_after_the_data_set_was_opened_is_named(copy):
+    reader = RowReader(copy, "train")
+    os.truncate(copy / "train" / "train-000001.tar", 512)
+    with pytest.raises(DataError, match=r"train-000001\.tar: 512 bytes, the manifest says"):
+        reader.rows(np.arange(len(reader)))
+
+
+def test_rows_outside_their_shard_are_refused(copy):
+    content = json.loads((copy / "manifest.json").read_text())
+    content["splits"]["train"]["shards"][1]["members"][0][0] += 10**6
+    (copy / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"train-000001\.tar: its rows lie outside it"):
+        RowReader(copy, "train")
+
+
+def test_opening_looks_at_each_shard_once(copy, monkeypatch):
+    looked, stat = [], os.stat
+
+    def counted(path, *args, **options):
+        looked.append(str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr("data_prep.manifest.os.stat", counted)
+    shards = RowReader(copy, "train").shards
+    assert sum(path.endswith(".tar") for path in looked) == len(shards)
 
 
 @pytest.mark.parametrize("indices", [[-1], [0, 10**6], [[0]], [0.5]])

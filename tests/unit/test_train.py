@@ -22,6 +22,7 @@ from bd3_megatron.config import DiffusionConfig
 from data_prep.manifest import load_manifest
 from data_prep.prep import PrepConfig, prep
 from data_prep.reader import RowReader
+from data_prep.stream import RowStream
 from pretrain import checkpoint
 from pretrain.batches import Batches
 from pretrain.config import TrainConfig
@@ -38,7 +39,7 @@ def batches(data_set: Path, objective: DiffusionConfig, **options) -> Batches:
     reader = RowReader(data_set, "train")
     ids = {"vocab_size": None, "mask_id": None, "bos_id": None, "eos_id": None}
     model = resolve_model(tiny.shape(length=reader.length, **ids), reader.manifest, "data")
-    return Batches(reader, model, objective, global_batch=12, order_seed=5, noise_seed=6, **options)
+    return Batches(RowStream([reader], seed=5), model, objective, global_batch=12, noise_seed=6, **options)
 
 
 def streams_of(parts: list, draws: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,14 +63,14 @@ def test_a_step_is_the_same_under_every_layout(data_set, size, micro, draws):
 
 def test_an_epoch_shows_every_row_once_with_noise_of_its_own(data_set):
     made = batches(data_set, DiffusionConfig(block_size=4), micro_batch=12)
-    rows = len(made.reader)
+    rows = len(made.stream)
     assert rows % 12 == 0
     steps = rows // 12
     epochs = [
         streams_of([part for step in range(*ends) for part in made.at(step)], 1)[0]
         for ends in ((0, steps), (steps, 2 * steps))
     ]
-    every = made.reader.rows(np.arange(rows))
+    every = made.stream.rows(np.arange(rows))
     orders = []
     for _noisy, clean in epochs:
         assert np.array_equal(np.unique(clean, axis=0), np.unique(every, axis=0))

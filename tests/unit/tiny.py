@@ -84,12 +84,21 @@ def rows_of(model: ModelConfig, count: int, seed: int = 0) -> np.ndarray:
     return rows
 
 
-def batch_of(model: ModelConfig, diffusion: DiffusionConfig, count: int, seed: int = 0) -> Batch:
+def documents_of(model: ModelConfig, count: int, seed: int = 0) -> np.ndarray:
+    """Document ``[count, L]`` of each position: two or more in a row, at other places in each, inside blocks too."""
+    starts = np.random.default_rng(seed).random((count, model.length)) < 3 / model.length
+    starts[np.arange(count), model.length // 3 + np.arange(count) % 4] = True
+    return starts.cumsum(1) + 100 * np.arange(count)[:, None]
+
+
+def batch_of(
+    model: ModelConfig, diffusion: DiffusionConfig, count: int, seed: int = 0, documents: np.ndarray | None = None
+) -> Batch:
     """A micro-batch of random rows with the noise of step 0."""
     rows = rows_of(model, count, seed)
     if diffusion.objective == "causal":
-        return causal_batch(rows)
+        return causal_batch(rows, documents)
     number = np.arange(count)
     keys = SampleKeys(np.zeros_like(number), number, number, batch=0, batch_rows=count)
     noise = draw_noise(diffusion, model.length, seed, keys)
-    return diffusion_batch(rows, noise, model.mask_id, Streams.of(diffusion, model.length))
+    return diffusion_batch(rows, noise, model.mask_id, Streams.of(diffusion, model.length), documents)
