@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import tarfile
 import tempfile
@@ -72,7 +73,10 @@ def bench_data(args: list[str]) -> None:
         print(f"{row['what']:<44}{row['megabytes_per_second']:>9.2f} MB/s {row['time']}")
     print(f"  one process / bare tokenizers {found['prep_vs_tokenizers']:.3f}")
     for row in found["prep_scaling"]:
-        print(f"  {row['workers']} processes / 1: {row['speedup']:.2f}, efficiency {row['efficiency']:.2f}")
+        print(
+            f"  {row['workers']} processes / 1: speed {row['speedup']:.2f}, {row['efficiency']:.2f} for each; "
+            f"CPU time of all {row['cpu_ratio']:.2f}"
+        )
     for row in found["read"]:
         rate = row.get("skipped") or f"{row['rows_per_second']:>12,.0f}{row['megatokens_per_second']:>9.1f}"
         print(f"{row['what']:<44}{rate}{'' if 'skipped' in row else ' rows, Mtok per CPU second'}")
@@ -169,32 +173,40 @@ def _scaling(options: DataOptions, folder: Path, documents: Sequence[Document], 
     """prep with many processes against one, start of the processes included."""
     size = _write(folder / "scaling.jsonl", list(_repeated(documents, options.scaling_megabytes)))
 
-    def with_workers(workers: int) -> Callable[[int], Any]:
-        out = folder / f"scaling-{workers}"
-        return lambda turn: prep(
-            _config(options, folder / "scaling.jsonl", Path(f"{out}-{turn}"), tokenizer, workers=workers)
-        )
+    cpu: dict[int, list[float]] = {}
 
-    numbers = [1, *options.workers]
+    def with_workers(workers: int) -> Callable[[int], None]:
+        def turn(number: int) -> None:
+            out = folder / f"scaling-{workers}-{number}"
+            begin = sum(os.times()[:4])  # of this process and of its children that have ended
+            prep(_config(options, folder / "scaling.jsonl", out, tokenizer, workers=workers))
+            cpu.setdefault(workers, []).append(sum(os.times()[:4]) - begin)
+
+        return turn
+
+    numbers = list(dict.fromkeys([1, *options.workers]))
     turns = max(1, options.repeats // 5)  # long ones
     times = _turns([with_workers(workers) for workers in numbers], turns, clock=time.perf_counter, warm=False)
-    one = statistics.median(times[0])
-    rows = [
+    wall = {workers: statistics.median(found) for workers, found in zip(numbers, times)}
+    work = {workers: statistics.median(found) for workers, found in cpu.items()}
+    rates = [
         {
             "what": f"prep, {workers} process(es)",
-            "megabytes_per_second": size / statistics.median(found),
+            "megabytes_per_second": size / seconds,
             "time": f"of wall time, {size:.0f} MB",
         }
-        for workers, found in zip(numbers, times)
+        for workers, seconds in wall.items()
     ]
-    speedups = [one / statistics.median(found) for found in times[1:]]
-    return {
-        "prep_scaling": [
-            {"workers": workers, "speedup": speedup, "efficiency": speedup / workers}
-            for workers, speedup in zip(options.workers, speedups)
-        ],
-        "prep": rows,
-    }
+    scaling = [
+        {
+            "workers": workers,
+            "speedup": wall[1] / wall[workers],
+            "efficiency": wall[1] / wall[workers] / workers,
+            "cpu_ratio": work[workers] / work[1],
+        }
+        for workers in numbers[1:]
+    ]
+    return {"prep_scaling": scaling, "prep": rates}
 
 
 def _reading(options: DataOptions, folder: Path, manifest: Manifest) -> dict[str, Any]:
