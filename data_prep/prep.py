@@ -48,7 +48,7 @@ from data_prep.plan import PrepConfig
 from data_prep.progress import Progress, Report
 from data_prep.remote import fetch
 from data_prep.sources import Part, Source, expand, read_part, split
-from data_prep.tokenize import SpecialIds, load_tokenizer, special_ids, token_dtype, train_bpe
+from data_prep.tokenize import SpecialIds, shared_tokenizer, special_ids, token_dtype, train_bpe
 from data_prep.work import Work, check_replaceable, recipe_difference
 
 __all__ = ["PrepConfig", "in_validation", "prep"]
@@ -263,7 +263,7 @@ class _Prep:
                     shutil.copyfile(self.config.tokenizer, temporary)
             elif not path.exists():
                 write_text(path, self._train(size).to_str(pretty=True))
-        return special_ids(load_tokenizer(path), self.config.bos, self.config.eos)
+        return special_ids(shared_tokenizer(path), self.config.bos, self.config.eos)
 
     def _train(self, size: int) -> Tokenizer:
         progress = Progress(self.report, "read for the tokenizer", sum(part.weight for part in self.parts))
