@@ -65,9 +65,8 @@ def bench_data(args: list[str]) -> None:
     if options.json_:
         print(json.dumps(found))
         return
-    print(
-        f"text {found['text_megabytes']:.1f} MB, L={options.length}, {options.tokenizer}; fastest of {options.repeats} turns"
-    )
+    size, turns = found["text_megabytes"], options.repeats
+    print(f"text {size:.1f} MB, L={options.length}, {options.tokenizer}; fastest of {turns} turns")
     for row in found["prep"]:
         print(f"{row['what']:<44}{row['megabytes_per_second']:>9.2f} MB/s {row['time']}")
     print(f"  one process / bare tokenizers {found['prep_vs_tokenizers']:.3f}")
