@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,9 +14,10 @@ from pathlib import Path
 def written(path: Path) -> Iterator[Path]:
     """A temporary place for what ``path`` is to hold: moved there, on the disk, once the block has succeeded.
 
-    The temporary name is this process's own: another process that writes the same file does no harm.
+    The temporary name is this process's own: another process that writes the same file does no harm. A process id
+    alone would not be: tasks of an array on several hosts may have the same.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         sync(temporary)

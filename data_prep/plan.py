@@ -13,7 +13,7 @@ from data_prep.files import sha256_file
 from data_prep.manifest import Recipe
 from data_prep.pack import Packing, RowFormat
 from data_prep.sources import Fields
-from data_prep.tokenize import SpecialIds, load_tokenizer
+from data_prep.tokenize import SpecialIds, shared_tokenizer
 
 
 class PrepConfig(BaseModel):
@@ -103,7 +103,7 @@ class PrepConfig(BaseModel):
         """
         tokenizer = self.tokenizer
         if self.bpe_size is None:
-            load_tokenizer(tokenizer)
+            shared_tokenizer(tokenizer)
             tokenizer = sha256_file(Path(tokenizer))
         same = Recipe.model_fields.keys() & PrepConfig.model_fields.keys() - {"tokenizer"}
         values = {name: getattr(self, name) for name in same}

@@ -48,7 +48,7 @@ from data_prep.plan import PrepConfig
 from data_prep.progress import Progress, Report
 from data_prep.remote import fetch
 from data_prep.sources import Part, Source, expand, read_part, sha256_source, split
-from data_prep.tokenize import SpecialIds, load_tokenizer, special_ids, token_dtype, train_bpe
+from data_prep.tokenize import SpecialIds, shared_tokenizer, special_ids, token_dtype, train_bpe
 from data_prep.work import Work, check_replaceable, recipe_difference
 
 __all__ = ["PrepConfig", "in_validation", "prep"]
@@ -270,7 +270,7 @@ class _Prep:
                     shutil.copyfile(self.config.tokenizer, temporary)
             elif size is not None:
                 self._train_once(size)
-        return special_ids(load_tokenizer(path), self.config.bos, self.config.eos)
+        return special_ids(shared_tokenizer(path), self.config.bos, self.config.eos)
 
     def _train_once(self, size: int) -> None:
         """Train the tokenizer, or keep the one that was trained on the same inputs before."""

@@ -140,27 +140,43 @@ class RowReader:
         if self.remote:
             fetch(f"{self.folder}/{name}", to, sha256=self.manifest.tokenizer_sha256)
         else:
-            _check_sha256(self.folder / name, sha256_file(self.folder / name), self.manifest.tokenizer_sha256)
+            self._check_digest(self.folder / name, self.manifest.tokenizer_sha256)
             shutil.copyfile(self.folder / name, to)
 
-    def verify(self) -> None:
-        """Compare the sha256 of the tokenizer and of every shard of the split with the manifest.
+    @property
+    def bytes(self) -> int:
+        """Of all shards together."""
+        return sum(shard.bytes for shard in self.shards)
+
+    def verify(self, share: int = 0, shares: int = 1) -> None:
+        """Compare the sha256 of the tokenizer and of the shards of the split with the manifest.
 
         Shards elsewhere are fetched for that, unless they are in the cache.
+
+        Args:
+            share, shares: which of so many equal shares of the shards; the tokenizer belongs to the first.
 
         Raises:
             DataError: names the first file that differs.
         """
         if self.remote:
-            with tempfile.TemporaryDirectory() as folder:
-                self.copy_tokenizer(Path(folder) / self.manifest.tokenizer)
-            for number in range(len(self.shards)):
+            if share == 0:
+                with tempfile.TemporaryDirectory() as folder:
+                    self.copy_tokenizer(Path(folder) / self.manifest.tokenizer)
+            for number in range(share, len(self.shards), shares):
                 self.cache.open(self._remote_shard(number))
             return
-        expected = {self.folder / self.manifest.tokenizer: self.manifest.tokenizer_sha256}
-        expected |= {self.folder / self.split / shard.name: shard.sha256 for shard in self.shards}
+        expected = {self.folder / self.split / shard.name: shard.sha256 for shard in self.shards[share::shares]}
+        if share == 0:
+            expected[self.folder / self.manifest.tokenizer] = self.manifest.tokenizer_sha256
         for path, digest in expected.items():
-            _check_sha256(path, sha256_file(path) if path.is_file() else "missing", digest)
+            self._check_digest(path, digest)
+
+    @staticmethod
+    def _check_digest(path: Path, digest: str) -> None:
+        found = sha256_file(path) if path.is_file() else "missing"
+        if found != digest:
+            raise DataError(f"{path}: sha256 is {found[:12]}, the manifest says {digest[:12]}; {MEND}")
 
     @property
     def documents_started(self) -> int:
@@ -280,11 +296,6 @@ def _bisect(starts: np.ndarray, begin: np.ndarray, count: np.ndarray, row: np.nd
         low = np.where(searching & before, middle + 1, low)
         high = np.where(searching & ~before, middle, high)
     return low
-
-
-def _check_sha256(path: Path, found: str, expected: str) -> None:
-    if found != expected:
-        raise DataError(f"{path}: sha256 is {found[:12]}, the manifest says {expected[:12]}; {MEND}")
 
 
 def _remote_manifest(url: str) -> Manifest:

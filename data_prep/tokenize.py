@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.errors import DataError
+from data_prep.files import sha256_file
 
 BOS_NAMES = (
     "<|bos|>",
@@ -84,6 +85,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def shared_tokenizer(path: str | Path) -> Tokenizer:
+    """As :func:`load_tokenizer`; the last one is kept, and serves every file of the same content. Do not change it."""
+    path = Path(path)
+    digest = sha256_file(path) if path.is_file() else ""
+    if digest not in _shared:
+        tokenizer = load_tokenizer(path)
+        _shared.clear()
+        _shared[digest] = tokenizer
+    return _shared[digest]
+
+
+_shared: dict[str, Tokenizer] = {}  # by sha256 of the file
 
 
 def special_ids(tokenizer: Tokenizer, bos: str | None = None, eos: str | None = None) -> SpecialIds:

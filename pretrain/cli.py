@@ -15,12 +15,13 @@ import time
 # Name -> (module:function, help). A function takes the arguments after the name and may return an exit code.
 COMMANDS = {
     "prep": ("pretrain.prepare:main", "tokenize and pack text into a data set of shards"),
+    "check": ("pretrain.check:main", "verify a data set and show what is in it"),
     "pretrain": ("pretrain.train:main", "train a model, or continue a run"),
     "eval": ("pretrain.evaluate:main", "evaluate a run's checkpoint on the validation split"),
     "sample": ("pretrain.generate:main", "generate text block by block"),
     "convert": ("pretrain.convert:main", "export to and import from Hugging Face folders"),
     "config": ("pretrain.load:main", "print the resolved configuration as YAML"),
-    "bench": ("pretrain.bench:main", "measure a training step, its memory, and whether layouts agree"),
+    "bench": ("pretrain.bench:main", "measure data, a training step, its memory, and whether layouts agree"),
 }
 
 USAGE_ERROR = 2

@@ -36,6 +36,12 @@ class DataConfig(Section):
         None, description="folder for the shards of URLs; null means $BD3_CACHE or ~/.cache/bd3-megatron"
     )
     cache_gb: float = Field(100.0, gt=0, description="most that the cache holds, in GB (1e9 bytes)")
+    verify_gb: float = Field(
+        4.0,
+        ge=0,
+        description="local shards are compared with their sha256 at the start if that is at most so much per rank "
+        "(GB of 1e9 bytes); shards of URLs always are",
+    )
     document_mask: bool = Field(False, description="attention keeps to the documents that are packed in a row")
 
     @model_validator(mode="after")

@@ -184,6 +184,7 @@ def main(args: list[str]) -> None:
     if options.data is not None:
         data = data.model_copy(update={"path": options.data, "mix": None})
     reader = runs.open_stream(data, "validation", config.model)
+    runs.verify(reader, data.verify_gb)
     per_document = options.per_document or options.documents_file is not None
     if per_document:
         runs.check_documents(reader, "--per-document")

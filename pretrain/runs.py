@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,6 +97,29 @@ def open_stream(data: DataConfig, split: SplitName, model: ModelConfig, seed: in
     if data.document_mask:
         check_documents(stream, "data.document_mask=true")
     return stream
+
+
+def verify(stream: RowStream, verify_gb: float, rank: int = 0, size: int = 1) -> None:
+    """Compare this rank's share of the local shards with their sha256, unless it is more than ``verify_gb``.
+
+    A flipped bit or another tokenizer would train on without a word; shards of URLs are checked as they come.
+
+    Raises:
+        DataError: names the file that differs.
+    """
+    for reader in stream.readers:
+        if reader.remote:
+            continue
+        if reader.bytes > verify_gb * 1e9 * size:
+            if rank == 0:
+                print(
+                    f"{reader.folder}: the {reader.split} split has {reader.bytes / 1e9:.1f} GB and is not verified "
+                    f"(data.verify_gb={verify_gb:g} for each of {size} ranks); bd3 check does it",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            continue
+        reader.verify(rank, size)
 
 
 @dataclass

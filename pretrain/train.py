@@ -60,7 +60,7 @@ def train(config: RunConfig) -> Path:
             watch = Watchdog(ranks, config.parallel.timeout_minutes, Path(config.run) / "hang")
             # From here on what may fail on one rank alone is agreed on by all.
             together(lambda: check_installed(config.zero))
-            config, stream, validation = together(lambda: _open_data(config))
+            config, stream, validation = together(lambda: _open_data(config, world))
             run = Path(config.run)
             on_first(lambda: check_same_run(run, config))
             found = checkpoint_to_resume(run, config, stream, world)
@@ -299,11 +299,13 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _open_data(config: RunConfig) -> tuple[RunConfig, RowStream, RowStream]:
-    """The configuration with what the data sets decide, and both splits."""
+def _open_data(config: RunConfig, world: parallel.World) -> tuple[RunConfig, RowStream, RowStream]:
+    """The configuration with what the data sets decide, and both splits, verified by all ranks together."""
     stream, validation = (
         runs.open_stream(config.data, split, config.model, order_seed(config)) for split in ("train", "validation")
     )
+    for opened in (stream, validation):
+        runs.verify(opened, config.data.verify_gb, world.rank, world.size)
     model = runs.resolve_model(config.model, stream.manifests[0], next(iter(config.data.weights())))
     return config.model_copy(update={"model": model}), stream, validation
 

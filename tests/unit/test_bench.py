@@ -71,3 +71,39 @@ def test_a_checkpoint_costs_bytes_and_seconds(no_world, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
     assert bench.main(["checkpoint", *SIZES, "--length", "8"]) == 0
     assert "bytes per parameter" in capsys.readouterr().out
+
+
+def test_data_gives_rates_and_ratios(capsys, tmp_path):
+    text = tmp_path / "text.jsonl"
+    with text.open("w") as stream:
+        for number in range(60):
+            stream.write(json.dumps({"id": str(number), "text": f"It is a truth number {number}. " * 10}) + "\n")
+    sizes = ["--megabytes", "0.02", "--scaling-megabytes", "0.03", "--length", "16", "--rows", "40", "--shards", "4"]
+    options = [*sizes, "--batch", "8", "--repeats", "1", "--tokenizer", "bpe:300", "--text", str(text)]
+    assert bench.main(["data", *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert min(found["read_vs_memmap"], found["prep_vs_tokenizers"]) > 0
+    assert [row["workers"] for row in found["prep_scaling"]] == [2]
+    assert len(found["prep"]) == 4
+    assert all(row["megabytes_per_second"] > 0 for row in found["prep"])
+    assert [row["what"].partition(",")[0] for row in found["read"]] == [
+        "RowReader",
+        "numpy.memmap",
+        *["webdataset"] * 2,
+    ]
+    assert all(row["rows_per_second"] > 0 for row in found["read"])
+    assert bench.main(["data", *options]) == 0
+    assert "rows / memmap" in capsys.readouterr().out
+
+
+def test_data_without_webdataset_or_text(capsys, monkeypatch, tmp_path):
+    import sys
+
+    from pretrain.bench import data
+
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    rows = data._webdataset(data.DataOptions(), tmp_path, None)
+    assert rows == [{"what": "webdataset", "skipped": "not installed; pip install webdataset"}]
+    monkeypatch.setattr(data, "BUNDLED", tmp_path / "none.jsonl.gz")
+    with pytest.raises(ConfigError, match=r"none\.jsonl\.gz is not there .* with --text"):
+        bench.main(["data"])

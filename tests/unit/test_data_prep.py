@@ -506,6 +506,15 @@ def test_overwrite_after_a_kill_right_behind_the_move(tmp_path, monkeypatch):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
+def test_one_file_written_by_processes_of_one_id(tmp_path):
+    """As tasks of an array do on several hosts: the second to end must find its own temporary file."""
+    path = tmp_path / "recipe.json"
+    with files.written(path) as one, files.written(path) as other:
+        one.write_text("1")
+        other.write_text("1")
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
 def test_two_preps_of_one_data_set(tmp_path):
     corpus(tmp_path)
     config = asked(tmp_path)

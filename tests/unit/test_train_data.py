@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from bd3_megatron.config import ConfigError
+from data_prep.errors import DataError
 from data_prep.manifest import load_manifest, save_manifest
 from data_prep.prep import PrepConfig, prep
+from data_prep.reader import RowReader
 from pretrain import checkpoint
 from pretrain.config import RunConfig
 from pretrain.load import load_run_config, load_saved, save_config
@@ -136,3 +138,36 @@ def test_mistakes_are_one_line(args, line):
 def test_the_identity_of_a_mix_is_of_all_its_data_sets_in_order(data_set, second):
     one, two = load_manifest(data_set), load_manifest(second)
     assert len({data_identity(one), data_identity(two), data_identity(one, two), data_identity(two, one)}) == 4
+
+
+@pytest.mark.parametrize("name", ["train/train-000000.tar", "validation/validation-000000.tar", "tokenizer.json"])
+def test_a_flipped_bit_is_found_before_the_first_step(runs, data_set, tmp_path, name):
+    copy = Path(shutil.copytree(data_set, tmp_path / "copy"))
+    damaged = bytearray((copy / name).read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (copy / name).write_bytes(damaged)
+    done = runs("damaged", "--data.path", copy)
+    refused(done, f"{copy / name}: sha256 is ")
+    assert "copy the data set again" in done.err
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_what_is_too_large_to_verify_is_said(runs, data_set):
+    done = runs("large", "--data.path", data_set, "--data.verify-gb", 0, "--train.steps", 1)
+    assert done.code == 0, done.err
+    assert "the train split has 0.0 GB and is not verified (data.verify_gb=0 for each of 1 ranks)" in done.err
+
+
+def test_ranks_share_the_verifying(data_set, tmp_path):
+    folder = tmp_path / "many"
+    manifest = load_manifest(data_set)
+    options = {"length": manifest.length, "tokenizer": str(data_set / manifest.tokenizer), "rows_per_member": 64}
+    source = str(Path(__file__).parents[2] / "corpora" / "austen.jsonl.gz")
+    prep(PrepConfig(inputs=(source,), out=str(folder), **options, rows_per_shard=64, max_chars=9000))
+    reader = RowReader(folder, "train")
+    assert len(reader.shards) > 2
+    path = folder / "train" / reader.shards[1].name
+    path.write_bytes(path.read_bytes().replace(b"\x00\x01", b"\x00\x02", 1))
+    RowReader(folder, "train").verify(0, 2)
+    with pytest.raises(DataError, match=reader.shards[1].name):
+        RowReader(folder, "train").verify(1, 2)
