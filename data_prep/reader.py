@@ -80,8 +80,8 @@ class RowReader:
                     # As uint64, a number below 0 lies far outside, also after the division by 2 or more.
                     member = (indices.view(_UINT64) // self._rows_per_member).view(_INT64)
                     start = self._table.take(member)
-                    start += indices * self.length
-                    found = self._windows[start]
+                    start += indices * self._step
+                    found = self._pick(start)
                     return found.view(self.dtype).reshape(-1, self.length)
                 except IndexError:  # a number outside, or one whose shard is not mapped yet
                     pass
@@ -222,17 +222,21 @@ class RowReader:
             stretch = Stretch(self._path, [shard.bytes for shard in self.shards], MEND)
         except OSError:
             return None
-        tokens = (stretch.first[self._shard] + self._tokens_offset) // self.dtype.itemsize
-        # Less what the number of a member's first row adds: start = table[member] + number * length.
-        self._mapped_table = tokens - self._first[:-1] * self.length
-        self._table = np.full_like(tokens, _UNMAPPED)
+        size = self.length * self.dtype.itemsize
+        begin = stretch.first[self._shard] + self._tokens_offset
+        # Where every row begins at a multiple of its size, the stretch is an array of rows.
+        aligned = bool((begin % size == 0).all())
+        unit = size if aligned else self.dtype.itemsize
+        self._step = size // unit  # between rows
+        # Less what the number of a member's first row adds: start = table[member] + number * step.
+        self._mapped_table = begin // unit - self._first[:-1] * self._step
+        self._table = np.full_like(begin, _UNMAPPED)
         # The last window is the last row, so that a number too large is outside.
-        last = int(tokens[-1]) + int(self._first[-1] - self._first[-2]) * self.length
-        # Each window is one opaque item, which numpy copies faster than an axis of tokens.
-        size = self.dtype.itemsize
-        self._windows = np.ndarray(
-            last - self.length + 1, f"V{self.length * size}", buffer=stretch.bytes, strides=(size,)
-        )
+        last = int(begin[-1]) // unit + int(self._first[-1] - self._first[-2] - 1) * self._step
+        # Each window is one opaque item, which numpy copies faster than an axis of tokens; take is faster still, but
+        # it needs windows that do not overlap.
+        windows = np.ndarray(last + 1, f"V{size}", buffer=stretch.bytes, strides=(unit,))
+        self._pick = windows.take if aligned else windows.__getitem__
         return stretch
 
     def _parts(self, shard: np.ndarray) -> Iterator[tuple[slice | np.ndarray, np.ndarray, np.ndarray | int]]:
