@@ -159,9 +159,9 @@ class _PartEncoder:
             self._write(split, [n for n, held in enumerate(held_out) if held is wanted], ids)
         self.batch, self.batch_bytes = [], 0
 
-    def _write(self, split: str, numbers: Sequence[int], ids: list[list[int]]) -> None:
+    def _write(self, split: str, numbers: Sequence[int], ids: list[Sequence[int] | None]) -> None:
         """Append documents of the batch to a split's stream."""
-        numbers = [n for n in numbers if not self._holds_mask(n, ids[n])]
+        numbers = [n for n in numbers if not self._refused(n, ids[n])]
         head, tail = self.job.rows.head, self.job.rows.tail
         extra = len(head) + len(tail)
         ends = np.cumsum([0, *(len(ids[n]) + extra for n in numbers)])
@@ -181,15 +181,20 @@ class _PartEncoder:
         self.tokens[split] += len(stream)
         pool.count(size)
 
-    def _holds_mask(self, number: int, ids: list[int]) -> bool:
-        if not self.mask_may_occur or self.job.mask not in ids:
+    def _refused(self, number: int, ids: Sequence[int] | None) -> bool:
+        if ids is None:
+            reason = (
+                f"a text of {len(self.batch[number].text)} characters without a place where this tokenizer lets it be "
+                "cut; split it into documents"
+            )
+        elif self.mask_may_occur and self.job.mask in ids:
+            reason = (
+                f"the text holds the mask {self.tokenizer.id_to_token(self.job.mask)!r}, which no clean text may hold; "
+                "remove it, or mark the mask as special in the tokenizer"
+            )
+        else:
             return False
-        name = self.tokenizer.id_to_token(self.job.mask)
-        self.reject(
-            self.batch[number].offset,
-            f"the text holds the mask {name!r}, which no clean text may hold; "
-            "remove it, or mark the mask as special in the tokenizer",
-        )
+        self.reject(self.batch[number].offset, reason)
         return True
 
     def result(self, digest: str | None) -> Encoded:

@@ -94,7 +94,7 @@ def estimate(config: PrepConfig) -> Estimate:
     with one_thread():
         encode(tokenizer, texts[:1])  # the first call sets up
         began = time.process_time()
-        lengths = np.array([len(ids) for ids in encode(tokenizer, texts)]) + len(form.head) + len(form.tail)
+        lengths = np.array([len(ids or ()) for ids in encode(tokenizer, texts)]) + len(form.head) + len(form.tail)
         seconds = sample.seconds + time.process_time() - began
     total = sum(source.bytes for source in sources)
     scale = total / sample.stored

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,10 @@ BOS_NAMES = (
 EOS_NAMES = ("<|eos|>", "<eos>", "</s>", "[SEP]", "[EOS]", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>")
 MASK_NAMES = ("<|mask|>", "<|MASK|>", "[MASK]", "<mask>")
 TRAINED_SPECIALS = ("<|bos|>", "<|eos|>", "<|mask|>")
+PIECE = 1 << 20  # characters encoded at once
+LONGEST_PIECE = 8 << 20  # where no better place is found
+AROUND = 256  # characters on either side of a place that decide whether it can be cut
+MOST_TRIED = 100  # places, each way
 SMALLEST_BPE = 256 + len(TRAINED_SPECIALS)
 
 
@@ -143,7 +148,50 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of each text, without special tokens: ``<|eos|>`` spelled out in a text is text, not an end."""
+def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Sequence[int] | None]:
+    """Ids of each text, without special tokens: ``<|eos|>`` spelled out in a text is text, not an end.
+
+    A text of more than ``PIECE`` characters is encoded in pieces, because an encoding takes a hundred times the memory
+    of its text. One without a place to cut it for ``LONGEST_PIECE`` characters gives None.
+    """
     tokenizer.encode_special_tokens = True
-    return [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+    short = [text for text in texts if len(text) <= PIECE]
+    ids = iter([encoding.ids for encoding in tokenizer.encode_batch_fast(short, add_special_tokens=False)])
+    return [next(ids) if len(text) <= PIECE else _encode_long(tokenizer, text) for text in texts]
+
+
+def _encode_long(tokenizer: Tokenizer, text: str) -> array | None:
+    ids, begin = array("I"), 0
+    while begin < len(text):
+        end = _cut(tokenizer, text, begin)
+        if end is None:
+            return None
+        (piece,) = tokenizer.encode_batch_fast([text[begin:end]], add_special_tokens=False)
+        ids.extend(piece.ids)
+        begin = end
+    return ids
+
+
+def _cut(tokenizer: Tokenizer, text: str, begin: int) -> int | None:
+    """Where a piece that begins at ``begin`` can end without changing a token; None if nowhere.
+
+    Tried are ends of words, backwards from ``PIECE`` characters on, then forwards. What is on both sides of a place is
+    encoded together and apart: where both give the same ids, no token and no rule of the tokenizer reaches over it.
+    """
+    if len(text) - begin <= PIECE:
+        return len(text)
+    for places in (range(begin + PIECE, begin, -1), range(begin + PIECE, min(begin + LONGEST_PIECE, len(text)))):
+        tried = 0
+        for place in places:
+            if text[place - 1].isalnum() and not text[place].isalnum():
+                if _parts(tokenizer, text[max(place - AROUND, begin) : place], text[place : place + AROUND]):
+                    return place
+                tried += 1
+                if tried == MOST_TRIED:
+                    break
+    return len(text) if len(text) - begin <= LONGEST_PIECE else None
+
+
+def _parts(tokenizer: Tokenizer, before: str, after: str) -> bool:
+    whole, one, two = tokenizer.encode_batch_fast([before + after, before, after], add_special_tokens=False)
+    return whole.ids == one.ids + two.ids

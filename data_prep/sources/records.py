@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from data_prep.sources.kinds import Document, Fields
 
-MAX_DOCUMENT = 64 << 20  # bytes of UTF-8 in one document: a few of them must fit in memory
+MAX_DOCUMENT = 64 << 20  # bytes of UTF-8 in one document: each process holds one, several times over
 MAX_LINE = MAX_DOCUMENT + (1 << 20)  # bytes held of one line or member, with room for what is around the text
 BOM = b"\xef\xbb\xbf"
 

@@ -4,8 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from data_prep import tokenize
 from data_prep.errors import DataError
 from data_prep.tokenize import SpecialIds, encode, load_tokenizer, special_ids, token_dtype, train_bpe
 
@@ -100,3 +103,42 @@ def test_added_tokens_that_are_not_special_still_match_text():
     tokenizer = word_level("<s>")
     tokenizer.add_tokens([AddedToken("<mask>", special=False)])
     assert special_ids(tokenizer).mask in encode(tokenizer, ["a <mask> b"])[0]
+
+
+@pytest.fixture(scope="module")
+def trained() -> Tokenizer:
+    return train_bpe([*TEXTS, "it's a truth universally acknowledged, 3.14"] * 3, 320)
+
+
+BITS = ["a", "truth", " ", "  ", "\n\n", "it's", "3.14", ",", "日本語", "。", "éé"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(words=st.lists(st.sampled_from(BITS), max_size=80))
+def test_a_long_text_in_pieces_has_the_ids_of_the_whole(trained, words):
+    tokenizer, text = trained, " ".join(words) + "".join(words)
+    (whole,) = encode(tokenizer, [text])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize, "PIECE", 12)
+        patch.setattr(tokenize, "AROUND", 24)
+        short, pieces = encode(tokenizer, ["it", text])
+    assert short == encode(tokenizer, ["it"])[0]
+    assert list(pieces) == list(whole)
+
+
+def test_a_long_text_that_cannot_be_cut(trained, monkeypatch):
+    monkeypatch.setattr(tokenize, "PIECE", 50)
+    monkeypatch.setattr(tokenize, "LONGEST_PIECE", 200)
+    word = "truth" * 60
+    assert encode(trained, [word, "it"]) == [None, encode(trained, ["it"])[0]]
+    assert list(encode(trained, [word[:190]])[0]) == trained.encode(word[:190], add_special_tokens=False).ids
+
+
+def test_a_tokenizer_that_changes_the_beginning_of_a_text_is_not_cut(monkeypatch):
+    """Every text it is given begins with a space: pieces would have one each."""
+    model = train_bpe(["a truth universally acknowledged"] * 3, 280)
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    text = "a truth, universally acknowledged\n" * 6
+    (whole,) = encode(model, [text])
+    monkeypatch.setattr(tokenize, "PIECE", 20)
+    assert list(encode(model, [text])[0]) == whole
