@@ -22,7 +22,7 @@ from data_prep.remote import fetch
 from data_prep.sources import Document, Fields, Part, expand, read_part, sha256_source
 from data_prep.tokenize import encode, shared_tokenizer
 
-BATCH_BYTES = 1 << 20  # text tokenized at once
+BATCH_BYTES = 256 << 10  # text tokenized at once
 RESULT = "done.json"
 
 
