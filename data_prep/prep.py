@@ -143,7 +143,10 @@ class _Prep:
                 return self._finish()
         mine, of = share_of(self.config.part)
         with self.work.opened(self.recipe, self.config.overwrite, shared=True):
-            self._encode(self.parts[mine::of])
+            try:
+                self._encode(self.parts[mine::of])
+            except _Published:
+                return load_manifest(self.work.out)
             missing = sum(read_result(self.work.part(part)) is None for part in self.parts)
             if missing:
                 self.report(f"share {mine} of {of}: done; {missing} of {len(self.parts)} parts are left to others")
@@ -264,7 +267,10 @@ class _Prep:
     def _special_ids(self) -> SpecialIds:
         """Train or copy the tokenizer, once for all processes that share the work: a given file is kept as it is."""
         path, size = self.work.tokenizer, self.config.bpe_size
-        with self.work.exclusively("tokenizer"):
+        with self.work.exclusively("tokenizer") as unfinished:
+            if not unfinished:
+                out = self.work.out
+                raise _Published(f"{out}: was written by another task meanwhile; run again to have it checked")
             if not path.exists() and size is None:
                 with written(path) as temporary:
                     shutil.copyfile(self.config.tokenizer, temporary)
@@ -332,6 +338,10 @@ class _Prep:
             yield path
         finally:
             path.unlink(missing_ok=True)
+
+
+class _Published(DataError):
+    """Another task of the same work has written the data set, so its folder is gone."""
 
 
 def _reuse(config: PrepConfig, sources: Sequence[Source], out: Path, report: Report) -> Manifest:

@@ -3,9 +3,11 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -522,6 +524,38 @@ def test_two_preps_of_one_data_set(tmp_path):
     with Work(tmp_path / "data").opened(config.recipe(), discard=False), busy:
         prep(config)
     assert prep(config)
+
+
+def test_a_data_set_published_meanwhile_is_taken(tmp_path, monkeypatch):
+    corpus(tmp_path)
+    manifest = prep(asked(tmp_path, out=str(tmp_path / "whole")))
+
+    @contextmanager
+    def late(work, name):
+        shutil.copytree(tmp_path / "whole", work.out)
+        yield False
+
+    monkeypatch.setattr(Work, "exclusively", late)
+    assert prep(asked(tmp_path, part="0/2")) == manifest
+    with pytest.raises(DataError, match="was written by another task meanwhile; run again to have it checked"):
+        prep(asked(tmp_path, out=str(tmp_path / "other")))
+
+
+def test_failed_work_is_removed_under_its_lock(tmp_path, monkeypatch):
+    corpus(tmp_path)
+    config = asked(tmp_path)
+    busy = pytest.raises(DataError, match="another bd3 prep is writing it")
+    removed = []
+
+    def remove(work):
+        with busy, Work(tmp_path / "data").opened(config.recipe(), discard=False):
+            pass
+        removed.append(work.folder)
+
+    monkeypatch.setattr(Work, "remove", remove)
+    with pytest.raises(ZeroDivisionError), Work(tmp_path / "data").opened(config.recipe(), discard=False):
+        1 / 0  # noqa: B018
+    assert removed == [tmp_path / ".data.partial"]
 
 
 def test_a_source_that_grows_meanwhile_is_noticed(tmp_path, monkeypatch):
