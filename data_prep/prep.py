@@ -30,7 +30,7 @@ from data_prep.encode import (
     too_many_rejects,
 )
 from data_prep.errors import DataError
-from data_prep.files import sha256_file, write_text, written
+from data_prep.files import own, sha256_file, write_text, written
 from data_prep.manifest import (
     MANIFEST,
     REJECTS,
@@ -332,9 +332,9 @@ class _Prep:
         if not source.remote:
             yield Path(source.path)
             return
-        path = self.work.folder / "fetched"
-        fetch(source.path, path, source.bytes)
+        path = self.work.folder / f"fetched-{own()}"
         try:
+            fetch(source.path, path, source.bytes)
             yield path
         finally:
             path.unlink(missing_ok=True)

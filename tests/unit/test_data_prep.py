@@ -10,13 +10,14 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from pydantic import ValidationError
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from data_prep import encode as encode_module
-from data_prep import files
+from data_prep import files, remote
 from data_prep import prep as prep_module
 from data_prep import sources as sources_module
 from data_prep.errors import DataError
@@ -539,6 +540,24 @@ def test_a_data_set_published_meanwhile_is_taken(tmp_path, monkeypatch):
     assert prep(asked(tmp_path, part="0/2")) == manifest
     with pytest.raises(DataError, match="was written by another task meanwhile; run again to have it checked"):
         prep(asked(tmp_path, out=str(tmp_path / "other")))
+
+
+def test_fetched_files_have_names_of_their_own(tmp_path, monkeypatch, fresh_fsspec):
+    """Two processes may run the same share; neither removes what the other is reading."""
+    text = corpus(tmp_path).read_bytes()
+    for name in ("one", "two"):
+        fsspec.filesystem("memory").pipe(f"/c/{name}.jsonl", text.replace(b"doc-", name.encode()))
+    places = []
+
+    def fetch(url, to, *rest):
+        places.append(to)
+        return remote.fetch(url, to, *rest)
+
+    monkeypatch.setattr(encode_module, "fetch", fetch)
+    monkeypatch.setattr(prep_module, "fetch", fetch)
+    for _ in range(2):
+        prep(asked(tmp_path, inputs=["memory://c"], workers=1, overwrite=True))
+    assert len(set(places)) == 8  # twice each file for the tokenizer and for its tokens
 
 
 def test_failed_work_is_removed_under_its_lock(tmp_path, monkeypatch):
