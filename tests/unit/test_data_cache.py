@@ -255,7 +255,11 @@ def test_caches_that_cannot_be(far, tmp_path):
     (tmp_path / "file").touch()
     refused(lambda: ShardCache(tmp_path / "file", 10**8), "file: the shard cache cannot be written", "data.cache")
     refused(lambda: ShardCache("/proc/none", 10**8), "/proc/none: the shard cache cannot be written")
-    reader = RowReader(far[0], "train", ShardCache(tmp_path / "cache", 1000))
+    cache = ShardCache(tmp_path / "cache", 1000)
+    refused(lambda: RowReader(far[0], "train", cache), "its largest shard has 10240 bytes", "(1000)", "data.cache_gb")
+    cache.limit = 10240
+    reader = RowReader(far[0], "train", cache)
+    cache.limit = 1000
     refused(lambda: every_row(reader), "train-000000.tar", "more than the cache", "1000", "data.cache_gb")
     with pytest.raises(DataError, match="no such file"):
         RowReader(f"{far[0]}-elsewhere", "train", reader.cache)
