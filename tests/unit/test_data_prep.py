@@ -642,6 +642,19 @@ def test_a_dry_run_comes_near_and_writes_nothing(tmp_path):
     assert found.rejects == 0
 
 
+def test_a_dry_run_tells_what_prep_will_refuse(tmp_path):
+    corpus(tmp_path)
+    config = asked(tmp_path, tokenizer=trained(tmp_path))
+    assert not any("refuse" in line for line in estimate(config).lines())
+    lines = estimate(config.model_copy(update={"length": 100_000})).lines()
+    assert [line.partition(";")[0] for line in lines if "refuse" in line] == [
+        f"prep will refuse this: the {name} split would get no row" for name in ("train", "validation")
+    ]
+    says = r"no documents at the beginning of the input; text.jsonl at 0: no field 'txt'.*--text-field text; give files"
+    with pytest.raises(DataError, match=says):
+        estimate(asked(tmp_path, text_field="txt"))
+
+
 def test_progress_is_reported(tmp_path):
     corpus(tmp_path)
     lines: list[str] = []
