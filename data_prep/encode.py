@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from data_prep import pool
 from data_prep.errors import DataError
-from data_prep.files import write_text, written
+from data_prep.files import own, write_text, written
 from data_prep.manifest import SPLITS, Count, Record, Sha256
 from data_prep.pack import RowFormat
 from data_prep.remote import fetch
@@ -84,7 +84,7 @@ def encode_part(job: EncodeJob) -> Encoded:
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     source = job.part.source
-    fetched = job.folder / "fetched"
+    fetched = job.folder / f"fetched-{own()}"  # two processes may run the same share
     try:
         if source.remote:
             digest, local = fetch(source.path, fetched, source.bytes), fetched

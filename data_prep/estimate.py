@@ -62,6 +62,12 @@ class Estimate:
         ]
         if self.rejects:
             lines.append(f"bad records in the sample: {self.rejects}")
+        for name in SPLITS:
+            if not self.rows[name]:
+                lines.append(
+                    f"prep will refuse this: the {name} split would get no row; use a shorter --length, another "
+                    "--validation-fraction or more text"
+                )
         return lines
 
 
@@ -73,6 +79,7 @@ class _Sample:
     text_bytes: int = 0
     stored: float = 0.0
     rejects: int = 0
+    first_reject: str = ""
     seconds: float = 0.0
 
 
@@ -85,7 +92,9 @@ def estimate(config: PrepConfig) -> Estimate:
     sources = expand(config.inputs)
     sample = _read(config, sources)
     if not sample.documents:
-        raise DataError(f"{config.inputs[0]}: no documents at the beginning of the input; give files with text")
+        raise DataError(
+            f"{config.inputs[0]}: no documents at the beginning of the input{sample.first_reject}; give files with text"
+        )
     texts = [document.text for document in sample.documents]
     entries = config.bpe_size
     tokenizer = load_tokenizer(config.tokenizer) if entries is None else train_bpe(texts, entries)
@@ -146,6 +155,7 @@ def _read_beginning(config: PrepConfig, source: Source, path: Path, most: int, s
 
     def reject(offset: int, reason: str) -> None:
         sample.rejects += 1
+        sample.first_reject = sample.first_reject or f"; {source.name} at {offset}: {reason}"
 
     began, read, last = time.process_time(), 0, 0
     (part, *_) = split(source, source.bytes + 1)

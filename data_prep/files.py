@@ -14,10 +14,9 @@ from pathlib import Path
 def written(path: Path) -> Iterator[Path]:
     """A temporary place for what ``path`` is to hold: moved there, on the disk, once the block has succeeded.
 
-    The temporary name is this process's own: another process that writes the same file does no harm. A process id
-    alone would not be: tasks of an array on several hosts may have the same.
+    The temporary name is this process's own: another process that writes the same file does no harm.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".{path.name}.{own()}.tmp")
     try:
         yield temporary
         sync(temporary)
@@ -26,6 +25,11 @@ def written(path: Path) -> Iterator[Path]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def own() -> str:
+    """Part of a file name that no other process has. A process id alone may be that of a process on another host."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def write_text(path: Path, text: str) -> None:

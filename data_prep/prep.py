@@ -30,7 +30,7 @@ from data_prep.encode import (
     too_many_rejects,
 )
 from data_prep.errors import DataError
-from data_prep.files import sha256_file, write_text, written
+from data_prep.files import own, sha256_file, write_text, written
 from data_prep.manifest import (
     MANIFEST,
     REJECTS,
@@ -143,7 +143,10 @@ class _Prep:
                 return self._finish()
         mine, of = share_of(self.config.part)
         with self.work.opened(self.recipe, self.config.overwrite, shared=True):
-            self._encode(self.parts[mine::of])
+            try:
+                self._encode(self.parts[mine::of])
+            except _Published:
+                return load_manifest(self.work.out)
             missing = sum(read_result(self.work.part(part)) is None for part in self.parts)
             if missing:
                 self.report(f"share {mine} of {of}: done; {missing} of {len(self.parts)} parts are left to others")
@@ -264,7 +267,10 @@ class _Prep:
     def _special_ids(self) -> SpecialIds:
         """Train or copy the tokenizer, once for all processes that share the work: a given file is kept as it is."""
         path, size = self.work.tokenizer, self.config.bpe_size
-        with self.work.exclusively("tokenizer"):
+        with self.work.exclusively("tokenizer") as unfinished:
+            if not unfinished:
+                out = self.work.out
+                raise _Published(f"{out}: was written by another task meanwhile; run again to have it checked")
             if not path.exists() and size is None:
                 with written(path) as temporary:
                     shutil.copyfile(self.config.tokenizer, temporary)
@@ -326,12 +332,16 @@ class _Prep:
         if not source.remote:
             yield Path(source.path)
             return
-        path = self.work.folder / "fetched"
-        fetch(source.path, path, source.bytes)
+        path = self.work.folder / f"fetched-{own()}"
         try:
+            fetch(source.path, path, source.bytes)
             yield path
         finally:
             path.unlink(missing_ok=True)
+
+
+class _Published(DataError):
+    """Another task of the same work has written the data set, so its folder is gone."""
 
 
 def _reuse(config: PrepConfig, sources: Sequence[Source], out: Path, report: Report) -> Manifest:

@@ -41,7 +41,8 @@ class RowReader:
         cache: where the shards of a URL are kept.
 
     Raises:
-        DataError: no data set there, a local shard whose size is not the manifest's, or a URL without a cache.
+        DataError: no data set there, a local shard whose size is not the manifest's, or a URL without a cache that can
+            hold its largest shard.
     """
 
     def __init__(self, folder: str | Path, split: SplitName, cache: ShardCache | None = None):
@@ -58,6 +59,12 @@ class RowReader:
         self.length = self.manifest.length
         self.dtype = np.dtype(self.manifest.dtype)
         self.shards = self.manifest.splits[split].shards
+        largest = max((shard.bytes for shard in self.shards), default=0)
+        if self.remote and largest > cache.limit:
+            raise DataError(
+                f"{folder}: its largest shard has {largest} bytes, more than the cache {cache.folder} may hold "
+                f"({cache.limit}); raise its limit (data.cache_gb)"
+            )
         self._lock = threading.Lock()
         self._map = lru_cache(MAPS_KEPT)(self._map_file)
         self._index_members()

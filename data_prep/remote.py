@@ -22,8 +22,8 @@ def is_remote(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def open_remote(url: str, mode: str = "rb"):
-    """An fsspec file (a context manager); credentials and endpoints come from fsspec's own configuration.
+def open_remote(url: str):
+    """An fsspec file to read (a context manager); credentials and endpoints come from fsspec's own configuration.
 
     Raises:
         DataError: no such protocol, or its package is not installed.
@@ -31,7 +31,7 @@ def open_remote(url: str, mode: str = "rb"):
     import fsspec
 
     try:
-        return fsspec.open(url, mode)
+        return fsspec.open(url, "rb")
     except (ImportError, ValueError) as error:
         raise DataError(f"{url}: cannot be opened ({error}); install the package or correct the address") from None
 
@@ -60,8 +60,9 @@ def fetch(url: str, to: Path, size: int | None = None, sha256: str | None = None
             except PermissionError as error:
                 raise DataError(f"{url}: access denied ({error}); check the credentials") from None
             except _SourceError as error:
-                problem = f"{type(error.cause).__name__}: {error.cause}"
+                problem, remedy = f"{type(error.cause).__name__}: {error.cause}", "try later"
                 continue
+            remedy = "it was changed or damaged there: copy it again"
             if size is not None and found != size:
                 problem = f"it has {found} bytes, {size} are expected"
             elif sha256 is not None and digest != sha256:
@@ -69,7 +70,8 @@ def fetch(url: str, to: Path, size: int | None = None, sha256: str | None = None
             else:
                 os.replace(partial, to)
                 return digest
-        raise DataError(f"{url}: cannot be fetched after {attempts} attempts ({' '.join(problem.split())}); try later")
+        problem = " ".join(problem.split())
+        raise DataError(f"{url}: cannot be fetched after {attempts} attempts ({problem}); {remedy}")
     finally:
         with suppress(FileNotFoundError):
             partial.unlink()

@@ -84,17 +84,22 @@ class Work:
         created = [parent for parent in self.out.parents if not parent.exists()]
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            with self._locked(shared):
-                self._check_recipe(recipe, discard)
-                for folder in (self.folder / "parts", *self._shard_folders()):
-                    folder.mkdir(parents=True, exist_ok=True)
-                yield
+            with self._locked(shared) as lock:
+                try:
+                    self._check_recipe(recipe, discard)
+                    for folder in (self.folder / "parts", *self._shard_folders()):
+                        folder.mkdir(parents=True, exist_ok=True)
+                    yield
+                except BaseException as error:
+                    # Under the lock: once it is free, the folder may be another's, as it may be after a publication.
+                    mine = not shared and not isinstance(error, _Busy) and _same_file(lock, self.folder / "lock")
+                    if mine and not any(self.folder.glob(f"parts/*/{RESULT}")):
+                        self.remove()
+                    raise
         except BaseException as error:
-            if not shared and not isinstance(error, _Busy) and not any(self.folder.glob(f"parts/*/{RESULT}")):
-                shutil.rmtree(self.folder, ignore_errors=True)
-            for parent in created:
+            for folder in (self.folder, *created):  # if they are empty
                 with suppress(OSError):
-                    parent.rmdir()
+                    folder.rmdir()
             if isinstance(error, OSError):
                 raise DataError(
                     f"{self.out}: cannot be written ({error.strerror or error}); make room, check the rights, or "
@@ -152,8 +157,11 @@ class Work:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextmanager
-    def _locked(self, shared: bool) -> Iterator[None]:
-        """Hold the lock of the folder, which the system releases when the process ends, however it does."""
+    def _locked(self, shared: bool) -> Iterator[int]:
+        """Hold the lock of the folder, which the system releases when the process ends, however it does.
+
+        Gives the descriptor of the lock.
+        """
         while True:
             self.folder.mkdir(exist_ok=True)
             with (self.folder / "lock").open("a") as handle:
@@ -164,7 +172,7 @@ class Work:
                         f"{self.out}: another bd3 prep is writing it; wait for it, or choose another --out"
                     ) from None
                 if _same_file(handle.fileno(), self.folder / "lock"):
-                    yield
+                    yield handle.fileno()
                     return
 
     def _check_recipe(self, recipe: Recipe, discard: bool) -> None:

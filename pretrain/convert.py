@@ -15,12 +15,12 @@ from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.hf.convert import MODEL_TYPE, TokenIds, export, load_exported
 from bd3_megatron.hf.files import Loaded, read_json
 from bd3_megatron.hf.reference import load_reference
-from data_prep.staging import staged
 from data_prep.tokenize import load_tokenizer, special_ids
 from pretrain import checkpoint, runs
 from pretrain.config import RunConfig, TrainConfig
 from pretrain.load import save_config
 from pretrain.options import did_you_mean, parse_options
+from pretrain.staging import staged
 
 
 class ExportOptions(Section):

@@ -33,6 +33,8 @@ class Intake:
         size = len(text) if text.isascii() else len(encodable(text, "the text"))
         if size > MAX_DOCUMENT:
             raise BadRecord(too_big(size, "document"))
+        if "\0" in text:  # half of the bytes of UTF-16, which are UTF-8 too where its text is ASCII
+            raise BadRecord("holds a NUL character, as UTF-16 or binary data do; convert it to UTF-8 text")
         chars = len(text.strip())
         if chars < self._min:
             self.skipped("short")

@@ -3,18 +3,21 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from pydantic import ValidationError
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from data_prep import encode as encode_module
-from data_prep import files
+from data_prep import files, remote
 from data_prep import prep as prep_module
 from data_prep import sources as sources_module
 from data_prep.errors import DataError
@@ -524,6 +527,56 @@ def test_two_preps_of_one_data_set(tmp_path):
     assert prep(config)
 
 
+def test_a_data_set_published_meanwhile_is_taken(tmp_path, monkeypatch):
+    corpus(tmp_path)
+    manifest = prep(asked(tmp_path, out=str(tmp_path / "whole")))
+
+    @contextmanager
+    def late(work, name):
+        shutil.copytree(tmp_path / "whole", work.out)
+        yield False
+
+    monkeypatch.setattr(Work, "exclusively", late)
+    assert prep(asked(tmp_path, part="0/2")) == manifest
+    with pytest.raises(DataError, match="was written by another task meanwhile; run again to have it checked"):
+        prep(asked(tmp_path, out=str(tmp_path / "other")))
+
+
+def test_fetched_files_have_names_of_their_own(tmp_path, monkeypatch, fresh_fsspec):
+    """Two processes may run the same share; neither removes what the other is reading."""
+    text = corpus(tmp_path).read_bytes()
+    for name in ("one", "two"):
+        fsspec.filesystem("memory").pipe(f"/c/{name}.jsonl", text.replace(b"doc-", name.encode()))
+    places = []
+
+    def fetch(url, to, *rest):
+        places.append(to)
+        return remote.fetch(url, to, *rest)
+
+    monkeypatch.setattr(encode_module, "fetch", fetch)
+    monkeypatch.setattr(prep_module, "fetch", fetch)
+    for _ in range(2):
+        prep(asked(tmp_path, inputs=["memory://c"], workers=1, overwrite=True))
+    assert len(set(places)) == 8  # twice each file for the tokenizer and for its tokens
+
+
+def test_failed_work_is_removed_under_its_lock(tmp_path, monkeypatch):
+    corpus(tmp_path)
+    config = asked(tmp_path)
+    busy = pytest.raises(DataError, match="another bd3 prep is writing it")
+    removed = []
+
+    def remove(work):
+        with busy, Work(tmp_path / "data").opened(config.recipe(), discard=False):
+            pass
+        removed.append(work.folder)
+
+    monkeypatch.setattr(Work, "remove", remove)
+    with pytest.raises(ZeroDivisionError), Work(tmp_path / "data").opened(config.recipe(), discard=False):
+        1 / 0  # noqa: B018
+    assert removed == [tmp_path / ".data.partial"]
+
+
 def test_a_source_that_grows_meanwhile_is_noticed(tmp_path, monkeypatch):
     path = corpus(tmp_path)
     read = encode_module.read_part
@@ -587,6 +640,19 @@ def test_a_dry_run_comes_near_and_writes_nothing(tmp_path):
         assert abs(found.rows[name] - split.rows) <= 1
         assert found.shards[name] == len(split.shards)
     assert found.rejects == 0
+
+
+def test_a_dry_run_tells_what_prep_will_refuse(tmp_path):
+    corpus(tmp_path)
+    config = asked(tmp_path, tokenizer=trained(tmp_path))
+    assert not any("refuse" in line for line in estimate(config).lines())
+    lines = estimate(config.model_copy(update={"length": 100_000})).lines()
+    assert [line.partition(";")[0] for line in lines if "refuse" in line] == [
+        f"prep will refuse this: the {name} split would get no row" for name in ("train", "validation")
+    ]
+    says = r"no documents at the beginning of the input; text.jsonl at 0: no field 'txt'.*--text-field text; give files"
+    with pytest.raises(DataError, match=says):
+        estimate(asked(tmp_path, text_field="txt"))
 
 
 def test_progress_is_reported(tmp_path):

@@ -28,7 +28,7 @@ PACKERS = {
 }
 UNPACKERS = {"": lambda data: data, ".gz": gzip.decompress, ".zst": zstandard.decompress}
 GOOD = b'{"id": "a", "text": "first"}\n\n  \n{"text": "second"}\r\n{"id": 7, "text": "third"}'
-TEXTS = st.lists(st.text(st.characters(codec="utf-8")), max_size=8)
+TEXTS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")), max_size=8)
 
 
 class Read:
@@ -203,7 +203,7 @@ def test_zst_of_the_long_mode(tmp_path):
 LINES = st.lists(
     st.one_of(
         st.sampled_from(["", " ", "\r", "é" * 20, "🙂🙃", "x" * 300]),
-        st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=12),
+        st.text(st.characters(codec="utf-8", exclude_characters="\n\0"), max_size=12),
     ),
     max_size=12,
 )
@@ -310,6 +310,21 @@ def test_text_that_is_not_utf8(tmp_path):
     assert list(Read(path, text_documents="file").rejects.values()) == [
         "not UTF-8 at byte 6 (0xef); convert the text to UTF-8"
     ]
+
+
+def test_text_that_holds_nul(tmp_path):
+    """As UTF-16 without a mark at its beginning does, which is UTF-8 too."""
+    says = "holds a NUL character, as UTF-16 or binary data do; convert it to UTF-8 text"
+    body = "one\ntwo".encode("utf-16-le")
+    path = write(tmp_path / "x.txt", body)
+    assert (Read(path).texts, Read(path).rejects) == ([], {0: says, 7: says})
+    assert Read(path, text_documents="file").rejects == {0: says}
+    for path in (
+        write(tmp_path / "x.jsonl", jsonl(["a\0b", "c"])),
+        write(tmp_path / "x.tar", tar_of([("0.txt", b"a\0b"), ("1.txt", b"c")])),
+        table(tmp_path / "x.parquet", {"text": ["a\0b", "c"]}),
+    ):
+        assert (Read(path).texts, list(Read(path).rejects.values())) == (["c"], [says])
 
 
 @pytest.mark.parametrize("packed", PACKERS)
