@@ -105,7 +105,7 @@ def build_shard(job: ShardJob) -> Shard:
     """
     counts = np.zeros(job.vocab_size, np.int64)  # of tokens at positions 1 to L-1
     shard = write_shard(job.folder, job.stream.split, job.number, _samples(job, counts))
-    with written(job.note(".counts")) as temporary:
+    with written(job.note(".counts"), more=True) as temporary:
         counts.tofile(temporary)
     write_text(job.note(".json"), shard.model_dump_json())
     return shard

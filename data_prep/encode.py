@@ -127,7 +127,7 @@ class _PartEncoder:
         self.mask_may_occur = mask is not None and not mask.special
         names = {(split, kind): job.folder / f"{split}.{kind}" for split in SPLITS for kind in ("tokens", "starts")}
         self.paths = list(names.values())
-        places = {key: files.enter_context(written(path)) for key, path in names.items()}
+        places = {key: files.enter_context(written(path, more=True)) for key, path in names.items()}
         self.streams = {key: files.enter_context(path.open("wb")) for key, path in places.items()}
         self.documents, self.text_bytes, self.tokens = (dict.fromkeys(SPLITS, 0) for _ in range(3))
         self.skipped: dict[str, int] = {}

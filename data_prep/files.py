@@ -11,8 +11,10 @@ from pathlib import Path
 
 
 @contextmanager
-def written(path: Path) -> Iterator[Path]:
+def written(path: Path, more: bool = False) -> Iterator[Path]:
     """A temporary place for what ``path`` is to hold: moved there, on the disk, once the block has succeeded.
+
+    ``more`` says that another file of the same folder follows, which has the new name put on the disk with its own.
 
     The temporary name is this process's own: another process that writes the same file does no harm.
     """
@@ -21,7 +23,8 @@ def written(path: Path) -> Iterator[Path]:
         yield temporary
         sync(temporary)
         temporary.replace(path)
-        sync(path.parent)
+        if not more:
+            sync(path.parent)
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +157,7 @@ class _Prep:
 
     def _encode(self, parts: Sequence[Part]) -> None:
         """Tokenize the parts that are not done yet. One that fails does not keep others from being done."""
-        special = self._special_ids()
+        special = self.special
         dtype = token_dtype(special.vocab_size).str
         config = self.config
         jobs = [
@@ -195,7 +196,7 @@ class _Prep:
 
     def _finish(self) -> Manifest:
         """Cut the shards from the streams, write the manifest and publish."""
-        special = self._special_ids()
+        special = self.special
         results = [read_result(self.work.part(part)) for part in self.parts]
         check_rejects(self.config, results)
         self._check_sources()
@@ -264,8 +265,10 @@ class _Prep:
             if not source.remote and expand([source.path]) != [source]:
                 raise DataError(f"{source.path}: changed while it was read; run again once it is complete")
 
-    def _special_ids(self) -> SpecialIds:
-        """Train or copy the tokenizer, once for all processes that share the work: a given file is kept as it is."""
+    @cached_property
+    def special(self) -> SpecialIds:
+        """Of the tokenizer, trained or copied once for all processes that share the work: a given file is kept as it
+        is."""
         path, size = self.work.tokenizer, self.config.bpe_size
         with self.work.exclusively("tokenizer") as unfinished:
             if not unfinished:

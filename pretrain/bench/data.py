@@ -27,7 +27,7 @@ from data_prep.reader import RowReader
 from data_prep.shards import write_shard
 from data_prep.sources import Document, Fields, expand, read_part, split
 from data_prep.tokenize import encode as encode_texts
-from data_prep.tokenize import load_tokenizer, train_bpe
+from data_prep.tokenize import load_tokenizer, shared_tokenizer, train_bpe
 from pretrain.options import parse_options
 
 BUNDLED = Path(__file__).parents[2] / "corpora" / "austen.jsonl.gz"
@@ -45,7 +45,7 @@ class DataOptions(BaseModel):
 
     text: str | None = Field(None, description="text as bd3 prep takes it; null: the bundled novels")
     tokenizer: str = Field("bpe:8192", description="bpe:N trains one on the text first, uncounted; else a file")
-    megabytes: float = Field(4, gt=0, description="text that one process prepares in a turn; repeated to this size")
+    megabytes: float = Field(8, gt=0, description="text that one process prepares in a turn; repeated to this size")
     scaling_megabytes: float = Field(16, gt=0, description="text that the numbers of workers are compared on")
     workers: tuple[Annotated[int, Field(ge=2)], ...] = Field((2,), description="processes to compare with one")
     length: int = Field(1024, ge=4, description="tokens per row, L")
@@ -145,7 +145,7 @@ def _single(
     in its encoder, of what bare tokenizers spend on the same texts, and of all else that prep does.
     """
     size = _write(folder / "single.jsonl", list(_repeated(documents, options.megabytes)))
-    plain = load_tokenizer(tokenizer)
+    plain = shared_tokenizer(tokenizer)  # what prep uses: two of the same file may differ in speed by a tenth
     manifests: list[Manifest] = []
     batches: list[list[str]] = []
     inside: list[list[float]] = []  # [turn][batch]
