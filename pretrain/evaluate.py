@@ -88,10 +88,12 @@ def evaluate(
     Rows are split over data-parallel ranks; the result is the same on every rank and under every layout.
     """
     diffusion = likelihood_bound(diffusion)
-    # Always the same rows, whatever the seed: it is of the noise alone.
-    order = RowOrder(len(reader), 0)
     count = min(options.rows or len(reader), len(reader))
-    _, rows = order.epoch_and_row(np.arange(count))
+    # Always the same rows, whatever the seed: it is of the noise alone. Documents lie in consecutive rows: among rows
+    # at random only short ones would be whole.
+    rows = np.arange(count)
+    if tally is None:
+        _, rows = RowOrder(len(reader), 0).epoch_and_row(rows)
     share = -(-count // engine.world.data_size)
     # Every rank has as many rows, because ranks may need each other in a forward pass (ZeRO-3 gathers weights there):
     # the last row stands in for those that are missing.
@@ -164,7 +166,7 @@ class EvalOptions(Section):
     step: int | None = Field(None, ge=0, description="checkpoint to take; null means the newest")
     weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights")
     data: str | None = Field(None, description="data set; null means the one the run was trained on")
-    rows: int | None = Field(None, ge=2, description="rows used; null means all of the split")
+    rows: int | None = Field(None, ge=2, description="rows used, at random or (--per-document) the first; null: all")
     draws: int = Field(1, ge=1, description="noise draws per row; more make the bound's estimate less noisy")
     seed: Seed = Field(0, description="seed of the evaluation noise")
     micro_batch: int | None = Field(None, ge=1, description="rows per forward pass; null means as in training")
