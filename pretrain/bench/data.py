@@ -145,7 +145,7 @@ def _single(
     in its encoder, of what bare tokenizers spend on the same texts, and of all else that prep does.
     """
     size = _write(folder / "single.jsonl", list(_repeated(documents, options.megabytes)))
-    plain = shared_tokenizer(tokenizer)  # what prep uses: two of the same file may differ in speed by a tenth
+    plain = shared_tokenizer(tokenizer)  # the one that prep uses, so that nothing else differs
     manifests: list[Manifest] = []
     batches: list[list[str]] = []
     inside: list[list[float]] = []  # [turn][batch]
