@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.errors import DataError
-from data_prep.files import sha256_file
+from data_prep.files import lies_at, sha256_file
 from data_prep.mapping import map_file
 from data_prep.remote import fetch
 
@@ -230,7 +230,7 @@ def _locked(path: Path, remove: bool = False) -> Iterator[int]:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            if _is_still(path, handle):
+            if lies_at(handle, path):
                 break
         except BaseException:
             os.close(handle)
@@ -242,13 +242,6 @@ def _locked(path: Path, remove: bool = False) -> Iterator[int]:
         if remove:
             path.unlink(missing_ok=True)
         os.close(handle)
-
-
-def _is_still(path: Path, handle: int) -> bool:
-    try:
-        return path.stat().st_ino == os.fstat(handle).st_ino
-    except FileNotFoundError:
-        return False
 
 
 def default_folder(environment: Callable[[str], str | None] = os.environ.get) -> Path:

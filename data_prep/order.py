@@ -38,13 +38,19 @@ class RowOrder:
         Raises:
             ValueError: a position is negative.
         """
-        positions = np.asarray(positions, np.int64)
-        if (positions < 0).any():
-            raise ValueError(f"position {positions.min()}: below 0; the stream begins at 0")
+        positions = check_positions(positions)
         epochs, index = np.divmod(positions, self.rows)
         distinct, which = np.unique(epochs.ravel(), return_inverse=True)
         keys = round_keys(self.seed, distinct)[:, which]
         return epochs, permute(index.ravel(), self.rows, keys).reshape(positions.shape)
+
+
+def check_positions(positions: np.ndarray) -> np.ndarray:
+    """Stream positions as int64; raises ValueError where one is negative."""
+    positions = np.asarray(positions, np.int64)
+    if (positions < 0).any():
+        raise ValueError(f"position {positions.min()}: below 0; the stream begins at 0")
+    return positions
 
 
 def permute(index: np.ndarray, size: int | np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -132,9 +138,7 @@ class LaneOrder:
         Raises:
             ValueError: a position is negative.
         """
-        positions = np.asarray(positions, np.int64)
-        if (positions < 0).any():
-            raise ValueError(f"position {positions.min()}: below 0; the stream begins at 0")
+        positions = check_positions(positions)
         epochs, index = np.divmod(positions, self.rows)
         rows = np.empty_like(index)
         for epoch in np.unique(epochs).tolist():

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from data_prep.errors import DataError
-from data_prep.order import ROUNDS, LaneOrder, RowOrder, derive_seed, permute, round_keys
+from data_prep.order import ROUNDS, LaneOrder, RowOrder, check_positions, derive_seed, permute, round_keys
 from data_prep.reader import RowReader
 
 PERIOD = 1 << 16  # slots over which the shares of a mix are exact
@@ -213,12 +213,10 @@ class RowStream:
 
     def _split(self, positions: np.ndarray):
         """For each data set: its number, which of the positions are its own, and which of its own they are."""
-        positions = np.asarray(positions, np.int64)
+        positions = check_positions(positions)
         if self.mix is None:
             yield 0, slice(None), positions
             return
-        if (positions < 0).any():
-            raise ValueError(f"position {positions.min()}: below 0; the stream begins at 0")
         owner, own = self.mix.at(positions)
         for number in range(len(self.readers)):
             here = owner == number

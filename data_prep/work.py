@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,7 +21,7 @@ from pydantic import ValidationError
 
 from data_prep.encode import RESULT
 from data_prep.errors import DataError
-from data_prep.files import sync, write_text
+from data_prep.files import lies_at, sync, write_text
 from data_prep.manifest import FORMAT, MANIFEST, REJECTS, SPLITS, TOKENIZER, Recipe
 from data_prep.sources import Part
 
@@ -92,7 +91,7 @@ class Work:
                     yield
                 except BaseException as error:
                     # Under the lock: once it is free, the folder may be another's, as it may be after a publication.
-                    mine = not shared and not isinstance(error, _Busy) and _same_file(lock, self.folder / "lock")
+                    mine = not shared and not isinstance(error, _Busy) and lies_at(lock, self.folder / "lock")
                     if mine and not any(self.folder.glob(f"parts/*/{RESULT}")):
                         self.remove()
                     raise
@@ -118,7 +117,7 @@ class Work:
                 yield False
                 return
             fcntl.flock(handle, fcntl.LOCK_EX)
-            yield _same_file(handle.fileno(), path)
+            yield lies_at(handle.fileno(), path)
 
     def publish(self, replace: bool) -> None:
         """Move the finished data set to its place and remove the rest.
@@ -171,7 +170,7 @@ class Work:
                     raise _Busy(
                         f"{self.out}: another bd3 prep is writing it; wait for it, or choose another --out"
                     ) from None
-                if _same_file(handle.fileno(), self.folder / "lock"):
+                if lies_at(handle.fileno(), self.folder / "lock"):
                     yield handle.fileno()
                     return
 
@@ -206,13 +205,6 @@ def _text(path: Path) -> str | None:
     with suppress(FileNotFoundError):
         return path.read_text()
     return None
-
-
-def _same_file(descriptor: int, path: Path) -> bool:
-    """Whether an open file still lies at ``path``: who held a lock before may have removed it with its folder."""
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    return False
 
 
 class _Busy(DataError):
