@@ -177,6 +177,15 @@ class KernelConfig(Section):
         "auto", description="two-stream attention backend; reference materialises the dense mask"
     )
     masked_rows_only: bool = Field(True, description="run the head on masked rows only, not on every row")
+    chunked_cross_entropy: bool = Field(
+        True, description="compute head and cross-entropy together, some rows at a time (needs masked_rows_only)"
+    )
+    skip_last_clean_queries: bool = Field(
+        True, description="compute only keys and values of the clean stream in the last layer"
+    )
+    skip_last_clean_block: bool = Field(
+        True, description="end the clean stream before its last block, which none reads"
+    )
 
 
 class OptimizationConfig(Section):
