@@ -83,7 +83,12 @@ def test_the_linear_schedule_at_single_tokens_has_the_exact_value_for_its_mean(w
 # ---- what the result does not depend on ----
 
 
-@pytest.mark.parametrize("diffusion", [DiffusionConfig(block_size=4, draws=2), CAUSAL], ids=["blocks", "causal"])
+PAIRS = DiffusionConfig(block_size=4, draws=2, coupling="complementary")
+
+
+@pytest.mark.parametrize(
+    "diffusion", [DiffusionConfig(block_size=4, draws=2), PAIRS, CAUSAL], ids=["blocks", "pairs", "causal"]
+)
 def test_the_size_of_micro_batches_does_not_matter(world, reader, diffusion):
     """Up to rounding in fp32: a product of another size may add in another order."""
     whole = evaluated(world, reader, diffusion, micro=50, rows=50, draws=2)
@@ -112,6 +117,19 @@ def test_the_seed_and_further_draws_change_the_estimate(world, reader):
     )
     assert one == same
     assert len({one.nelbo, other.nelbo, two.nelbo}) == 3
+
+
+@pytest.mark.parametrize("coupling", ["independent", "antithetic", "complementary"])
+def test_draws_of_one_pass_estimate_the_same_bound_as_passes_of_one_draw(world, reader, coupling):
+    """Both are means over draws; what they differ by is of the size that the seeds differ by."""
+    once, paired = DiffusionConfig(block_size=4), DiffusionConfig(block_size=4, draws=2, coupling=coupling)
+    passes, pairs = (
+        [evaluated(world, reader, diffusion, rows=32, draws=draws, seed=seed).nelbo for seed in range(8)]
+        for diffusion, draws in ((once, 2), (paired, 1))
+    )
+    error = math.sqrt((np.var(passes, ddof=1) + np.var(pairs, ddof=1)) / 8)
+    assert error < 0.02 * np.mean(passes)
+    assert abs(np.mean(passes) - np.mean(pairs)) < 4 * error
 
 
 @pytest.mark.parametrize("rows", [2, 5, 33])
