@@ -63,25 +63,26 @@ class Profiler:
         self._profile.start()
 
     def close(self) -> None:
-        """Write the trace of the steps so far, if one is being taken.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write the trace of the steps so far, if one is being taken; a run goes on without a trace that fails."""
         if self._profile is None:
             return
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         traced, self._profile = self._profile, None
-        traced.stop()
-        if self._last is None:  # the first of them failed
-            return
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            traced.stop()
+            if self._last is not None:  # else the first of them failed
+                self._write(traced, self._last)
+        except (OSError, RuntimeError) as error:
+            self._say(f"no trace in {self.folder}: {' '.join(str(error).split())}")
+
+    def _write(self, traced: profile, last: int) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"steps-{self._first}-{self._last}.rank-{self.rank}.json.gz"
+        path = self.folder / f"steps-{self._first}-{last}.rank-{self.rank}.json.gz"
         partial = path.with_name(f".{path.name}")  # ends in .gz, by which torch knows to compress
         traced.export_chrome_trace(str(partial))
         partial.replace(path)
-        self._say(f"trace of steps {self._first} to {self._last}: {path}")
+        self._say(f"trace of steps {self._first} to {last}: {path}")
 
 
 def record_allocations(options: ProfileConfig) -> None:

@@ -105,6 +105,17 @@ def test_a_step_that_fails_ends_the_trace_with_the_steps_before_it(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path):
+    said = []
+    (tmp_path / "profile").write_text("a file where the folder should be")
+    profiler = Profiler(ProfileConfig(start=1, steps=1), tmp_path, 0, 0, said.append)
+    with profiler.step(1):
+        torch.ones(2) + 1
+    with profiler.step(2):
+        pass
+    assert said == [f"no trace in {tmp_path / 'profile'}: [Errno 17] File exists: '{tmp_path / 'profile'}'"]
+
+
 # ---- out of memory ----
 
 
