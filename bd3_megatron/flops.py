@@ -66,6 +66,14 @@ def forward_flops(model: ModelConfig, diffusion: DiffusionConfig, mask_rate: flo
     return Flops(linear, pairs * pair, predicted * 2 * model.hidden * (model.vocab_size or 0))
 
 
+def plain_forward_flops(model: ModelConfig, diffusion: DiffusionConfig) -> float:
+    """Forward FLOPs per data token of the plain path: every pair of all streams, all layers and the head on all."""
+    streams = diffusion.draws + (diffusion.block_size < model.length) if diffusion.objective == "diffusion" else 1
+    layer = 2 * sum(layer_parameters(model).values())
+    pairs = streams**2 * model.length * 4 * model.heads * model.width_per_head
+    return model.layers * (streams * layer + pairs) + streams * 2 * model.hidden * (model.vocab_size or 0)
+
+
 def training_flops_per_token(model: ModelConfig, diffusion: DiffusionConfig, mask_rate: float | None = None) -> float:
     """Useful FLOPs of a training step per data token: three forward passes."""
     return 3 * forward_flops(model, diffusion, mask_rate).total

@@ -61,6 +61,17 @@ def load_run_config(args: list[str], prog: str = "bd3 pretrain") -> RunConfig:
     return _resolve(RunOptions, args, prog)[0]
 
 
+def preset_config(name: str) -> RunConfig:
+    """The defaults under a preset.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    values = RunConfig().model_dump()
+    _overlay(values, *_preset(name))
+    return validate(RunConfig, values)
+
+
 def save_config(config: RunConfig, path: Path) -> None:
     """Write ``config`` as YAML under a temporary name and rename it: ``path`` is complete or untouched.
 

@@ -13,6 +13,7 @@ from pretrain.metrics import read_metrics, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 INK, ACCENT, MUTED = "#1f3b57", "#c4572f", "#8a9097"
@@ -38,18 +39,28 @@ def plot_curves(run_dir: Path, out: str = "curves.png", reference: Mapping[str, 
     _perplexity(right, records, reference or {})
     for axes in (left, right):
         axes.set_xlabel("optimizer step")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
+        finish(axes)
     path = run_dir / out
+    save_figure(figure, path)
+    return path
+
+
+def finish(axes: Axes) -> None:
+    """What all plots have in common."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG under a temporary name and rename it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         figure.savefig(partial, format="png")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    return path
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:

@@ -10,6 +10,7 @@ from pretrain.options import did_you_mean
 # Name -> module:function; a function takes the arguments after the name and may return an exit code.
 BENCHMARKS = {
     "step": "pretrain.bench.step:bench_step",
+    "head": "pretrain.bench.head:bench_head",
     "checkpoint": "pretrain.bench.checkpoint:bench_checkpoint",
     "memory": "pretrain.bench.memory:bench_memory",
     "draws": "pretrain.bench.draws:bench_draws",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -11,11 +13,12 @@ import tyro
 from pydantic import Field
 
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig, Section, check_layout
-from bd3_megatron.diffusion.batch import Batch, diffusion_batch
+from bd3_megatron.config import ConfigError, DiffusionConfig, ModelConfig, ParallelConfig, Section, check_layout
+from bd3_megatron.diffusion.batch import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine.base import Engine
 from pretrain.options import validate
+from pretrain.plots import finish, save_figure
 
 
 class ModelOptions(Section):
@@ -53,8 +56,36 @@ def random_batch(model: ModelConfig, diffusion: DiffusionConfig, rows: int, step
     """A micro-batch of random rows with the noise of ``step``."""
     numbers = np.arange(rows)
     tokens = np.random.default_rng(step).integers(0, model.vocab_size - 1, (rows, model.length))
+    if diffusion.objective == "causal":
+        return causal_batch(tokens)
     noise = draw_noise(diffusion, model.length, 0, SampleKeys(np.zeros_like(numbers), numbers, numbers, step, rows))
     return diffusion_batch(tokens, noise, model.mask_id, Streams.of(diffusion, model.length))
+
+
+def checked_plot(file: str | None) -> None:
+    """Check, before anything is measured, that a plot can be written.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if file is not None and not (folder := Path(file).parent).is_dir():
+        raise ConfigError(f"--plot={file}: there is no folder {folder}; make it first")
+
+
+def plot_rows(file: Path, rows: Sequence[Mapping[str, Any]], lines: Mapping[str, str], title: str, unit: str) -> None:
+    """PNG of some columns of ``rows`` against their ``length``; ``lines`` gives each column's label."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    for column, label in lines.items():
+        axes.plot([row["length"] for row in rows], [row[column] for row in rows], "o-", label=label)
+    axes.set(title=title, xlabel="row length", ylabel=unit, xscale="log")
+    finish(axes)
+    save_figure(figure, file)
 
 
 def timed_step(engine: Engine, batch: Batch) -> float:

@@ -1,91 +1,187 @@
-"""`bd3 bench step`: cost of a training step beside the plain path of the same model."""
+"""`bd3 bench step`: cost of a training step beside the plain path and beside an autoregressive step."""
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 
 from bd3_megatron import flops, parallel
 from bd3_megatron.config import (
+    ConfigError,
     DiffusionConfig,
     KernelConfig,
     ModelConfig,
     OptimizationConfig,
     ParallelConfig,
 )
+from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.parallel import World
-from pretrain.bench.models import ModelOptions, model_of, random_batch, timed_step
+from pretrain.bench.models import ModelOptions, checked_plot, model_of, plot_rows, random_batch, timed_step
+from pretrain.hardware import measured_matmul_flops, peak_flops
+from pretrain.load import preset_config
 from pretrain.options import parse_options
 
-# What the step is compared with: the dense (2L)^2 mask, and logits for every row of both streams.
-PLAIN = KernelConfig(attention="reference", masked_rows_only=False)
+# What the step is compared with: the dense mask over both streams, all that nobody reads, logits for every row.
+PLAIN = KernelConfig(
+    attention="reference",
+    masked_rows_only=False,
+    chunked_cross_entropy=False,
+    skip_last_clean_queries=False,
+    skip_last_clean_block=False,
+)
+CAUSAL = DiffusionConfig(objective="causal", block_size=1)
+VOCABULARY = 50258  # GPT-2's with the mask, where a preset leaves it to the data
 
 
 class StepOptions(ModelOptions):
-    """Cost of one training step (forward, backward, optimizer, EMA) beside the plain path of the same model:
-    dense two-stream mask and logits for every row. CPU time of one process on CPU, wall time on CUDA."""
+    """Cost of one training step (forward, backward, optimizer, EMA) beside the plain path of the same model (dense
+    two-stream mask, nothing left out, logits for every row) and beside an autoregressive step (causal objective).
+    CPU time of one process on CPU, wall time on CUDA."""
 
-    lengths: tuple[Annotated[int, Field(ge=2)], ...] = Field((256, 1024), min_length=1, description="row lengths L")
+    preset: str | None = Field(None, description="model and objective of a preset, instead of the sizes given here")
+    lengths: tuple[Annotated[int, Field(ge=2)], ...] | None = Field(
+        None, min_length=1, description="row lengths L; null means 256 and 1024, or the preset's"
+    )
+    draws: int = Field(1, ge=1, description="noisy draws per clean row, K")
     repeats: int = Field(5, ge=1, description="measured steps of each path; they take turns")
     precision: Literal["fp32", "bf16"] = Field("fp32")
+    recompute: Literal["none", "selective", "full"] = Field("none", description="parallel.recompute of all paths")
+    attention: Literal["auto", "flash", "flex", "chunked", "reference"] = Field("auto", description="its backend")
+    plain: bool = Field(True, description="also run the plain path, whose mask and logits need much memory")
+    causal: bool = Field(True, description="also run an autoregressive step")
+    plot: str | None = Field(None, description="PNG of the ratios against the length")
 
 
 def bench_step(args: list[str]) -> None:
-    """Print a row per length: seconds of both paths, their ratio, and the ratio of their FLOPs."""
+    """Print a row per length: seconds of all paths, their ratios, and the ratios of their FLOPs."""
     options = parse_options(StepOptions, args, "bd3 bench step")
-    models = [model_of(options, length) for length in options.lengths]
+    checked_plot(options.plot)
+    models = _models(options)
     torch.set_num_threads(options.threads)
-    world = parallel.start(ParallelConfig())
+    layout = ParallelConfig(recompute=options.recompute)
+    world = parallel.start(layout)
     try:
-        rows = [_step_row(options, model, diffusion, world) for model, diffusion in models]
+        rows = [_step_row(options, layout, model, diffusion, world) for model, diffusion in models]
     finally:
         parallel.stop()
+    if options.plot is not None:
+        lines = {name: name.replace("_", " ") for name in ("ratio", "of_causal") if name in rows[0]}
+        plot_rows(Path(options.plot), rows, lines, "training step", "ratio of seconds")
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
     if options.json_:
-        print(json.dumps({"rows": rows}))
+        print(json.dumps({"device": device, "precision": options.precision, "rows": rows}))
         return
     print(
-        f"training step, {world.device.type}, {options.threads} thread(s), {options.precision}, B'={options.block_size}"
+        f"training step, {device}, {options.threads} thread(s), {options.precision}, "
+        f"B'={models[0][1].block_size}, {options.draws} draw(s); MFU of the peak, useful FLOPs and 6 N D"
     )
-    print(f"{'length':>7}{'seconds':>10}{'plain':>10}{'ratio':>8}{'by FLOPs':>10}{'data tok/s':>12}")
     for row in rows:
-        print(
-            f"{row['length']:>7}{row['seconds']:>10.3f}{row['plain_seconds']:>10.3f}{row['ratio']:>8.3f}"
-            f"{row['flop_ratio']:>10.3f}{row['tokens_per_second']:>12.0f}"
-        )
+        _print(row)
 
 
-def _step_row(options: StepOptions, model: ModelConfig, diffusion: DiffusionConfig, world: World) -> dict[str, float]:
-    optimization = OptimizationConfig(precision=options.precision)
-    batches = [random_batch(model, diffusion, options.batch, step) for step in range(options.repeats + 1)]
-    paths = []
-    for kernels in (KernelConfig(), PLAIN):
-        engine = MegatronEngine(model, diffusion, kernels, ParallelConfig(), optimization, world)
-        paths.append(partial(timed_step, engine))
-    for path in paths:  # warm up
-        path(batches[-1])
-    turns = [[path(batch) for path in paths] for batch in batches[: options.repeats]]
-    ours, plain = (statistics.median(times) for times in zip(*turns))
-    return {
+def _models(options: StepOptions) -> list[tuple[ModelConfig, DiffusionConfig]]:
+    """Model and objective for every length.
+
+    Raises:
+        ConfigError: no such preset, or numbers that do not fit together.
+    """
+    draws = {"draws": options.draws}
+    if options.preset is None:
+        made = [model_of(options, length) for length in options.lengths or (256, 1024)]
+        return [(model, diffusion.model_copy(update=draws)) for model, diffusion in made]
+    config = preset_config(options.preset)
+    vocabulary = config.model.vocab_size or VOCABULARY
+    made = []
+    for length in options.lengths or (config.model.length,):
+        if length % config.diffusion.block_size:
+            raise ConfigError(
+                f"--lengths={length}: not divisible by diffusion.block_size={config.diffusion.block_size} of the preset"
+            )
+        ids = {"vocab_size": vocabulary, "mask_id": vocabulary - 1, "length": length}
+        made.append((config.model.model_copy(update=ids), config.diffusion.model_copy(update=draws)))
+    return made
+
+
+def _step_row(
+    options: StepOptions, layout: ParallelConfig, model: ModelConfig, diffusion: DiffusionConfig, world: World
+) -> dict[str, Any]:
+    kinds = {"ours": (KernelConfig(attention=options.attention), diffusion)}
+    if options.plain:
+        kinds["plain"] = PLAIN, diffusion
+    if options.causal:
+        kinds["causal"] = KernelConfig(), CAUSAL
+    times, peak = _measure(options, layout, model, kinds, world)
+    median = {name: statistics.median(column) for name, column in times.items()}
+    tokens = options.batch * model.length / median["ours"]
+    ceiling = measured_matmul_flops(torch.bfloat16 if options.precision == "bf16" else torch.float32)
+    useful, yardstick = flops.training_flops_per_token(model, diffusion), flops.six_n(model)
+    limit = peak_flops(None, options.precision) if world.device.type == "cuda" else ceiling
+    row = {
         "length": model.length,
-        "ratio": statistics.median(a / b for a, b in turns),
-        "seconds": ours,
-        "plain_seconds": plain,
-        "flop_ratio": _flop_ratio(model, diffusion),
-        "tokens_per_second": options.batch * model.length / ours,
+        "seconds": median["ours"],
+        "tokens_per_second": tokens,
+        "useful_tflops": useful * tokens / 1e12,
+        "mfu_useful": useful * tokens / limit,
+        "mfu_6nd": yardstick * tokens / limit,
+        "matmul_tflops": ceiling / 1e12,
     }
+    for name, key in (("plain", "ratio"), ("causal", "of_causal")):
+        if name in times:
+            row[f"{name}_seconds"] = median[name]
+            row[key] = statistics.median(a / b for a, b in zip(times["ours"], times[name]))
+    if options.plain:
+        row["flop_ratio"] = flops.forward_flops(model, diffusion).total / flops.plain_forward_flops(model, diffusion)
+    if options.causal:
+        row["flops_of_causal"] = useful / flops.training_flops_per_token(model, CAUSAL)
+    return row | ({"peak_bytes": peak} if peak else {})
 
 
-def _flop_ratio(model: ModelConfig, diffusion: DiffusionConfig) -> float:
-    """FLOPs of the step as computed today (the last layer's clean stream in full) over those of the plain path."""
-    layer = 2 * sum(flops.layer_parameters(model).values())
-    pair, head = 4 * model.heads * model.width_per_head, 2 * model.hidden * model.vocab_size
-    live = model.length + diffusion.block_size  # pairs per position, both streams together
-    ours = model.layers * (2 * layer + live * pair) + 0.5 * head
-    plain = model.layers * (2 * layer + 4 * model.length * pair) + 2 * head
-    return ours / plain
+def _measure(
+    options: StepOptions,
+    layout: ParallelConfig,
+    model: ModelConfig,
+    kinds: dict[str, tuple[KernelConfig, DiffusionConfig]],
+    world: World,
+) -> tuple[dict[str, list[float]], int]:
+    """Seconds of every path at every turn, and our peak of device memory in bytes (0 on CPU)."""
+    optimization = OptimizationConfig(precision=options.precision)
+    peak, paths = 0, {}
+    for name, (kernels, diffusion) in kinds.items():
+        engine = MegatronEngine(model, diffusion, kernels, layout, optimization, world)
+        batches = [random_batch(model, diffusion, options.batch, step) for step in range(options.repeats + 1)]
+        path: Callable[[Batch], float] = partial(timed_step, engine)
+        path(batches[-1])  # warm up
+        if name == "ours" and world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            path(batches[-1])
+            peak = torch.cuda.max_memory_allocated()
+        paths[name] = path, batches
+    times: dict[str, list[float]] = {name: [] for name in paths}
+    for turn in range(options.repeats):
+        for name, (path, batches) in paths.items():
+            times[name].append(path(batches[turn]))
+    return times, peak
+
+
+def _print(row: dict[str, Any]) -> None:
+    print(
+        f"L={row['length']}: {row['seconds']:.4g} s, {row['tokens_per_second']:.0f} data tokens/s, "
+        f"MFU {row['mfu_useful']:.1%} and {row['mfu_6nd']:.1%}, {row['useful_tflops']:.3g} useful TFLOP/s "
+        f"(a matmul: {row['matmul_tflops']:.3g})"
+    )
+    for name, key, by_flops, what in (
+        ("plain", "ratio", "flop_ratio", "the plain path"),
+        ("causal", "of_causal", "flops_of_causal", "an autoregressive step"),
+    ):
+        if key in row:
+            print(f"  {row[key]:.3f} of {what} ({row[f'{name}_seconds']:.4g} s); {row[by_flops]:.3f} by FLOPs")
+    if "peak_bytes" in row:
+        print(f"  peak memory {row['peak_bytes'] / 1e9:.2f} GB")
