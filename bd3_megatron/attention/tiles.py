@@ -8,6 +8,7 @@ pass). They follow from the first and last block of each tile; no mask of tokens
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -138,6 +139,19 @@ class Call:
 def gathers_all(streams: Streams, context: ContextShard) -> bool:
     """True where a block lies on several ranks, so that noisy keys are not all at home."""
     return context.chunk % streams.block_size > 0
+
+
+def keys_of_call(x: Tensor, streams: Streams, context: ContextShard | None = None) -> Tensor:
+    """Keys or values as :meth:`Call.of` has them, ``[keys, b, g, d]``, from what this rank holds of every stream."""
+    if context is None or context.size == 1:
+        return x
+    if gathers_all(streams, context):
+        by_position = x.unflatten(0, (-1, context.held)).transpose(0, 1)  # [l, S, b, g, d]
+        return context.gather(by_position).transpose(0, 1).flatten(0, 1)
+    own = streams.noisy * context.held
+    if not streams.clean:
+        return x
+    return torch.cat([x[:own], context.gather(x[own:])])
 
 
 class Lists(NamedTuple):
@@ -281,3 +295,25 @@ def document_lists(call: Call, tile: tuple[int, int], documents: Tensor) -> Tile
     one = (query[0] == query[1])[:, :, None] & (key[0] == key[1])[:, None] & (query[0][:, :, None] == key[0][:, None])
     live, full = (live & meet)[:, None], (full & one)[:, None]
     return lists_of(live & ~full, full)
+
+
+class PerDocuments:
+    """What was last computed from documents, for the layers of a micro-batch that all ask for it.
+
+    A tensor is known again by its memory and its version; it is kept, so that its memory is not another's.
+    """
+
+    def __init__(self, size: int = 4):
+        self._size = size
+        self._kept: OrderedDict[tuple, tuple[Tensor, Any]] = OrderedDict()
+
+    def get(self, documents: Tensor, make: Callable[..., Any], *args: Any) -> Any:
+        """``make(*args, documents)``, or what it gave before for equal ``args`` and the same documents."""
+        version = 0 if documents.is_inference() else documents._version
+        key = (make, args, documents.data_ptr(), version, documents.shape, documents.stride(), documents.dtype)
+        if key not in self._kept:
+            self._kept[key] = documents, make(*args, documents)
+            while len(self._kept) > self._size:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key][1]
