@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.attention.context import ContextShard
+from bd3_megatron.attention.limits import TILE
 from bd3_megatron.attention.mask import Streams, sees
-
-# Queries and keys in a tile of the kernels.
-TILE = 128
 
 
 class Run(NamedTuple):
@@ -244,9 +242,11 @@ def _lists(partial: np.ndarray, full: np.ndarray) -> Lists:
 
 
 def _tensor_lists(partial: Tensor, full: Tensor) -> Lists:
+    def compact(x: Tensor) -> Tensor:  # kernels take no other layout
+        return x.to(torch.int32, memory_format=torch.contiguous_format)
+
     def ordered(x: Tensor) -> tuple[Tensor, Tensor]:
-        count = x.sum(-1, dtype=torch.int32)
-        return count, torch.argsort(x.int(), dim=-1, descending=True, stable=True).int()
+        return compact(x.sum(-1)), compact(torch.argsort(x.int(), dim=-1, descending=True, stable=True))
 
     return Lists(*ordered(partial), *ordered(full))
 

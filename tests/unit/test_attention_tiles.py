@@ -117,6 +117,7 @@ def test_documents_take_tiles_away_and_never_a_pair(case, tile, seed):
     masks = dense_mask(streams, documents=documents)[:, queries][:, :, keys].numpy()
     call = Call.of(streams, len(queries), shard)
     found = tiles.document_lists(call, tile, documents)
+    assert all(x.is_contiguous() and x.dtype == torch.int32 for lists in found for x in lists)
     plain = tiles.tile_lists(call, tile)
     rows, columns = plain.forward.partial.shape
     allowed = np.logical_or(*expand(plain.forward, rows, columns))
