@@ -83,7 +83,7 @@ class Side:
             return index // self.chunk, index % self.chunk
         stream, within = index // self.held, index % self.held
         first, second = self.starts
-        position = within + where(within < self.chunk, first, second - self.chunk)
+        position = within + first + within // self.chunk * (second - first - self.chunk)
         if not (self.clean and self.whole):
             return stream, position
         end = self.noisy * self.held
