@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 import sys
 import types
+from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bd3_megatron.attention import flash
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.mask import Streams, dense_mask
+from bd3_megatron.attention.reference import attend as reference
 from bd3_megatron.attention.tiles import Call, device_lists
 
 
@@ -70,6 +73,56 @@ def test_a_predicate_is_made_once_for_equal_calls(blocks, size):
     streams = [Streams(blocks * size, size, 1, blocks * size) for _ in range(2)]
     assert Call.of(streams[0], streams[0].tokens) == Call.of(streams[1], streams[1].tokens)
     assert hash(Call.of(streams[0], streams[0].tokens)) == hash(Call.of(streams[1], streams[1].tokens))
+
+
+def written_out(q, k, v, *, softmax_scale, mask_mod, aux_tensors, pack_gqa, block_sparse_tensors, **more):
+    """What the package's function computes of ``[b, l, n, d]`` from what it is given, by the book."""
+    lists, backward = block_sparse_tensors, more.pop("block_sparse_tensors_bwd")
+    assert not more
+    rows, columns = q.shape[1], k.shape[1]
+
+    def spread(count: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        listed = torch.arange(index.shape[-1]) < count[..., None]
+        return torch.zeros_like(listed).scatter(-1, index.long(), listed)
+
+    kinds = [spread(*lists[:2]), spread(*lists[2:4])]
+    assert torch.equal(spread(*backward[:2]).mT, kinds[0])
+    assert torch.equal(spread(*backward[2:4]).mT, kinds[1])
+    height, width = lists.block_size
+    partial, full = (x.repeat_interleave(height, -2).repeat_interleave(width, -1) for x in kinds)
+    seen = [
+        [[mask_mod([b], [0], [i], [j], None, aux_tensors) for j in range(columns)] for i in range(rows)]
+        for b in range(len(q))
+    ]
+    mask = partial & torch.tensor(seen)[:, None] | full
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=softmax_scale, enable_gqa=True)
+    return out.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("documented", [False, True])
+@pytest.mark.parametrize("noisy_only", [False, True])
+@pytest.mark.parametrize("streams", [Streams(16, 2, 2, 16), Streams(16, 8, 1, 8), Streams(16, 16, 2, 0)])
+def test_the_kernels_are_given_what_gives_the_reference(plain_integers, monkeypatch, streams, noisy_only, documented):
+    sys.modules["flash_attn.cute"].flash_attn_func = written_out
+    monkeypatch.setattr(flash, "tile_of", lambda device: (8, 4))
+    monkeypatch.setattr(flash, "block_sparse", lambda lists, tile: SparseLists(*lists, tile))
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(streams.tokens, 2, n, 8, generator=generator) for n in (4, 2, 2))
+    documents = torch.tensor([[0] * 5 + [1] * 11, [3] * 16]).int() if documented else None
+    query = query[: streams.predicting] if noisy_only else query
+    found = flash.attend(query, key, value, streams, 0.4, documents=documents)
+    torch.testing.assert_close(found, reference(query, key, value, streams, 0.4, documents=documents))
+
+
+class SparseLists(NamedTuple):
+    """The fields of the package's own tuple that are used, by the same names and in the same order."""
+
+    mask_block_cnt: torch.Tensor
+    mask_block_idx: torch.Tensor
+    full_block_cnt: torch.Tensor
+    full_block_idx: torch.Tensor
+    block_size: tuple[int, int]
 
 
 class TestThePackage:
