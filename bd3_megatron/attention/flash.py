@@ -6,7 +6,9 @@ Without the lists of the backward pass its gradients are wrong and nothing says 
 
 from __future__ import annotations
 
-import importlib.util
+import hashlib
+import importlib
+import inspect
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -15,12 +17,13 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.attention.context import ContextShard
-from bd3_megatron.attention.mask import Streams, within_documents
+from bd3_megatron.attention.mask import Streams, sees, within_documents
 from bd3_megatron.attention.tiles import (
     TILE,
     Call,
     Lists,
     PerDocuments,
+    Side,
     device_lists,
     document_lists,
     keys_of_call,
@@ -87,7 +90,8 @@ def block_sparse(lists: Lists, tile: tuple[int, int]) -> Any:
 def mask_mod(call: Call, documents: bool) -> Callable[..., Any]:
     """The predicate of a call in CuTe: ``(row, head, query, key, lengths, tensors) -> Boolean`` of one element.
 
-    The package compiles a kernel for each, known by this function's text and by what it captures.
+    The package compiles a kernel for each, and keeps it on disk too if FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1. It
+    knows them by ``__cute_hash__``, which therefore must be the same in every process.
     """
     from cutlass import Boolean, Int32
     from flash_attn.cute.utils import scalar_to_ssa
@@ -104,6 +108,9 @@ def mask_mod(call: Call, documents: bool) -> Callable[..., Any]:
             result = within_documents(result, numbers[row[0], at], numbers[row[0], other])
         return scalar_to_ssa(Boolean(result), Boolean)
 
+    parts = (mask_mod.__wrapped__, Call.sees, Side.locate, sees, within_documents)
+    text = "".join(inspect.getsource(part) for part in parts)
+    seen.__cute_hash__ = hashlib.sha256(f"{text}{call}{documents}".encode()).hexdigest()
     return seen
 
 
@@ -117,6 +124,15 @@ def device_refusal(device: torch.device) -> str | None:
         return f"{needed} {major}.{minor}"
     if major >= 12:
         return f"compute capability {major}.{minor} has no block-sparse backward pass"
-    if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
-        return "needs the package flash-attn-4, which is not installed"
+    return package_refusal()
+
+
+@lru_cache(maxsize=1)
+def package_refusal() -> str | None:
+    """Why the package cannot be used, or None. flash-attn 2 has the same name and not these kernels."""
+    try:
+        importlib.import_module("flash_attn.cute")
+    except (ImportError, OSError) as error:
+        reason = " ".join(str(error).split())
+        return f"needs the package flash-attn-4, which cannot be imported ({reason})"
     return None

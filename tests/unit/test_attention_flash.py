@@ -10,8 +10,6 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bd3_megatron.attention import flash
 from bd3_megatron.attention.context import ContextShard
@@ -67,12 +65,19 @@ def test_the_predicate_of_the_kernel_is_the_mask(plain_integers, streams, ranks,
         assert torch.equal(torch.tensor(found), mask[:, queries][:, :, keys])
 
 
-@settings(max_examples=20, deadline=None)
-@given(blocks=st.integers(1, 6), size=st.sampled_from([4, 96, 128]))
-def test_a_predicate_is_made_once_for_equal_calls(blocks, size):
-    streams = [Streams(blocks * size, size, 1, blocks * size) for _ in range(2)]
-    assert Call.of(streams[0], streams[0].tokens) == Call.of(streams[1], streams[1].tokens)
-    assert hash(Call.of(streams[0], streams[0].tokens)) == hash(Call.of(streams[1], streams[1].tokens))
+def test_a_kernel_is_known_by_its_call_in_every_process(plain_integers):
+    several = [Streams(256, size, 1, 256) for size in (4, 16)]
+    calls = [Call.of(streams, queries) for streams in several for queries in (256, 512)]
+
+    def names() -> list[str]:
+        return [flash.mask_mod(call, documents).__cute_hash__ for call in calls for documents in (False, True)]
+
+    first, one = names(), flash.mask_mod(calls[0], False)
+    assert flash.mask_mod(Call.of(Streams(256, 4, 1, 256), 256), False) is one
+    flash.mask_mod.cache_clear()
+    assert flash.mask_mod(calls[0], False) is not one
+    assert names() == first
+    assert len(set(first)) == 8
 
 
 def written_out(q, k, v, *, softmax_scale, mask_mod, aux_tensors, pack_gqa, block_sparse_tensors, **more):
