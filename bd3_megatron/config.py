@@ -200,7 +200,7 @@ class DiffusionConfig(Section):
 class KernelConfig(Section):
     """Which implementation computes what; the choices differ in cost, never in the result."""
 
-    attention: Literal["auto", "chunked", "reference"] = Field(
+    attention: Literal["auto", "flash", "flex", "chunked", "reference"] = Field(
         "auto", description="two-stream attention backend; reference materialises the dense mask"
     )
     masked_rows_only: bool = Field(True, description="run the head on masked rows only, not on every row")

@@ -9,6 +9,7 @@ from pretrain.options import did_you_mean
 
 # Name -> module:function; a function takes the arguments after the name and may return an exit code.
 BENCHMARKS = {
+    "attention": "pretrain.bench.attention:bench_attention",
     "step": "pretrain.bench.step:bench_step",
     "head": "pretrain.bench.head:bench_head",
     "checkpoint": "pretrain.bench.checkpoint:bench_checkpoint",

@@ -107,3 +107,45 @@ def test_data_without_webdataset_or_text(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(data, "BUNDLED", tmp_path / "none.jsonl.gz")
     with pytest.raises(ConfigError, match=r"none\.jsonl\.gz is not there .* with --text"):
         bench.main(["data"])
+
+
+SMALL_ATTENTION = ["attention", "--lengths", "32", "64", "--heads", "2", "--head-dim", "16", "--repeats", "1"]
+
+
+def test_attention_prints_a_row_per_length_block_size_and_backend(capsys, tmp_path):
+    picture = tmp_path / "attention.png"
+    named = ["--block-sizes", "4", "32", "--kv-heads", "1", "--backends", "flex", "reference", "--plot", str(picture)]
+    assert bench.main([*SMALL_ATTENTION, *named, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["dtype"], result["kv_heads"], result["device"]) == ("fp32", 1, "cpu")
+    rows = result["rows"]
+    cases = [(row["block_size"], row["length"], row["backend"]) for row in rows]
+    assert cases == [(size, length, name) for size in (4, 32) for length in (32, 64) for name in ("flex", "reference")]
+    for row in rows:
+        pairs = row["length"] * row["block_size"] if row["block_size"] == row["length"] else None
+        pairs = pairs or row["length"] * (row["length"] + row["block_size"])
+        useful = 3.5 * 4 * 16 * 2 * 2 * pairs  # two heads, two rows
+        assert row["tflops"] == pytest.approx(useful / row["seconds"] / 1e12)
+        assert row["of_matmul"] == pytest.approx(row["tflops"] / row["matmul_tflops"])
+        assert row["ratio"] > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--block-sizes", "48"], "--block-sizes=48: 32 is not divisible by it; use 1, 2, 4, 8, 16 or 32"),
+        (["--kv-heads", "3"], "--kv-heads=3: --heads=2 is not divisible by 3; use 1 or 2"),
+        (["--plot", "/nowhere/a.png"], "--plot=/nowhere/a.png: there is no folder /nowhere; make it first"),
+        (
+            ["--backends", "flash", "--block-sizes", "4"],
+            "kernels.attention=flash: needs a CUDA device of compute capability 9.0 or newer, found none; "
+            "use auto, flex or chunked",
+        ),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the last line is that of a machine without CUDA")
+def test_mistakes_in_attention_are_one_line(args, line):
+    with pytest.raises(ConfigError) as caught:
+        bench.main([*SMALL_ATTENTION, *args])
+    assert str(caught.value) == line
