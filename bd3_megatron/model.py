@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from bd3_megatron.attention.context import ContextShard
+from bd3_megatron.attention.limits import TILE
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch
@@ -221,7 +222,10 @@ def streams_of(
     Context-parallel ranks hold equal parts of every stream, so that there the clean stream keeps its last block.
     """
     skip = kernels.skip_last_clean_block and parallel.context == 1
-    return Streams.of(diffusion, model.length, skip, parallel.tensor if parallel.sequence else 1)
+    multiple = parallel.tensor if parallel.sequence else 1
+    if torch.cuda.is_available() and kernels.attention in ("auto", "flash") and model.length % TILE == 0:
+        multiple = math.lcm(multiple, TILE)  # the block-sparse kernels of FlashAttention take whole tiles
+    return Streams.of(diffusion, model.length, skip, multiple)
 
 
 def _without_dropout(config):

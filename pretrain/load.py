@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, Field
 
+from bd3_megatron.attention.limits import Demand, check_kernels
 from bd3_megatron.config import ConfigError, check_layout, split_layers
 from data_prep.remote import is_remote
 from pretrain.config import RunConfig, check_batches
@@ -149,6 +150,7 @@ def _resolve(cls: type[Options], args: list[str], prog: str) -> tuple[RunConfig,
     parallel = config.parallel
     world_size = getattr(options, "world_size", None) or parallel.tensor * parallel.pipeline * parallel.context
     data_size = check_layout(config.model, config.diffusion, parallel, world_size, config.zero)
+    check_kernels(config.kernels, Demand.of(config.model, config.diffusion, parallel, config.train.precision))
     if getattr(options, "world_size", None):
         check_batches(config.train, parallel, data_size)
     return config, options

@@ -133,14 +133,13 @@ class LoadedRun:
     @contextmanager
     def engine(self) -> Iterator[MegatronEngine]:
         """The model with these weights, ready to evaluate or sample, in a world of 1 that ends with the context."""
-        config = self.config
-        # Another machine than the one trained on may have no GPU.
-        alone = ParallelConfig()
+        config, alone = self.config, ParallelConfig()
+        kernels = config.kernels
+        if kernels.attention in ("flash", "flex"):  # another machine than the one trained on may have no GPU
+            kernels = kernels.model_copy(update={"attention": "auto"})
         world = parallel.start(alone)
         try:
-            engine = MegatronEngine(
-                config.model, config.diffusion, config.kernels, alone, config.train, world, training=False
-            )
+            engine = MegatronEngine(config.model, config.diffusion, kernels, alone, config.train, world, training=False)
             engine.set_weights(self.weights)
             yield engine
         finally:

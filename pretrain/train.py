@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bd3_megatron import flops, parallel
+from bd3_megatron.attention.limits import Demand, check_kernels
 from bd3_megatron.config import ConfigError, check_layout
 from bd3_megatron.engine import build_engine, check_installed
 from bd3_megatron.engine.base import Engine, StepResult
@@ -51,6 +52,9 @@ def train(config: RunConfig) -> Path:
     with alike():
         data_size = check_layout(config.model, config.diffusion, config.parallel, ranks.world_size, config.zero)
         check_batches(config.train, config.parallel, data_size)
+        check_kernels(
+            config.kernels, Demand.of(config.model, config.diffusion, config.parallel, config.train.precision)
+        )
         if not config.data.weights():
             raise ConfigError("data.path: not set; give the folder that bd3 prep wrote with --data.path")
     lock = trainer = watch = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +10,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from bd3_megatron.attention import chunked, reference
+from bd3_megatron import cpu_compat
+from bd3_megatron.attention.backends import choose
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.mask import Streams
-
-Backend = Callable[[Tensor, Tensor, Tensor, Streams, float | None, ContextShard | None, Tensor | None], Tensor]
-
-BACKENDS: dict[str, Backend] = {"chunked": chunked.attend, "reference": reference.attend}
-
-
-def choose_backend(name: str) -> Backend:
-    """The backend of that name; ``auto`` takes the fastest that this device can run."""
-    return BACKENDS["chunked" if name == "auto" else name]
 
 
 class BlockCache:
@@ -71,7 +62,8 @@ class TwoStreamAttention(MegatronModule):
         self.layer_number = layer_number
         self.streams = streams
         self.context = context
-        self.backend = choose_backend(backend)
+        width, dtype, device = config.kv_channels, config.params_dtype, cpu_compat.device()
+        self.backend = choose(backend, streams, context, head_dim=width, dtype=dtype, device=device).attend
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         self.cache: BlockCache | None = None
 

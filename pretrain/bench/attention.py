@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -22,8 +21,9 @@ from bd3_megatron.attention import backends, flex
 from bd3_megatron.attention.limits import NAMES, Demand
 from bd3_megatron.attention.mask import Streams, dense_mask, live_pairs
 from bd3_megatron.config import ConfigError, DiffusionConfig, Section, divisors, listing
+from pretrain.bench.models import checked_plot
 from pretrain.options import parse_options
-from pretrain.plots import MUTED
+from pretrain.plots import MUTED, finish, save_figure
 
 DTYPES = {precision: dtype for dtype, precision in backends.PRECISIONS.items()}
 MATMUL = {"cpu": 1024, "cuda": 8192}  # side of the square matrices whose product is the ceiling
@@ -103,8 +103,7 @@ def _resolved(options: AttentionOptions) -> AttentionOptions:
         ConfigError: numbers that do not fit together, or a backend that cannot do this here.
     """
     heads, groups, device = options.heads, options.kv_heads or options.heads, _device()
-    if options.plot is not None and not (folder := Path(options.plot).parent).is_dir():
-        raise ConfigError(f"--plot={options.plot}: there is no folder {folder}; make it first")
+    checked_plot(options.plot)
     if heads % groups:
         raise ConfigError(
             f"--kv-heads={groups}: --heads={heads} is not divisible by {groups}; use {listing(divisors(heads))}"
@@ -256,12 +255,5 @@ def _plot(file: Path, dtype: str, rows: list[dict[str, Any]]) -> None:
     axes.set_xticks(sorted({row["length"] for row in rows}), minor=False)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.minorticks_off()
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
-    partly = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        figure.savefig(partly, format="png")
-        os.replace(partly, file)
-    finally:
-        partly.unlink(missing_ok=True)
+    finish(axes)
+    save_figure(figure, file)

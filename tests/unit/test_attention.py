@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bd3_megatron.attention.backends import BACKENDS
 from bd3_megatron.attention.context import ContextShard
-from bd3_megatron.attention.core import BACKENDS
 from bd3_megatron.attention.mask import Streams, dense_mask, live_pairs
 from bd3_megatron.attention.reference import attend as reference
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bd3_megatron.attention import chunked
+from bd3_megatron.attention.backends import BACKENDS
 from bd3_megatron.attention.context import ContextShard
-from bd3_megatron.attention.core import BACKENDS
 from bd3_megatron.attention.mask import Streams, dense_mask
 from bd3_megatron.attention.reference import attend as reference
 from bd3_megatron.config import DiffusionConfig, KernelConfig
