@@ -1,0 +1,99 @@
+"""What `bd3 estimate` says a rank holds is what the rank of a real world holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from bd3_megatron import parallel
+from bd3_megatron.config import (
+    DiffusionConfig,
+    KernelConfig,
+    ModelConfig,
+    OptimizationConfig,
+    ParallelConfig,
+    ZeroConfig,
+)
+from bd3_megatron.engine.megatron import MegatronEngine
+from bd3_megatron.engine.stage import named_parameters
+from bd3_megatron.memory import state_bytes
+from bd3_megatron.partition import parameter_shapes, stage_chunks
+from pretrain.spawn import run_world
+
+# A vocabulary that no tensor-parallel size divides.
+QWEN3 = ModelConfig(layers=5, hidden=32, heads=4, kv_heads=2, length=32, vocab_size=61, mask_id=60)
+MODELS = {
+    "qwen3": QWEN3,
+    "dit": ModelConfig(backbone="dit", layers=5, hidden=32, heads=4, length=32, vocab_size=61, mask_id=60),
+    "tied": QWEN3.model_copy(update={"tie_embeddings": True}),
+}
+LAYOUTS = {
+    "TP2": (2, {"tensor": 2}),
+    "PP2": (2, {"pipeline": 2, "head_weight": 1.0}),
+    "PP2-interleaved": (2, {"pipeline": 2, "interleave": 2}),
+    "PP2+distopt": (2, {"pipeline": 2, "distributed_optimizer": True}),
+    "DP2+distopt": (2, {"distributed_optimizer": True}),
+    "CP2+distopt": (2, {"context": 2, "distributed_optimizer": True}),
+    "PP3": (3, {"pipeline": 3}),
+}
+CASES = [(model, layout, precision) for model in MODELS for layout in LAYOUTS for precision in ("fp32", "bf16")]
+
+
+def held(rank: int, size: int, store: dist.Store, cases: list[tuple[str, str, str]]) -> list[dict]:
+    """Of each case: this rank's place, its parameters, and bytes of what its engine keeps."""
+    found = []
+    for name, layout, precision in cases:
+        options = ParallelConfig(**LAYOUTS[layout][1])
+        world = parallel.start(options, rank, size, rank, dist.PrefixStore(f"{name} {layout} {precision}", store))
+        optimization = OptimizationConfig(precision=precision)
+        engine = MegatronEngine(
+            MODELS[name], DiffusionConfig(block_size=4), KernelConfig(), options, optimization, world
+        )
+        masters = engine.masters.masters.values()
+        buffers = [buffer for chunk in engine.chunks for buffer in chunk.buffers]
+        parameters = [(n, tuple(p.shape)) for n, p, _ in named_parameters(engine.modules)]
+        weights = {
+            p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in engine.modules for p in m.parameters()
+        }
+        own = {m.weight.untyped_storage().data_ptr() for m in masters} - set(weights)
+        found.append(
+            {
+                "stage": dist.get_rank(parallel_state.get_pipeline_model_parallel_group()),
+                "data": dist.get_rank(parallel_state.get_data_parallel_group(with_context_parallel=True)),
+                "data_size": world.data_size,
+                "parameters": parameters,
+                "weights": sum(weights.values()),
+                "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
+                "masters": sum(m.weight.nbytes for m in masters if m.weight.untyped_storage().data_ptr() in own),
+                "moments": sum(m.exp_avg.nbytes + m.exp_avg_sq.nbytes for m in masters),
+                "ema": sum(x.nbytes for x in engine.masters.ema.values()),
+            }
+        )
+        parallel.stop()
+    return found
+
+
+@pytest.fixture(scope="module")
+def worlds() -> dict[tuple[str, str, str], list[dict]]:
+    found: dict[tuple[str, str, str], list[dict]] = {case: [] for case in CASES}
+    for size in {size for size, _ in LAYOUTS.values()}:
+        cases = [case for case in CASES if LAYOUTS[case[1]][0] == size]
+        for by_case in run_world(size, held, cases):
+            for case, outcome in zip(cases, by_case):
+                found[case].append(outcome)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case))
+def test_every_rank_holds_what_is_counted(worlds, case):
+    name, layout, precision = case
+    model, options = MODELS[name], ParallelConfig(**LAYOUTS[layout][1])
+    optimization = OptimizationConfig(precision=precision)
+    for rank in worlds[case]:
+        chunks = stage_chunks(model, options)[rank["stage"]]
+        expected = [item for chunk in chunks for item in parameter_shapes(model, chunk, options.tensor).items()]
+        assert rank["parameters"] == expected
+        states = state_bytes(model, options, ZeroConfig(), optimization, rank["data_size"], rank["stage"])
+        state = states[rank["data"] if len(states) > 1 else 0]
+        assert state.parts() == {part: rank[part] for part in state.parts()}
