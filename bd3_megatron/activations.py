@@ -191,17 +191,24 @@ class Counter:
         rate = 1 - 1 / self.model.length if self.diffusion.objective == "causal" else self.masked_rate
         return self.rows.predicting / self.parallel.context * self.micro_batch * rate
 
-    def working(self) -> float:
-        """Bytes alive beside what is kept, at the worst moment of the backward pass of a layer or of the head."""
-        model, size = self.model, self.size
-        cells = self._cells(self.rows.positions) * (self.parallel.tensor if self.parallel.sequence else 1)
+    def working(self, chunk: Chunk) -> float:
+        """Bytes alive beside what is kept, at the worst moment: in the head's backward pass, or in that of the last
+        layer's MLP, when the head's part is gone and the layer, under full recomputation, has been made again."""
+        model, size, head = self.model, self.size, self.head().total if chunk.head else 0.0
+        whole = self._cells(self.rows.positions) * size  # linear layers see all positions under sequence parallelism
         inner = model.ffn / self.parallel.tensor
-        # The gradient of both halves of a gated MLP comes in two padded pieces that are then added.
-        layer = cells * inner * size * (2 if model.backbone == "dit" else 6)
-        again = self.layer(0).total if self.parallel.recompute == "full" else 0
-        if self.parallel.recompute == "selective":
-            again = self._attention()
-        return max(layer + again, self.masked_rows * padded_rows(model.vocab_size, 1) / self.parallel.tensor * size)
+        # Beside the gradient of its output, which takes the place of what the second matrix kept, a gated MLP makes
+        # those of both factors; the residual stream's gradient is there three times.
+        layer = whole * (inner * (1 if model.backbone == "dit" else 2) + 3 * self._hidden)
+        weight = 2 * inner * model.hidden * size  # one matrix's gradient, before it is added to the buffer
+        again = self.peak(chunk) - self.chunk(chunk).total + head if self.parallel.recompute == "full" else 0.0
+        return max(self._head_working() if chunk.head else 0.0, layer + weight + again - head)
+
+    def _head_working(self) -> float:
+        """Logits in bf16 beside those in fp32, and the gradient of the head's weight."""
+        vocabulary = padded_rows(self.model.vocab_size, self.parallel.tensor) // self.parallel.tensor
+        copy = self.masked_rows * vocabulary * self.size if self.size < _FP32 else 0.0
+        return copy + vocabulary * self.model.hidden * self.size
 
     # ---- sizes of one rank ----
 

@@ -16,6 +16,7 @@ class Device:
     Attributes:
         name: as people say it.
         bf16_flops, fp8_flops: dense tensor-core peaks, FLOP/s; None where there is no FP8.
+        fp32_flops: peak of fp32 without tensor cores, which is what torch uses for fp32 unless told otherwise.
         memory: bytes (1 GB = 1e9 bytes, as data sheets count).
         bandwidth: of memory, bytes/s.
         link: to the other devices of its node, bytes/s in one direction.
@@ -25,6 +26,7 @@ class Device:
     name: str
     bf16_flops: float
     fp8_flops: float | None
+    fp32_flops: float
     memory: float
     bandwidth: float
     link: float
@@ -34,14 +36,14 @@ class Device:
 # NVLink 3, 4 and 5: 600, 900 and 1800 GB/s in both directions together; PCIe 5 and 4 x16: 128 and 64 GB/s. Networks as
 # in the vendors' own servers: one 400 Gb/s port for each device with Hopper and Blackwell, 200 Gb/s before.
 DEVICES: dict[str, Device] = {
-    "h100-sxm": Device("H100 SXM", 989e12, 1979e12, 80e9, 3.35e12, 450e9, 50e9),
-    "h100-pcie": Device("H100 PCIe", 756e12, 1513e12, 80e9, 2.0e12, 64e9, 25e9),
-    "h200": Device("H200 SXM", 989e12, 1979e12, 141e9, 4.8e12, 450e9, 50e9),
-    "gh200": Device("GH200", 989e12, 1979e12, 96e9, 4.0e12, 450e9, 50e9),
-    "b200": Device("B200", 2250e12, 4500e12, 180e9, 8.0e12, 900e9, 50e9),
-    "a100-80gb": Device("A100 SXM 80GB", 312e12, None, 80e9, 2.039e12, 300e9, 25e9),
-    "a100-40gb": Device("A100 SXM 40GB", 312e12, None, 40e9, 1.555e12, 300e9, 25e9),
-    "l40s": Device("L40S", 362e12, 733e12, 48e9, 0.864e12, 32e9, 25e9),
+    "h100-sxm": Device("H100 SXM", 989e12, 1979e12, 67e12, 80e9, 3.35e12, 450e9, 50e9),
+    "h100-pcie": Device("H100 PCIe", 756e12, 1513e12, 51e12, 80e9, 2.0e12, 64e9, 25e9),
+    "h200": Device("H200 SXM", 989e12, 1979e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
+    "gh200": Device("GH200", 989e12, 1979e12, 67e12, 96e9, 4.0e12, 450e9, 50e9),
+    "b200": Device("B200", 2250e12, 4500e12, 75e12, 180e9, 8.0e12, 900e9, 50e9),
+    "a100-80gb": Device("A100 SXM 80GB", 312e12, None, 19.5e12, 80e9, 2.039e12, 300e9, 25e9),
+    "a100-40gb": Device("A100 SXM 40GB", 312e12, None, 19.5e12, 40e9, 1.555e12, 300e9, 25e9),
+    "l40s": Device("L40S", 362e12, 733e12, 91.6e12, 48e9, 0.864e12, 32e9, 25e9),
 }
 # What torch calls them, most specific first.
 _TORCH_NAMES = {
@@ -107,4 +109,4 @@ def this_cpu() -> Device:
         best = min(best, time.perf_counter() - start)
     copied = 2 * source.nbytes / best
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("CPU", flops, None, memory, copied, copied / 2, copied / 2)
+    return Device("CPU", flops, None, flops, memory, copied, copied / 2, copied / 2)

@@ -58,7 +58,7 @@ def load_run_config(args: list[str], prog: str = "bd3 pretrain") -> RunConfig:
         ConfigError: one line for the first mistake in the preset, the file, the flags or between sections.
         OSError: the file cannot be read.
     """
-    return _resolve(RunOptions, args, prog)[0]
+    return resolve(RunOptions, args, prog)[0]
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -97,7 +97,7 @@ def to_yaml(config: RunConfig) -> str:
 
 def main(args: list[str]) -> None:
     """``bd3 config``: print the resolved configuration."""
-    config, options = _resolve(ShowOptions, args, "bd3 config")
+    config, options = resolve(ShowOptions, args, "bd3 config")
     model, parallel = config.model, config.parallel
     if model.vocab_size is not None:
         print(f"# parameters: {model.parameters(model.vocab_size):,}")
@@ -115,7 +115,12 @@ def main(args: list[str]) -> None:
     print(to_yaml(config), end="")
 
 
-def _resolve(cls: type[Options], args: list[str], prog: str) -> tuple[RunConfig, Options]:
+def resolve(cls: type[Options], args: list[str], prog: str) -> tuple[RunConfig, Options]:
+    """A run's configuration, checked, and the options of ``cls`` that it was resolved from.
+
+    Raises:
+        ConfigError, OSError: as :func:`load_run_config`.
+    """
     given = scan_options(cls, args)
     values = RunConfig().model_dump()
     if "preset" in given:
