@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -15,6 +17,7 @@ from bd3_megatron.config import (
     ParallelConfig,
     ZeroConfig,
 )
+from bd3_megatron.engine import build_engine
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.engine.stage import named_parameters
 from bd3_megatron.memory import state_bytes
@@ -97,3 +100,38 @@ def test_every_rank_holds_what_is_counted(worlds, case):
         states = state_bytes(model, options, ZeroConfig(), optimization, rank["data_size"], rank["stage"])
         state = states[rank["data"] if len(states) > 1 else 0]
         assert state.parts() == {part: rank[part] for part in state.parts()}
+
+
+# ---- DeepSpeed ----
+
+ZERO = [(stage, precision) for stage in (1, 2, 3) for precision in ("fp32", "bf16")]
+
+
+def partitions(rank: int, size: int, store: dist.Store, cases: list[tuple[int, str]]) -> list[dict[str, int]]:
+    """Of each case: bytes of what this rank's partitions hold."""
+    found, alone = [], ParallelConfig()
+    for stage, precision in cases:
+        world = parallel.start(alone, rank, size, rank, dist.PrefixStore(f"{stage} {precision}", store))
+        optimization = OptimizationConfig(precision=precision)
+        zero = ZeroConfig(stage=stage)
+        engine = build_engine(QWEN3, DiffusionConfig(block_size=4), KernelConfig(), alone, zero, optimization, world)
+        flats = engine._partitions()
+        slots = [engine.adam.state[flat] for flat in flats]
+        found.append(
+            {
+                "masters": sum(flat.nbytes for flat in flats),
+                "moments": sum(slot["exp_avg"].nbytes + slot["exp_avg_sq"].nbytes for slot in slots),
+                "ema": sum(x.nbytes for x in engine.masters.ema.values()),
+            }
+        )
+        parallel.stop()
+    return found
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_zero_partitions_are_as_large_as_counted():
+    first, _ = run_world(2, partitions, ZERO)
+    for (stage, precision), held in zip(ZERO, first):
+        optimization = OptimizationConfig(precision=precision)
+        (state,) = state_bytes(QWEN3, ParallelConfig(), ZeroConfig(stage=stage), optimization, 2)
+        assert {name: state.parts()[name] for name in held} == held, (stage, precision)
