@@ -49,8 +49,9 @@ def step_traffic(
     stages: list[tuple[int, int]],
     state: State,
     positions: float,
+    after: float,
     clean_positions: float,
-    masked_rows: float,
+    head_rows: float,
     micro_batch: int,
     micro_batches: int,
     data_size: int,
@@ -63,14 +64,15 @@ def step_traffic(
         stages: for each of them, (virtual stages before, virtual stages after) in the whole model, 0 at the ends.
         state: of the rank.
         positions: of a row over all streams, of the whole row (not of a context-parallel rank).
+        after: of these, those that go on after the last layer's keys and values.
         clean_positions: of these, whose keys and values context-parallel ranks exchange.
-        masked_rows: rows of a micro-batch that the head reads on one rank.
+        head_rows: rows of a micro-batch that the head reads on one rank.
         size: bytes of an activation.
     """
     reach = spans(parallel, data_size * parallel.tensor * parallel.context * parallel.pipeline)
     hidden = positions / parallel.context * micro_batch * model.hidden * size  # one activation of all streams
     layers = sum(chunk.layers for chunk in chunks)
-    tensor = _tensor(model, parallel, chunks, hidden, masked_rows * model.hidden * size) * micro_batches
+    tensor = _tensor(model, parallel, chunks, hidden, hidden * after / positions, head_rows * model.hidden * size)
     sequence = " gather and reduce-scatter" if parallel.sequence else " all-reduce"
     part = hidden / (parallel.tensor if parallel.sequence else 1)
     passed = part * sum(bool(before) + bool(after) for before, after in stages) * micro_batches
@@ -78,7 +80,7 @@ def step_traffic(
     grouped = 2 * model.groups * model.width_per_head / parallel.tensor
     gathered = clean_positions * micro_batch * grouped * size * _part(parallel.context)
     found = [
-        Traffic("tensor-parallel" + sequence, tensor, reach["tensor"]),
+        Traffic("tensor-parallel" + sequence, tensor * micro_batches, reach["tensor"]),
         Traffic("pipeline point-to-point", passed, reach["pipeline"]),
         Traffic(
             "context-parallel gather of keys and values",
@@ -97,26 +99,32 @@ def _part(ranks: int) -> float:
     return (ranks - 1) / ranks
 
 
-def _tensor(model: ModelConfig, parallel: ParallelConfig, chunks: list[Chunk], hidden: float, rows: float) -> float:
-    """Bytes of one micro-batch: attention's and the MLP's output forward, their inputs' gradients backward.
+def _tensor(
+    model: ModelConfig, parallel: ParallelConfig, chunks: list[Chunk], hidden: float, after: float, rows: float
+) -> float:
+    """Bytes of one micro-batch: attention's and the MLP's outputs forward, their inputs' gradients backward.
 
     With sequence parallelism each all-reduce is a gather and a reduce-scatter, and the backward pass gathers the
-    inputs of both column-parallel layers again. Full recomputation repeats the forward part. The embedding's output is
-    summed in the forward pass, the gradient of the head's rows in the backward pass.
+    inputs of both column-parallel layers again. The last layer gathers its input once, sends ``after`` instead of
+    ``hidden`` behind its keys and values, and gathers the residual stream to share it out anew. Full recomputation
+    repeats the forward part. The embedding's output is summed in the forward pass, the gradient of the head's rows in
+    the backward pass.
     """
-    part = _part(parallel.tensor)
-    forward, backward = 2 * 2 * part * hidden, 2 * 2 * part * hidden
-    if parallel.sequence:
-        backward += 2 * part * hidden
-    if parallel.recompute == "full":
-        backward += forward
-    total = sum(chunk.layers for chunk in chunks) * (forward + backward)
+    total = 0.0
     for chunk in chunks:
+        for layer in range(chunk.first_layer, chunk.first_layer + chunk.layers):
+            leaves = layer == model.layers - 1 and after < hidden
+            forward, backward = 4 * hidden, (6 if parallel.sequence else 4) * hidden
+            if leaves and parallel.sequence:
+                forward, backward = 2 * hidden + 3 * after, hidden + 5 * after
+            elif leaves:
+                forward, backward = 4 * after, 2 * hidden + 2 * after
+            total += forward * (2 if parallel.recompute == "full" else 1) + backward
         if chunk.embedding:
-            total += 2 * part * hidden
+            total += 2 * hidden
         if chunk.head:
-            total += 2 * part * rows + (part * hidden if parallel.sequence else 0)
-    return total
+            total += 2 * rows + (after if parallel.sequence else 0)
+    return _part(parallel.tensor) * total
 
 
 def _data(

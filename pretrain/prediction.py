@@ -130,6 +130,7 @@ class Prediction:
         return Counter(
             self.model,
             config.diffusion,
+            config.kernels,
             config.parallel,
             micro_batch or config.train.micro_batch,
             element_bytes(config.train),
@@ -225,8 +226,9 @@ class Prediction:
             stages=[(v, last - v) for v in virtual],
             state=state,
             positions=rows.positions,
+            after=rows.after,
             clean_positions=rows.clean or rows.positions,
-            masked_rows=counter.masked_rows,
+            head_rows=counter.head_rows,
             micro_batch=counter.micro_batch,
             micro_batches=self.micro_batches,
             data_size=self.data_size,

@@ -6,10 +6,13 @@ import json
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bd3_megatron.activations import Counter
+from bd3_megatron import activations
+from bd3_megatron.activations import Counter, tile_positions
+from bd3_megatron.attention.chunked import tile_size
 from bd3_megatron.config import (
     ConfigError,
     DiffusionConfig,
@@ -21,6 +24,7 @@ from bd3_megatron.config import (
 )
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.engine.stage import build_stage, named_parameters
+from bd3_megatron.head import rows_per_chunk
 from bd3_megatron.memory import checkpoint_bytes, state_bytes
 from bd3_megatron.model import padded_vocabulary
 from bd3_megatron.partition import (
@@ -108,6 +112,7 @@ MEASURED = {
     "selective bf16": (model(), BLOCKS, "bf16", "selective"),
     "dit selective": (model("dit"), BLOCKS, "fp32", "selective"),
     "full": (model(), BLOCKS, "fp32", "full"),
+    "one layer": (model(layers=1), BLOCKS, "fp32", "full"),
     "dit full bf16": (model("dit", dropout=0.1), BLOCKS, "bf16", "full"),
 }
 
@@ -121,9 +126,20 @@ def test_activations_are_those_that_autograd_keeps(world, name):
     with saved_for_backward(engine.module.parameters()) as saved:
         engine.train_step([batch], lr=1e-4)
     rate = (batch.weight != 0).float().mean().item()
-    counter = Counter(shape, diffusion, layout, 3, 2 if precision == "bf16" else 4, rate)
+    counter = Counter(shape, diffusion, KernelConfig(), layout, 3, 2 if precision == "bf16" else 4, rate)
     ((chunk,),) = stage_chunks(shape, layout)
     assert counter.peak(chunk) == pytest.approx(saved.peak, rel=0.01)
+
+
+@given(length=st.integers(2, 5000), block_size=st.integers(1, 300))
+def test_tiles_are_those_of_the_backend(length, block_size):
+    assert tile_positions(length, block_size) == tile_size(length, block_size)
+
+
+@given(columns=st.integers(1, 200_000))
+def test_chunks_of_the_head_are_those_of_the_head(columns):
+    for device in ("cpu", "cuda"):
+        assert activations.rows_per_chunk(columns, device == "cuda") == rows_per_chunk(columns, torch.device(device))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +217,7 @@ def test_stages_together_hold_the_model_and_its_work():
 def test_traffic_of_each_kind():
     """Against counts made by hand."""
     world = predicted(*SEVEN, "--world-size", 8)
-    activation = 2 * 4096 * 4096 * 2  # two streams of L, h, bf16
+    activation = 2 * 4096 * 4096 * 2  # two streams of L, h, bf16; the last layer and the head send less
     (tensor, data) = world.heaviest.traffic
     sums = 32 * (2 * 2 + 2 * 2 + 2) + 2 + 1  # per layer forward, backward, gathered again; embedding; head
     assert tensor.sent == pytest.approx(512 * 3 / 4 * activation * sums, rel=0.02)
