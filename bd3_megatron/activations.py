@@ -238,7 +238,9 @@ class Counter:
             return rows * columns * lower + weight * size
         chunk = min(rows, rows_per_chunk(columns, self.cuda))
         forward = chunk * columns * (_FP32 + lower) + weight * lower
-        hidden = 2 * self._cells(self.rows.after) * model.hidden * size  # the last layer's output, and its rows in order
+        hidden = (
+            2 * self._cells(self.rows.after) * model.hidden * size
+        )  # the last layer's output, and its rows in order
         return hidden + max(forward, weight * (_FP32 + lower) + rows * model.hidden * size)
 
     # ---- sizes of one rank ----

@@ -144,6 +144,10 @@ class DiffusionConfig(Section):
     resample: bool = Field(False, description="redraw a block's bits until its masked fraction lies in [beta, omega]")
     stratify: bool = Field(True, description="one noise level per stratum over the global batch (low variance)")
     draws: int = Field(1, ge=1, description="noisy draws per clean row, K")
+    coupling: Literal["independent", "antithetic", "complementary"] = Field(
+        "independent",
+        description="pairs of draws: antithetic mirrors the second's noise levels, complementary its masks too",
+    )
 
     @model_validator(mode="after")
     def _interval(self) -> DiffusionConfig:
@@ -164,6 +168,29 @@ class DiffusionConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _pairs(self) -> DiffusionConfig:
+        if self.coupling == "independent":
+            return self
+        if self.objective == "causal":
+            raise ValueError(
+                f"diffusion.coupling={self.coupling}: diffusion.objective=causal draws no noise; use independent"
+            )
+        if self.draws % 2:
+            raise ValueError(
+                f"diffusion.draws={self.draws}: diffusion.coupling={self.coupling} takes draws in pairs; "
+                f"use an even number, or diffusion.coupling=independent"
+            )
+        # Resampling conditions the masked fraction; only here is the complement under the same condition.
+        alike = self.schedule == "loglinear" and abs(self.beta + self.omega - 1) < 1e-9
+        if self.coupling == "complementary" and self.resample and not self.full_interval and not alike:
+            raise ValueError(
+                f"diffusion.resample=true: with diffusion.coupling=complementary it needs the loglinear schedule and "
+                f"beta + omega = 1, not {self.schedule} and {self.beta + self.omega:g}; use "
+                f"diffusion.coupling=antithetic or diffusion.resample=false"
+            )
+        return self
+
     @property
     def full_interval(self) -> bool:
         """True for the unclipped schedule, whose draws are never redrawn (objective, step 7)."""
@@ -177,6 +204,15 @@ class KernelConfig(Section):
         "auto", description="two-stream attention backend; reference materialises the dense mask"
     )
     masked_rows_only: bool = Field(True, description="run the head on masked rows only, not on every row")
+    chunked_cross_entropy: bool = Field(
+        True, description="compute head and cross-entropy together, some rows at a time (needs masked_rows_only)"
+    )
+    skip_last_clean_queries: bool = Field(
+        True, description="compute only keys and values of the clean stream in the last layer"
+    )
+    skip_last_clean_block: bool = Field(
+        True, description="end the clean stream before its last block, which none reads"
+    )
 
 
 class OptimizationConfig(Section):

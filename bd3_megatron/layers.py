@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -53,6 +59,71 @@ class BiasFreeSelfAttention(SelfAttention):
         config = copy.copy(config)
         config.add_bias_linear = False
         super().__init__(config, *args, **kwargs)
+
+
+class PredictingAttention(BiasFreeSelfAttention):
+    """Self-attention of the last layer, where the clean stream gives keys and values and asks nothing.
+
+    Args:
+        noisy: tokens of the noisy streams that this rank holds of a row; they come first.
+    """
+
+    def __init__(self, config: TransformerConfig, *args, noisy: int, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        self.noisy = noisy
+
+    def forward(self, hidden_states: Tensor, *args, rotary_pos_emb: Tensor | None = None, **kwargs):
+        rotary = rotary_pos_emb if self._samples else (rotary_pos_emb[: self.noisy], rotary_pos_emb)
+        return super().forward(hidden_states, *args, rotary_pos_emb=rotary, **kwargs)
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, key_value_states=None, *args, **kwargs):
+        """``[N, b, h]`` (this rank's shard of the sequence) -> queries ``[noisy, b, n, d]``, keys and values
+        ``[N, b, g, d]``."""
+        if self._samples:
+            return super().get_query_key_value_tensors(hidden_states, key_value_states, *args, **kwargs)
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states)
+        else:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states)
+        # Rows of the weight come by group: its queries, its key, its value.
+        groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        weight = self.linear_qkv.weight.view(groups, -1, width, hidden_states.shape[-1])
+        query = F.linear(hidden_states[: self.noisy], weight[:, :-2].flatten(0, 2))
+        key_value = F.linear(hidden_states, weight[:, -2:].flatten(0, 2))
+        query = query.unflatten(-1, (-1, width))
+        key, value = key_value.unflatten(-1, (groups, 2, width)).unbind(-2)
+        if self.q_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        return query, key, value
+
+    @property
+    def _samples(self) -> bool:
+        """Sampling runs one stream at a time, all of it."""
+        return self.core_attention.cache is not None
+
+
+def add_to_predicting(noisy: int) -> Callable:
+    """Megatron's bias-dropout-add for a branch that gives the noisy streams only: the rest of the residual ends here.
+
+    Args:
+        noisy: as in :class:`PredictingAttention`.
+    """
+
+    def get(training: bool, fused: bool) -> Callable:
+        add = get_bias_dropout_add(training, fused)
+
+        def add_to_part(branch_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, probability: float) -> Tensor:
+            given = len(branch_with_bias[0])
+            if given == noisy:
+                residual = residual[:noisy]
+            elif given != len(residual):  # shards of the whole sequence and of its first part are other tokens
+                residual = gather_from_sequence_parallel_region(residual, tensor_parallel_output_grad=False)
+                residual = scatter_to_sequence_parallel_region(residual[:noisy])
+            return add(branch_with_bias, residual, probability)
+
+        return add_to_part
+
+    return get
 
 
 def tanh_gelu(x: Tensor) -> Tensor:
@@ -115,15 +186,23 @@ def pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[s
     return layout
 
 
-def layer_spec(model: ModelConfig, streams: Streams, kernels: KernelConfig, context: ContextShard) -> ModuleSpec:
-    """One layer from Megatron-core's own linear layers, with :class:`TwoStreamAttention` as core attention."""
+def layer_spec(
+    model: ModelConfig, streams: Streams, kernels: KernelConfig, context: ContextShard, last: bool = False
+) -> ModuleSpec:
+    """One layer from Megatron-core's own linear layers, with :class:`TwoStreamAttention` as core attention.
+
+    Args:
+        last: give the noisy streams only, all that the head reads.
+    """
     qk_norm = Norm if model.backbone == "qwen3" else None
+    noisy = streams.noisy * context.held
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=Norm,
             self_attention=ModuleSpec(
-                module=BiasFreeSelfAttention,
+                module=PredictingAttention if last else BiasFreeSelfAttention,
+                params={"noisy": noisy} if last else {},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
                     core_attention=partial(
@@ -134,7 +213,7 @@ def layer_spec(model: ModelConfig, streams: Streams, kernels: KernelConfig, cont
                     k_layernorm=qk_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add_to_predicting(noisy) if last else get_bias_dropout_add,
             pre_mlp_layernorm=Norm,
             mlp=ModuleSpec(
                 module=MLP,

@@ -7,7 +7,6 @@ import hashlib
 import math
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
@@ -27,6 +26,7 @@ from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.head import VocabularyShard, cross_entropy, linear_cross_entropy
 from bd3_megatron.layers import Norm, layer_spec, transformer_config
 from bd3_megatron.shards import global_shape, local_shard
 
@@ -62,7 +62,7 @@ class BlockDiffusionModel(LanguageModule):
         super().__init__(config)
         self.vp_stage = chunk  # Megatron's name for it
         self.model, self.kernels = model, kernels
-        self.streams = Streams.of(diffusion, model.length)
+        self.streams = streams_of(model, diffusion, kernels, parallel)
         self.pre_process, self.post_process = pre_process, post_process
         self.model_type = ModelType.encoder_or_decoder  # read by Megatron's schedules
         self.share_embeddings_and_output_weights = model.tie_embeddings
@@ -82,8 +82,10 @@ class BlockDiffusionModel(LanguageModule):
             use_cpu_initialization=config.use_cpu_initialization,
         )
         self.context = ContextShard.of_this_rank(model.length)
-        spec = layer_spec(model, self.streams, kernels, self.context)
-        layers = TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config, chunk))
+        specs = [layer_spec(model, self.streams, kernels, self.context)] * get_num_layers_to_build(config, chunk)
+        if post_process and kernels.skip_last_clean_queries and self.streams.noisy and self.streams.clean:
+            specs[-1] = layer_spec(model, self.streams, kernels, self.context, last=True)
+        layers = TransformerBlockSubmodules(layer_specs=specs)
         # The final norm runs on the rows that the head reads, so it lies here and not in the block.
         self.decoder = TransformerBlock(
             config, layers, post_layer_norm=False, pre_process=pre_process, post_process=post_process, vp_stage=chunk
@@ -113,64 +115,113 @@ class BlockDiffusionModel(LanguageModule):
         """Receive the previous stage's activations from Megatron's schedule."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def hidden_states(self, input_ids: Tensor, offset: int = 0, documents: Tensor | None = None) -> Tensor:
-        """Run this stage's layers.
+    def hidden_states(self, input_ids: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Run this stage's layers over all streams.
 
         Args:
-            input_ids: ``[S b, l]``, streams stacked, of the positions this rank holds; read by the first stage only.
-            offset: position of the first token, for a block that follows cached ones.
+            input_ids: ``[S b, l]``, whole streams as :class:`Batch` has them, of the positions this rank holds.
             documents: ``[b, L]``, the document of each position of the whole rows; None lets a row be one.
 
         Returns:
-            ``[l, S b, h]``, or the stage's shard of the sequence under sequence parallelism.
+            ``[N, b, h]``, streams end to end as :class:`Streams` says (of the clean stream the positions of this rank
+            that are computed); from the last layer on only the predicting streams, unless
+            ``kernels.skip_last_clean_queries`` is off. The stage's shard of it under sequence parallelism.
         """
-        hidden = self.embedding(input_ids, None) if self.pre_process else None
+        streams = self.streams
+        rotary = self.context.take(self._rotary(self.model.length), 0)
+        clean = min(streams.clean, self.context.held)
+        rotary = torch.cat([rotary] * streams.noisy + [rotary[:clean]])
+        if self.pre_process:
+            by_stream = input_ids.view(streams.count, -1, input_ids.shape[1]).unbind()
+            parts = [*by_stream[: streams.noisy], *(x[:, :clean] for x in by_stream[streams.noisy :])]
+            input_ids = torch.cat(parts, 1)  # [b, N]
+        return self._layers(input_ids, rotary, documents)
+
+    def block_states(self, input_ids: Tensor, offset: int) -> Tensor:
+        """Run the layers over ``[b, l]`` tokens at positions ``offset`` to ``offset + l - 1``, for sampling with a
+        cache in every attention; ``[l, b, h]``."""
+        return self._layers(input_ids, self._rotary(input_ids.shape[1], offset), None)
+
+    def _rotary(self, length: int, offset: int = 0) -> Tensor:
         # "packed" keeps Megatron from picking context-parallel positions, which pins memory and so needs a GPU.
-        rotary = self.rotary(input_ids.shape[1] * self.context.size, offset, packed_seq=True)
-        rotary = self.context.take(rotary, 0)
+        return self.rotary(length, offset, packed_seq=True)
+
+    def _layers(self, input_ids: Tensor, rotary: Tensor, documents: Tensor | None) -> Tensor:
+        hidden = self.embedding(input_ids, None) if self.pre_process else None
         # Megatron passes its mask on untouched, and only TwoStreamAttention reads it.
         return self.decoder(hidden_states=hidden, attention_mask=documents, rotary_pos_emb=rotary)
+
+    @property
+    def vocabulary(self) -> VocabularyShard:
+        """This rank's part of the vocabulary; the mask token and padding are never predicted."""
+        never = (self.model.mask_id, *range(self.model.vocab_size, self.vocab_size))
+        return VocabularyShard.of_this_rank(self.output_layer.output_size_per_partition, never)
 
     def logits(self, rows: Tensor) -> Tensor:
         """SUBS logits of hidden rows ``[..., h]`` -> ``[..., V / tensor]``: -inf for the mask token and padding."""
         weight = self.shared_embedding_or_output_weight()
         logits, _ = self.output_layer(self.final_norm(rows), weight=weight)
-        start = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-        never = [self.model.mask_id, *range(self.model.vocab_size, self.vocab_size)]
-        # In place and outside autograd, because logits are the largest tensor of a step: a softmax gives these
-        # columns probability zero, so their gradient is zero by itself.
-        values = logits.detach()
-        for column in (v - start for v in never):
-            if 0 <= column < logits.shape[-1]:
-                values[..., column] = -math.inf
-        return logits
+        return self.vocabulary.forbid(logits)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, total: bool = False) -> Tensor:
         """Weighted nll of every prediction, ``[R, L]`` in fp32 (hidden states on stages before the last).
 
         ``batch`` holds the positions of this context-parallel rank, and so does the result. Only rows with a weight
         reach the head, unless ``kernels.masked_rows_only`` is off.
+
+        Args:
+            total: give the sum of it, which is what training asks for: head and cross-entropy are then one
+                (``kernels.chunked_cross_entropy``).
         """
-        hidden = self.hidden_states(batch.input_ids, documents=batch.documents)
+        hidden = self.hidden_states(batch.input_ids, batch.documents)
         if not self.post_process:
             return hidden
         if self.config.sequence_parallel:
             # The head's own backward pass already sums over the tensor group.
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         if not self.kernels.masked_rows_only:
-            return self._loss_of_every_row(hidden, batch)
-        predicted = batch.weight != 0  # [R, L]
-        rows = hidden[:, : len(batch.labels)].transpose(0, 1)[predicted]  # [M, h]
-        nll = vocab_parallel_cross_entropy(self.logits(rows).float(), batch.labels[predicted])
-        out = torch.zeros_like(batch.weight)
-        return out.masked_scatter(predicted, nll * batch.weight[predicted])
+            nll = self._loss_of_every_row(hidden, batch)
+            return nll.sum() if total else nll
+        rows = self._predicting(hidden, batch)[batch.predicted]  # [P, h]
+        labels, factors = (x.flatten()[batch.predicted] for x in (batch.labels, batch.weight))
+        if self.kernels.chunked_cross_entropy and (total or not torch.is_grad_enabled()):
+            weight = self.shared_embedding_or_output_weight()
+            weight = self.output_layer.weight if weight is None else weight
+            head = (self.final_norm(rows), weight, self.output_layer.bias, labels)
+            if total:
+                return linear_cross_entropy(*head, factors, self.vocabulary)
+            nll = cross_entropy(*head, self.vocabulary)
+        else:
+            nll = vocab_parallel_cross_entropy(self.logits(rows).float(), labels)
+        weighted = torch.where(factors != 0, nll * factors, 0.0)
+        if total:
+            return weighted.sum()
+        return torch.zeros_like(batch.weight).flatten().index_add(0, batch.predicted, weighted).view_as(batch.weight)
+
+    def _predicting(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Hidden rows ``[R l, h]`` in the order of the predictions, from ``[N, b, h]``."""
+        rows, length = batch.labels.shape
+        count = hidden.shape[1]
+        hidden = hidden[: rows // count * length].unflatten(0, (-1, length))  # [K, l, b, h]
+        return hidden.transpose(1, 2).reshape(rows * length, -1)
 
     def _loss_of_every_row(self, hidden: Tensor, batch: Batch) -> Tensor:
         """The plain path: logits of every row of every stream, weights applied after."""
-        logits = self.logits(hidden)[:, : len(batch.labels)].transpose(0, 1)  # [R, L, V / tensor]
+        logits = self._predicting(self.logits(hidden), batch).view(*batch.labels.shape, -1)  # [R, L, V / tensor]
         nll = vocab_parallel_cross_entropy(logits.float().contiguous(), batch.labels)
         # A label may be the mask token where nothing is predicted: 0 * inf would spoil the sum.
         return torch.where(batch.weight != 0, nll * batch.weight, 0.0)
+
+
+def streams_of(
+    model: ModelConfig, diffusion: DiffusionConfig, kernels: KernelConfig, parallel: ParallelConfig
+) -> Streams:
+    """The streams that are computed under this layout.
+
+    Context-parallel ranks hold equal parts of every stream, so that there the clean stream keeps its last block.
+    """
+    skip = kernels.skip_last_clean_block and parallel.context == 1
+    return Streams.of(diffusion, model.length, skip, parallel.tensor if parallel.sequence else 1)
 
 
 def _without_dropout(config):

@@ -60,7 +60,7 @@ class BlockForward:
         """
         self.model.eval()
         with self._cached(append=False):
-            hidden = self.model.hidden_states(block, self.length).transpose(0, 1)  # [b, l, h]
+            hidden = self.model.block_states(block, self.length).transpose(0, 1)  # [b, l, h]
         logits = self.model.logits(hidden if chosen is None else hidden[chosen])
         return gather_from_tensor_model_parallel_region(logits)[..., : self.model.model.vocab_size].float()
 
@@ -69,7 +69,7 @@ class BlockForward:
         """Run a finished clean block ``[b, l]`` once and keep its keys and values."""
         self.model.eval()
         with self._cached(append=True):
-            self.model.hidden_states(block, self.length)
+            self.model.block_states(block, self.length)
         self.length += block.shape[1]
 
 

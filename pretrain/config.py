@@ -113,6 +113,27 @@ class LogConfig(Section):
     )
 
 
+class ProfileConfig(Section):
+    """Where time and memory of a step go. Nothing here changes what is computed."""
+
+    start: int | None = Field(
+        None,
+        ge=0,
+        description="first step of a trace into the run folder's profile/; 0 (or --profile alone): the third step "
+        "after the run starts or goes on; null: none",
+    )
+    steps: int = Field(3, ge=1, description="steps traced")
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="ranks that write a trace")
+    shapes: bool = Field(False, description="the trace names the shapes of operands")
+    memory: bool = Field(False, description="the trace shows allocations")
+    memory_history: int = Field(
+        0,
+        ge=0,
+        description="newest allocations whose stacks are kept on CUDA for the snapshot that is written when memory "
+        "runs out; 0 keeps none: the snapshot shows what is allocated, not by whom",
+    )
+
+
 class RunConfig(Section):
     """Everything that defines a training run."""
 
@@ -127,6 +148,7 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    profile: ProfileConfig = ProfileConfig()
 
 
 def check_batches(train: TrainConfig, parallel: ParallelConfig, data_size: int) -> None:

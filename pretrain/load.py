@@ -115,12 +115,21 @@ def main(args: list[str]) -> None:
     print(to_yaml(config), end="")
 
 
+def _with_profile(args: list[str]) -> list[str]:
+    """``--profile`` is ``--profile.start 0``, and ``--profile N`` is ``--profile.start N``."""
+    out = []
+    for arg, after in zip(args, [*args[1:], ""]):
+        out.append(("--profile.start" if after.isdecimal() else "--profile.start=0") if arg == "--profile" else arg)
+    return out
+
+
 def resolve(cls: type[Options], args: list[str], prog: str) -> tuple[RunConfig, Options]:
     """A run's configuration, checked, and the options of ``cls`` that it was resolved from.
 
     Raises:
         ConfigError, OSError: as :func:`load_run_config`.
     """
+    args = _with_profile(args)
     given = scan_options(cls, args)
     values = RunConfig().model_dump()
     if "preset" in given:

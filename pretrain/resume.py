@@ -17,7 +17,7 @@ from pretrain.load import load_saved
 
 # What may change when a run goes on: how long, where and how it is watched. (A decaying learning rate follows
 # train.steps, so a longer run has another rate from here on.)
-_FREE = ("run", "parallel", "zero", "log", "eval", "checkpoint", "train.steps", "train.micro_batch")
+_FREE = ("run", "parallel", "zero", "log", "profile", "eval", "checkpoint", "train.steps", "train.micro_batch")
 _FREE += ("data.path", "data.cache", "data.cache_gb", "data.verify_gb")
 
 

@@ -27,6 +27,7 @@ from pretrain.hardware import peak_flops
 from pretrain.load import load_run_config, save_config
 from pretrain.metrics import MetricsWriter, read_metrics, series
 from pretrain.plots import ascii_curve, plot_curves
+from pretrain.profiling import Profiler, out_of_memory, record_allocations
 from pretrain.progress import Progress, Throughput
 from pretrain.resume import check_same_run, checkpoint_to_resume, order_seed, position
 from pretrain.watchdog import Watchdog
@@ -54,9 +55,13 @@ def train(config: RunConfig) -> Path:
             raise ConfigError("data.path: not set; give the folder that bd3 prep wrote with --data.path")
     lock = trainer = watch = None
     try:
-        with lost_ranks(ranks.rank, lambda: f"at step {trainer.step + 1}" if trainer else "before the first step"):
+        with (
+            lost_ranks(ranks.rank, lambda: f"at step {trainer.step + 1}" if trainer else "before the first step"),
+            out_of_memory(config, ranks.rank, lambda: watch.phase if watch else "at the start"),
+        ):
             store = _store(ranks, config)
             world = parallel.start(config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, store)
+            record_allocations(config.profile)
             watch = Watchdog(ranks, config.parallel.timeout_minutes, Path(config.run) / "hang")
             # From here on what may fail on one rank alone is agreed on by all.
             together(lambda: check_installed(config.zero))
@@ -131,6 +136,7 @@ class Trainer:
         self.metrics: MetricsWriter | None = None
         on_first(lambda: self._open_metrics(kept, board))
         self.progress = Progress(train.steps, self.step, config.log.every) if self.first else None
+        self.profiler = Profiler(config.profile, run, engine.world.rank, self.step, self._say)
         self.throughput = Throughput(
             self.step,
             self._tokens(self.step),
@@ -147,6 +153,7 @@ class Trainer:
 
     def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
         self.writer.close(error)
+        self.profiler.close()
         if self.first:
             self.progress.close()
             self.metrics.close()
@@ -163,7 +170,8 @@ class Trainer:
             self._say(f"{self.folder}: going on from step {self.step}")
         while self.step < steps:
             self.writer.poll()
-            self._train_step()
+            with self.profiler.step(self.step + 1):
+                self._train_step()
             last = self.step == steps
             if last or _due(self.step, self.config.eval.every):
                 self._evaluate()

@@ -81,6 +81,11 @@ class Watchdog:
         """
         self._state = (self._state[0] + 1, phase, patient, time.monotonic())
 
+    @property
+    def phase(self) -> str:
+        """Where the main thread is, as in ``in step 12``."""
+        return self._state[1]
+
     def close(self, error: BaseException | None = None) -> None:
         """Say goodbye: this rank is no longer waited for. Does not return while the job is being ended.
 

@@ -22,26 +22,33 @@ _QUERIES = 128
 
 def tile_size(length: int, block_size: int) -> int:
     """Positions per tile, a multiple of the block: smaller wastes less on dead pairs, larger amortises a call
-    better; these two won on one CPU core."""
-    target = 64 if length <= 512 else 128
+    better; these won on one CPU core."""
+    target = 64 if length <= 512 else 96 if length < 2048 else 128
     return block_size * max(1, target // block_size)
 
 
 @lru_cache(maxsize=512)
-def _tile_mask(start: int, end: int, streams: Streams, repeats: int, device: torch.device) -> Tensor:
-    """Mask of one joint tile, ``[S r C, start + S C]`` (``start`` keys only with a clean stream).
+def _tile_mask(
+    start: int, asking: tuple[int, ...], asked: tuple[int, ...], streams: Streams, device: torch.device
+) -> Tensor:
+    """Mask of one joint tile that begins at position ``start``, ``[sum(asking), start + sum(asked)]``.
 
-    Queries come as (stream, head of the group, position), keys as the clean positions before the tile followed by
-    (stream, position of the tile).
+    Args:
+        asking: queries of each stream in the tile.
+        asked: keys of each stream in the tile. The clean keys before it come first, if there is a clean stream.
     """
-    inside = torch.arange(start, end, device=device) // streams.block_size
-    past = torch.arange(start if streams.clean else 0, device=device) // streams.block_size
-    stream = torch.arange(streams.count, device=device)
-    query_block = inside.repeat(streams.count * repeats)
-    query_stream = stream.repeat_interleave(repeats * (end - start))
-    key_block = torch.cat([past, inside.repeat(streams.count)])
-    key_stream = torch.cat([torch.full_like(past, streams.clean_index), stream.repeat_interleave(end - start)])
-    return sees(query_stream[:, None], query_block[:, None], key_stream, key_block, streams.clean_index)
+
+    def stream_and_block(counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        stream = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        return stream, torch.cat([torch.arange(start, start + n) for n in counts]) // streams.block_size
+
+    past = torch.arange(start if streams.clean else 0) // streams.block_size
+    query_stream, query_block = stream_and_block(asking)
+    key_stream, key_block = stream_and_block(asked)
+    key_stream = torch.cat([torch.full_like(past, streams.clean_index), key_stream])
+    key_block = torch.cat([past, key_block])
+    mask = sees(query_stream[:, None], query_block[:, None], key_stream, key_block, streams.clean_index)
+    return mask.to(device)
 
 
 def attend(
@@ -58,27 +65,26 @@ def attend(
     Heads of one group are laid along the query axis, so grouped keys are never copied. Of what other context-parallel
     ranks hold only the clean keys and values are needed, or those of the one block where a row has just one.
     """
-    context = context or ContextShard(len(query))
-    _, rows, heads, width = query.shape
-    count, batch, groups = streams.count, rows // streams.count, key.shape[2]
-    queries = query.view(-1, count, batch, groups, heads // groups, width)
-    keys, values = (x.view(-1, count, batch, groups, width) for x in (key, value))
+    context = context or ContextShard(streams.length)
+    groups = key.shape[2]
+    queries = streams.parts(query.unflatten(2, (groups, -1)), context.held)  # S of [l, b, g, r, d]
+    keys, values = (streams.parts(x, context.held) for x in (key, value))
     packed = None if documents is None else Documents(documents)
     if context.chunk % streams.block_size:
-        whole = context.gather(keys), context.gather(values)
-        return _only_block(queries, *whole, scale, context, packed).reshape(query.shape)
+        return _only_block(queries, keys, values, scale, context, packed).reshape(query.shape)
 
     tile = min(tile_size(context.length, streams.block_size), context.chunk)
     tile -= tile % streams.block_size
     # A tile of one block needs no mask but that of documents, a tile of several does.
     attend_tile = _tile_of_one_block if tile == streams.block_size else _tile_of_blocks
-    own = [[_tiles(stream, context.chunk, tile) for stream in x.unbind(1)] for x in (keys, values)]
-    clean = own  # this rank's clean tiles are all of them, or are joined by those of the others
+    own = [[_tiles(stream, context.chunk, tile) for stream in x] for x in (keys, values)]
+    clean = [x[-1] for x in own]  # this rank's clean tiles are all of them, or are joined by those of the others
     if streams.clean and context.size > 1:
-        clean = [[_tiles(context.gather(x[:, streams.clean_index]), context.chunk, tile)] for x in (keys, values)]
+        clean = [_tiles(context.gather(x[-1]), context.chunk, tile) for x in (keys, values)]
     per_chunk = -(-context.chunk // tile)
-    out = []
-    for i, q in enumerate(_split(queries, context.chunk, tile)):
+    asking = [_split(stream, context.chunk, tile) for stream in queries]
+    out: list[list[Tensor]] = [[] for _ in asking]
+    for i in range(len(asking[0])):
         local_chunk, within = divmod(i, per_chunk)
         chunk = context.chunks[local_chunk]
         start = chunk * context.chunk + within * tile
@@ -91,11 +97,13 @@ def attend(
             other, inside = divmod(packed.first[start], context.chunk)
             skipped = other * per_chunk + inside // tile
             first = other * context.chunk + inside // tile * tile
-        past = [x[-1][skipped:before] for x in clean]
-        here = [[stream[i] for stream in x] for x in own]
-        mixed = attend_tile(q.permute(2, 3, 1, 4, 0, 5), past, here, (first, start), streams, scale, packed)
-        out.append(mixed.permute(4, 2, 0, 1, 3, 5))  # [b, g, S, r, C, d] -> [C, S, b, g, r, d]
-    return torch.cat(out).reshape(query.shape)
+        # The clean stream may be a tile short.
+        here = [[stream[i] for stream in x if i < len(stream)] for x in own]
+        past = [x[skipped:before] for x in clean]
+        q = [stream[i].permute(1, 2, 3, 0, 4) for stream in asking if i < len(stream)]
+        for stream, mixed in zip(out, attend_tile(q, past, here, (first, start), streams, scale, packed)):
+            stream.append(mixed.permute(3, 0, 1, 2, 4))  # [b, g, r, C, d] -> [C, b, g, r, d]
+    return torch.cat([tile for stream in out for tile in stream]).reshape(query.shape)
 
 
 class Documents:
@@ -115,12 +123,16 @@ class Documents:
 
 
 def _split(x: Tensor, chunk: int, tile: int) -> list[Tensor]:
-    """Tiles of ``x`` along its first axis; no tile reaches over the end of a chunk.
+    """Tiles of ``x`` along its first axis; no tile reaches over the end of a chunk, the last one may be short.
 
     Splitting (not slicing) keeps the backward pass from filling a full-length gradient for every tile.
     """
-    sizes = [min(tile, chunk - at) for at in range(0, chunk, tile)]
-    return list(x.split(sizes * (len(x) // chunk)))
+    sizes = [min(tile, chunk - at) for at in range(0, chunk, tile)] * -(-len(x) // chunk)
+    kept, left = [], len(x)
+    for size in sizes:
+        kept.append(min(size, left))
+        left -= kept[-1]
+    return list(x.split([size for size in kept if size]))
 
 
 def _tiles(x: Tensor, chunk: int, tile: int) -> list[Tensor]:
@@ -129,21 +141,26 @@ def _tiles(x: Tensor, chunk: int, tile: int) -> list[Tensor]:
 
 
 def _only_block(
-    q: Tensor, key: Tensor, value: Tensor, scale: float | None, context: ContextShard, packed: Documents | None
+    queries: list[Tensor],
+    keys: list[Tensor],
+    values: list[Tensor],
+    scale: float | None,
+    context: ContextShard,
+    packed: Documents | None,
 ) -> Tensor:
-    """Rows of one block spread over ranks: every query ``[l, S, b, g, r, d]`` sees its stream's whole row."""
-    length, count, batch, groups, repeats, width = q.shape
-    if packed is not None:
-        key, value = (x.permute(1, 2, 3, 0, 4) for x in (key, value))  # [S, b, g, L, d]
-        out, parts = [], iter(q.permute(1, 2, 3, 4, 0, 5).split(context.chunk, 4))
-        for chunk, part in zip(context.chunks, parts):
-            start = chunk * context.chunk
-            out.append([_of_one_block(one, key[s], value[s], (0, start), packed, scale) for s, one in enumerate(part)])
-        return torch.cat([torch.stack(streams) for streams in out], 4).permute(4, 0, 1, 2, 3, 5)
-    q = q.permute(1, 2, 3, 4, 0, 5).reshape(count * batch, groups, repeats * length, width)
-    key, value = (x.permute(1, 2, 3, 0, 4).flatten(0, 1) for x in (key, value))
-    out = F.scaled_dot_product_attention(q, key, value, scale=scale)
-    return out.view(count, batch, groups, repeats, length, width).permute(4, 0, 1, 2, 3, 5)
+    """Rows of one block spread over ranks: queries ``S of [l, b, g, r, d]`` see their stream's whole row."""
+    out = []
+    for q, *own in zip(queries, keys, values):
+        key, value = (context.gather(x).permute(1, 2, 0, 3) for x in own)  # [b, g, L, d]
+        q = q.permute(1, 2, 3, 0, 4)  # [b, g, r, l, d]
+        if packed is None:
+            mixed = F.scaled_dot_product_attention(q.flatten(2, 3), key, value, scale=scale).view(q.shape)
+        else:
+            starts = [chunk * context.chunk for chunk in context.chunks]
+            parts = zip(q.split(context.chunk, 3), starts)
+            mixed = torch.cat([_of_one_block(part, key, value, (0, at), packed, scale) for part, at in parts], 3)
+        out.append(mixed.permute(3, 0, 1, 2, 4))
+    return torch.cat(out)
 
 
 # A tile's keys and values: ``past[0]`` and ``past[1]`` list the clean tiles before it, ``own`` its own tile per stream.
@@ -151,49 +168,56 @@ Pair = list[list[Tensor]]
 
 
 def _tile_of_blocks(
-    q: Tensor,
+    queries: list[Tensor],
     past: Pair,
     own: Pair,
     bounds: tuple[int, int],
     streams: Streams,
     scale: float | None,
     packed: Documents | None,
-) -> Tensor:
-    """All streams of a tile of several blocks in one masked call; ``q`` and the result are [b, g, S, r, C, d].
+) -> list[Tensor]:
+    """All streams of a tile of several blocks in one masked call; queries and the result are S of [b, g, r, C, d].
 
     ``bounds``: the position of the first clean key given, and that of the tile.
     """
     key, value = (torch.cat([*before, *here], 2) for before, here in zip(past, own))
-    (first, start), repeats = bounds, q.shape[3]
-    end = start + q.shape[-2]
-    mask = _tile_mask(start, end, streams, repeats, q.device)
+    q = queries[0] if len(queries) == 1 else torch.cat(queries, 3)  # [b, g, r, T, d]
+    (first, start), repeats = bounds, q.shape[2]
+    asking, asked = (tuple(x.shape[-2] for x in side) for side in (queries, own[0]))
+    mask = _tile_mask(start, asking, asked, streams, q.device)
     if packed is not None:
         mask = mask[:, -key.shape[2] :]  # without the keys that were skipped; cached masks are those of all keys
-        inside = packed.numbers[:, start:end]
-        key_document = torch.cat([packed.numbers[:, first:start], inside.repeat(1, streams.count)], 1)
-        query_document = inside.repeat(1, streams.count * repeats)
+
+        def numbers(counts: tuple[int, ...]) -> list[Tensor]:
+            return [packed.numbers[:, start : start + n] for n in counts]
+
+        key_document = torch.cat([packed.numbers[:, first:start], *numbers(asked)], 1)
+        query_document = torch.cat(numbers(asking), 1)
         mask = within_documents(mask, query_document[:, :, None], key_document[:, None])[:, None]
-    return F.scaled_dot_product_attention(q.flatten(2, 4), key, value, attn_mask=mask, scale=scale).view(q.shape)
+    if repeats > 1:
+        mask = mask.repeat(*[1] * (mask.dim() - 2), repeats, 1)
+    mixed = F.scaled_dot_product_attention(q.flatten(2, 3), key, value, attn_mask=mask, scale=scale)
+    return list(mixed.view(q.shape).split(asking, 3))
 
 
 def _tile_of_one_block(
-    q: Tensor,
+    queries: list[Tensor],
     past: Pair,
     own: Pair,
     bounds: tuple[int, int],
     streams: Streams,
     scale: float | None,
     packed: Documents | None,
-) -> Tensor:
+) -> list[Tensor]:
     """Each stream of a tile of one block sees all of its own block and all clean blocks before it."""
     out = []
-    for s, one in enumerate(q.unbind(2)):  # [b, g, r, C, d]
+    for s, q in enumerate(queries):  # [b, g, r, C, d]
         key, value = (torch.cat([*before, here[s]], 2) for before, here in zip(past, own))
         if packed is not None:
-            out.append(_of_one_block(one, key, value, bounds, packed, scale))
+            out.append(_of_one_block(q, key, value, bounds, packed, scale))
             continue
-        out.append(F.scaled_dot_product_attention(one.flatten(2, 3), key, value, scale=scale).view(one.shape))
-    return torch.stack(out, 2)
+        out.append(F.scaled_dot_product_attention(q.flatten(2, 3), key, value, scale=scale).view(q.shape))
+    return out
 
 
 def _of_one_block(

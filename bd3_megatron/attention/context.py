@@ -48,6 +48,11 @@ class ContextShard:
         return self.length if self.size == 1 else self.length // (2 * self.size)
 
     @property
+    def held(self) -> int:
+        """Positions of a row that this rank holds."""
+        return self.length // self.size
+
+    @property
     def chunks(self) -> tuple[int, ...]:
         """Chunks of this rank, in the order in which it holds them."""
         return (0,) if self.size == 1 else (self.rank, 2 * self.size - 1 - self.rank)

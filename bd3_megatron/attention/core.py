@@ -70,16 +70,17 @@ class TwoStreamAttention(MegatronModule):
         super().__init__(config=config)
         self.layer_number = layer_number
         self.streams = streams
-        self.context = context if context.size > 1 else None  # alone, a row may be of any length
+        self.context = context
         self.backend = choose_backend(backend)
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         self.cache: BlockCache | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_) -> Tensor:
-        """``[l, S b, n, d]`` queries, ``[l, S b, g, d]`` keys and values -> ``[l, S b, n d]``.
+        """``[q, b, n, d]`` queries, ``[k, b, g, d]`` keys and values -> ``[q, b, n d]``.
 
-        l is L, or the positions that this context-parallel rank holds. ``attention_mask`` is None or int ``[b, L]``,
-        the document of each position of the whole rows; what is sampled with a cache is one document.
+        k tokens are all streams', with the positions that this context-parallel rank holds; q are as many, or in the
+        last layer those of the noisy streams. ``attention_mask`` is None or int ``[b, L]``, the document of each
+        position of the whole rows; what is sampled with a cache is one document.
         """
         if self.cache is not None:
             out = self.cache.attend(query, key, value, self.scale)

@@ -12,35 +12,73 @@ from bd3_megatron.config import DiffusionConfig
 
 @dataclass(frozen=True)
 class Streams:
-    """The copies of a row that pass through the model together, stacked on the batch axis.
+    """The copies of a row that pass through the model together, laid end to end along the sequence.
 
-    Hidden states are ``[L, count * b, h]``: the rows of noisy draw 0, then of draw 1, ..., then the clean rows.
+    Hidden states are ``[N, b, h]`` with ``N = noisy * length + clean``: the positions of noisy draw 0, then of draw 1,
+    ..., then those of the clean stream. Every stream is one piece of memory, and streams may differ in length.
 
     Attributes:
+        length: positions of a row, L.
         block_size: tokens per block, B'.
         noisy: number of noisy draws per row, K (0 for the causal objective).
-        clean: whether the clean stream is present. A row of one block needs none, because nothing precedes it.
+        clean: positions of the clean stream. Nobody reads its last block, so that it may end before it; a row of one
+            block needs none at all, because nothing precedes it.
     """
 
+    length: int
     block_size: int
     noisy: int = 1
-    clean: bool = True
+    clean: int = 0
 
     @property
     def count(self) -> int:
-        return self.noisy + self.clean
+        """Streams, S."""
+        return self.noisy + (self.clean > 0)
 
-    @classmethod
-    def of(cls, diffusion: DiffusionConfig, length: int) -> Streams:
-        """Streams that the objective needs for rows of ``length`` tokens."""
-        if diffusion.objective == "causal":
-            return cls(block_size=1, noisy=0, clean=True)
-        return cls(diffusion.block_size, diffusion.draws, clean=diffusion.block_size < length)
+    @property
+    def predicting(self) -> int:
+        """Tokens whose outputs are predictions: those of the noisy draws, or the clean ones where there are none."""
+        return self.noisy * self.length or self.clean
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all streams of one row, N."""
+        return self.noisy * self.length + self.clean
 
     @property
     def clean_index(self) -> int:
         """Index of the clean stream; when there is none, an index no stream has."""
         return self.noisy if self.clean else -1
+
+    @classmethod
+    def of(
+        cls, diffusion: DiffusionConfig, length: int, skip_last_clean_block: bool = False, multiple: int = 1
+    ) -> Streams:
+        """Streams that the objective needs for rows of ``length`` tokens.
+
+        Args:
+            skip_last_clean_block: end the clean stream before its last block.
+            multiple: of which the clean stream's positions stay a multiple all the same.
+        """
+        if diffusion.objective == "causal":
+            return cls(length, block_size=1, noisy=0, clean=length)
+        block = diffusion.block_size
+        clean = length if block < length else 0
+        if clean and skip_last_clean_block:
+            clean = min(length, -(-(length - block) // multiple) * multiple)
+        return cls(length, block, diffusion.draws, clean)
+
+    def parts(self, x: Tensor, held: int | None = None) -> list[Tensor]:
+        """``x`` by stream, ``[N, ...] -> S of [positions, ...]``; without the clean one where ``x`` does not hold it.
+
+        Args:
+            held: positions of a noisy stream that ``x`` holds; L when None.
+        """
+        held = held or self.length
+        if not self.noisy:
+            return [x]
+        clean = len(x) - self.noisy * held
+        return list(x.split([held] * self.noisy + ([clean] if clean else [])))
 
 
 def sees(query_stream: Tensor, query_block: Tensor, key_stream: Tensor, key_block: Tensor, clean: int) -> Tensor:
@@ -72,27 +110,38 @@ def within_documents(seen: Tensor | bool, query_document: Tensor, key_document: 
     return (query_document == key_document) & seen
 
 
-def dense_mask(
-    length: int, streams: Streams, device: torch.device | None = None, documents: Tensor | None = None
-) -> Tensor:
-    """The mask over all streams laid end to end, ``[count * L, count * L]``: for the reference and for tests.
+def stream_and_position(streams: Streams, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Index of the stream and position in the row of each of the N tokens, int64 ``[N]`` each."""
+    lengths = [streams.length] * streams.noisy + [streams.clean] * (streams.clean > 0)
+    position = torch.cat([torch.arange(n, device=device) for n in lengths])
+    counts = torch.tensor(lengths, device=device)
+    return torch.arange(len(lengths), device=device).repeat_interleave(counts), position
 
-    With ``documents`` ``[b, L]`` every row has its own, ``[b, count * L, count * L]``.
+
+def dense_mask(streams: Streams, device: torch.device | None = None, documents: Tensor | None = None) -> Tensor:
+    """The mask over all streams laid end to end, ``[N, N]``: for the reference and for tests.
+
+    With ``documents`` ``[b, L]`` every row has its own, ``[b, N, N]``.
     """
-    block = (torch.arange(length, device=device) // streams.block_size).repeat(streams.count)
-    stream = torch.arange(streams.count, device=device).repeat_interleave(length)
+    stream, position = stream_and_position(streams, device)
+    block = position // streams.block_size
     mask = sees(stream[:, None], block[:, None], stream[None], block[None], streams.clean_index)
     if documents is None:
         return mask
-    number = documents.repeat(1, streams.count)
+    number = documents[:, position]
     return within_documents(mask, number[:, :, None], number[:, None])
 
 
-def live_pairs(length: int, streams: Streams) -> int:
+def live_pairs(streams: Streams) -> int:
     """Number of (query, key) pairs of one row that the mask admits, over all streams.
 
-    With ``n = L / B'`` blocks, a noisy draw has ``L B' + (L^2 - L B') / 2`` pairs, and so has the clean stream.
+    With ``n = L / B'`` blocks, a noisy draw has ``L B' + (L^2 - L B') / 2`` pairs, and so has a whole clean stream.
     """
-    own = length * streams.block_size
-    earlier = (length * length - own) // 2 if streams.clean else 0
-    return streams.count * (own + earlier)
+
+    def pairs(length: int, earlier: bool) -> int:
+        whole, rest = divmod(length, streams.block_size)
+        own = whole * streams.block_size**2 + rest**2
+        before = streams.block_size**2 * whole * (whole - 1) // 2 + rest * whole * streams.block_size
+        return own + before * earlier
+
+    return streams.noisy * pairs(streams.length, streams.clean > 0) + pairs(streams.clean, True)

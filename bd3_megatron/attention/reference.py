@@ -21,33 +21,38 @@ def attend(
     """Attention of every stream under the dense mask.
 
     Args:
-        query: ``[l, count * b, n, d]``, streams stacked on the batch axis as :class:`Streams` says; l is L, or this
-            rank's share of it.
-        key, value: ``[l, count * b, g, d]`` with ``g`` dividing ``n`` (grouped queries).
+        query: ``[q, b, n, d]``, streams laid end to end as :class:`Streams` says, each with all its positions or
+            this rank's share of them; those of the noisy streams alone where nobody needs what the clean ones give.
+        key, value: ``[k, b, g, d]`` of all streams, with ``g`` dividing ``n`` (grouped queries).
         scale: factor on the logits; ``1 / sqrt(d)`` when None.
         context: which positions this rank holds; None for all.
         documents: int ``[b, L]``, the document of each position of the whole rows, never falling along a row: a query
             sees keys of its own document only. None lets a row be one document.
 
     Returns:
-        ``[l, count * b, n, d]``.
+        ``[q, b, n, d]``.
     """
-    context = context or ContextShard(len(query))
-    _, rows, heads, width = query.shape
-    count, batch = streams.count, rows // streams.count
+    context = context or ContextShard(streams.length)
+    repeats = query.shape[2] // key.shape[2]
 
-    def end_to_end(x: Tensor) -> Tensor:  # [l, S b, n, d] -> [b, n, S l, d]
-        x = x.repeat_interleave(heads // x.shape[2], dim=2)
-        return x.view(-1, count, batch, heads, width).permute(2, 3, 1, 0, 4).reshape(batch, heads, -1, width)
+    def whole(x: Tensor) -> Tensor:  # [k, b, g, d] -> [N, b, g, d]
+        if context.size == 1:
+            return x
+        by_position = x.unflatten(0, (-1, context.held)).transpose(0, 1)  # [l, S, b, g, d]
+        return context.gather(by_position).transpose(0, 1).flatten(0, 1)
 
-    mask = dense_mask(context.length, streams, query.device, documents)
-    mask = context.take(mask.unflatten(-2, (count, -1)), -2).flatten(-3, -2)  # [S l, S L], b of them with documents
+    def heads_first(x: Tensor) -> Tensor:  # [l, b, n, d] -> [b, n, l, d]
+        return x.permute(1, 2, 0, 3)
+
+    mask = dense_mask(streams, query.device, documents)
+    if context.size > 1:
+        mask = context.take(mask.unflatten(-2, (streams.count, -1)), -2).flatten(-3, -2)
+    mask = mask[..., : len(query), :]  # [q, N], b of them with documents
     out = F.scaled_dot_product_attention(
-        end_to_end(query),
-        end_to_end(context.gather(key)),
-        end_to_end(context.gather(value)),
+        heads_first(query),
+        heads_first(whole(key)).repeat_interleave(repeats, 1),
+        heads_first(whole(value)).repeat_interleave(repeats, 1),
         attn_mask=mask if documents is None else mask[:, None],
         scale=scale,
     )
-    out = out.view(batch, heads, count, -1, width)
-    return out.permute(3, 2, 0, 1, 4).reshape(query.shape)
+    return out.permute(2, 0, 1, 3)

@@ -19,7 +19,7 @@ class Batch:
     """One micro-batch of ``b`` rows.
 
     Attributes:
-        input_ids: int64 ``[S b, L]``, the streams stacked as :class:`Streams` says.
+        input_ids: int64 ``[S b, L]``, whole streams: the rows of noisy draw 0, then of draw 1, ..., then clean ones.
         labels: int64 ``[R, L]``, what position l of the first R rows of ``input_ids`` predicts; R is K b for the
             diffusion objective and b for the causal one.
         weight: float32 ``[R, L]``, weight of each prediction's nll, zero where there is none.
@@ -27,6 +27,8 @@ class Batch:
             the diffusion objective (BOS counted), L - 1 for the causal one.
         documents: int32 ``[b, L]``, which document of its row each position belongs to, for attention that keeps to
             documents; None lets a query see all of its row. The K draws of a row share its documents.
+        predicted: int64 ``[P]``, which of the flattened ``[R L]`` predictions have a weight, ascending, filled up
+            with one that has none: see :func:`predicted_positions`. Made from ``weight`` where it is None.
     """
 
     input_ids: Tensor
@@ -34,19 +36,43 @@ class Batch:
     weight: Tensor
     tokens: int
     documents: Tensor | None = None
+    predicted: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.predicted is None:
+            self.predicted = predicted_positions(self.weight)
 
     def take(self, context: ContextShard) -> Batch:
         """The positions that one context-parallel rank holds.
 
         ``tokens`` and ``documents`` stay those of the whole rows, because keys come from all ranks.
         """
+        if context.size == 1:
+            return self
         ids, labels, weight = (context.take(x, 1) for x in (self.input_ids, self.labels, self.weight))
         return Batch(ids, labels, weight, self.tokens, self.documents)
 
     def to(self, device: torch.device) -> Batch:
-        held = (self.input_ids, self.labels, self.weight, self.documents)
-        ids, labels, weight, documents = (None if x is None else x.to(device, non_blocking=True) for x in held)
-        return Batch(ids, labels, weight, self.tokens, documents)
+        held = (self.input_ids, self.labels, self.weight, self.documents, self.predicted)
+        held = [None if x is None else x.to(device, non_blocking=True) for x in held]
+        return Batch(*held[:3], self.tokens, *held[3:])
+
+
+def predicted_positions(weight: Tensor) -> Tensor:
+    """Flat indices ``[P]`` of what has a weight, padded so that few different sizes P occur.
+
+    Found where the batch is made, so that no GPU has to wait for a count. P is a multiple of 16 (which matrix products
+    of 8 bits need) and of a 64th of all predictions, so that whatever is compiled for a size is compiled at most 64
+    times. The padding repeats a prediction without a weight.
+    """
+    flat = weight.flatten()
+    found = flat.nonzero().flatten()
+    unit = 16 * -(-len(flat) // (64 * 16))
+    size = min(-(-max(len(found), 1) // unit) * unit, len(flat))
+    if size == len(found):
+        return found
+    weightless = (flat == 0).nonzero()[0]
+    return torch.cat([found, weightless.expand(size - len(found))])
 
 
 def diffusion_batch(

@@ -85,45 +85,103 @@ def draw_noise(
     one each. Strata are assigned in order from a random start per batch, which makes every single level exactly
     uniform (without it, block j of a small batch would always see the same part of the interval).
 
+    With a coupling, draws 2j and 2j + 1 are a pair: the first is at level t, the second at ``beta + omega - t``, so
+    that weights ``w(t)`` that are high in one are low in the other. ``antithetic`` draws the bits of the two apart;
+    ``complementary`` masks the first where ``r <= p(t)`` and the second where ``1 - r <= p(beta + omega - t)`` with one
+    uniform r per position, so that where the two probabilities add up to 1 every position is masked in one of the
+    two. The law of each draw by itself stays that of a single draw, and so does the mean of the loss. First draws
+    fill ``G K / 2 L / B'`` strata, one each, and so do the second ones.
+
     Raises:
         ConfigError: the clip interval is practically never met by a resampled block.
     """
     blocks, count, draws = length // diffusion.block_size, len(keys.rows), diffusion.draws
     levels = np.empty((draws, count, blocks))
     masked = np.empty((draws, count, length), dtype=bool)
-    strata = keys.batch_rows * draws * blocks
+    together = 1 if diffusion.coupling == "independent" else 2  # draws that share one level
+    groups = draws // together
+    strata = keys.batch_rows * groups * blocks
     start = int(_Uniforms(seed, Purpose.STRATA, int(purpose), 0, keys.batch)(1)[0] * strata)
-    for draw in range(draws):
+    for group in range(groups):
+        members = range(together * group, together * (group + 1))
+        place = slice(members.start, members.stop)
         for n in range(count):
-            uniforms = _Uniforms(seed, purpose, draw, int(keys.epochs[n]), int(keys.rows[n]))
-            u = uniforms(blocks)
+            streams = [_Uniforms(seed, purpose, draw, int(keys.epochs[n]), int(keys.rows[n])) for draw in members]
+            u = streams[0](blocks)
             if diffusion.stratify:
-                first = (int(keys.slots[n]) * draws + draw) * blocks
-                u = ((start + first + np.arange(blocks)) % strata + u) / strata
-            levels[draw, n] = diffusion.beta + u * (diffusion.omega - diffusion.beta)
-            masked[draw, n] = _draw_mask(diffusion, levels[draw, n], uniforms)
+                slot = int(keys.slots[n])
+                # Pairs of one row lie far apart; independent draws are neighbours, as they have always been.
+                first = slot * groups + group if together == 1 else group * keys.batch_rows + slot
+                u = ((start + first * blocks + np.arange(blocks)) % strata + u) / strata
+            mirrored = np.stack([u, 1 - u][:together])
+            levels[place, n] = diffusion.beta + mirrored * (diffusion.omega - diffusion.beta)
+            masked[place, n] = _draw_masks(diffusion, levels[place, n], streams)
     masked[:, :, 0] = False
     _, weight = mask_probability_and_weight(diffusion.schedule, levels)
     weight = np.repeat(weight, diffusion.block_size, axis=-1).astype(np.float32)
     return Noise(levels, masked, np.where(masked, weight, np.float32(0)))
 
 
+def _draw_masks(diffusion: DiffusionConfig, t: NDArray[np.float64], streams: list[_Uniforms]) -> NDArray[np.bool_]:
+    """Mask bits ``[D, L]`` of the D draws that share one level, at ``t`` ``[D, L / B']``."""
+    if diffusion.coupling == "complementary":
+        return _draw_complements(diffusion, t, streams[0])
+    return np.stack([_draw_mask(diffusion, levels, uniforms) for levels, uniforms in zip(t, streams)])
+
+
 def _draw_mask(diffusion: DiffusionConfig, t: NDArray[np.float64], uniforms: _Uniforms) -> NDArray[np.bool_]:
-    """Mask bits of one row, redrawn per block while a clipped interval is missed (objective, steps 2 and 7)."""
+    """Mask bits ``[L]`` of one row, redrawn per block while a clipped interval is missed (objective, steps 2 and 7)."""
     size = diffusion.block_size
     p = mask_probability_and_weight(diffusion.schedule, t)[0][:, None]
     bits = uniforms(t.size * size).reshape(-1, size) <= p
-    if not diffusion.resample or diffusion.full_interval:
+    if not _redrawn(diffusion):
         return bits.reshape(-1)
     for _ in range(_MOST_REDRAWS):
-        fraction = bits.mean(axis=1)
-        missed = (fraction < diffusion.beta - 1e-9) | (fraction > diffusion.omega + 1e-9)
+        missed = _missed(diffusion, bits)
         if not missed.any():
             return bits.reshape(-1)
         again = uniforms(t.size * size).reshape(-1, size) < p
         bits = np.where(missed[:, None], again, bits)
-    raise ConfigError(
+    raise _never_met(diffusion)
+
+
+def _draw_complements(diffusion: DiffusionConfig, t: NDArray[np.float64], uniforms: _Uniforms) -> NDArray[np.bool_]:
+    """Mask bits ``[2, L]`` of a complementary pair at levels ``[2, L / B']``, redrawn together.
+
+    The mirrored uniform is ``1 - 2^-53 - r``: exact, and on the grid of r, so that the two have one law to the bit.
+    """
+    size = diffusion.block_size
+    p = mask_probability_and_weight(diffusion.schedule, t)[0][:, :, None]
+
+    def draw() -> NDArray[np.bool_]:
+        r = uniforms(t.shape[1] * size).reshape(-1, size)
+        return np.stack([r, (1 - 2.0**-53) - r]) <= p
+
+    bits = draw()
+    if _redrawn(diffusion):
+        for _ in range(_MOST_REDRAWS):
+            missed = _missed(diffusion, bits).any(axis=0)
+            if not missed.any():
+                break
+            bits = np.where(missed[:, None], draw(), bits)
+        else:
+            raise _never_met(diffusion)
+    return bits.reshape(2, -1)
+
+
+def _redrawn(diffusion: DiffusionConfig) -> bool:
+    return diffusion.resample and not diffusion.full_interval
+
+
+def _missed(diffusion: DiffusionConfig, bits: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which blocks ``[..., L / B']`` of bits ``[..., L / B', B']`` have a masked fraction outside the interval."""
+    fraction = bits.mean(axis=-1)
+    return (fraction < diffusion.beta - 1e-9) | (fraction > diffusion.omega + 1e-9)
+
+
+def _never_met(diffusion: DiffusionConfig) -> ConfigError:
+    return ConfigError(
         f"diffusion.beta={diffusion.beta:g}, diffusion.omega={diffusion.omega:g}: {_MOST_REDRAWS} redraws of a block "
-        f"of {size} never masked a fraction inside under the {diffusion.schedule} schedule; widen the interval or "
-        f"set diffusion.resample=false"
+        f"of {diffusion.block_size} never masked a fraction inside under the {diffusion.schedule} schedule; widen the "
+        f"interval or set diffusion.resample=false"
     )

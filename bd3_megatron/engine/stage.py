@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from bd3_megatron import cpu_compat
@@ -73,7 +74,7 @@ def run_schedule(chunks: Sequence[torch.nn.Module], batches: Sequence[Batch], fo
         chunks: this rank's model chunks, wrapped or not.
         batches: micro-batches of whole rows, all of one size.
     """
-    rows, length = batches[0].input_ids.shape
+    streams = get_attr_wrapped_model(chunks[0], "streams")
     iterators = [iter(batches) for _ in chunks]
     with cpu_compat.redirected():
         return get_forward_backward_func()(
@@ -81,8 +82,8 @@ def run_schedule(chunks: Sequence[torch.nn.Module], batches: Sequence[Batch], fo
             data_iterator=iterators if len(chunks) > 1 else iterators[0],
             model=list(chunks),
             num_microbatches=len(batches),
-            seq_length=length,
-            micro_batch_size=rows,
+            seq_length=streams.tokens,
+            micro_batch_size=len(batches[0].input_ids) // streams.count,
             forward_only=forward_only,
         )
 
@@ -123,9 +124,11 @@ def forward_step(forward_only: bool, data_iterator: Iterator[Batch], model: torc
     batch = next(data_iterator)
     batch = batch.take(ContextShard.of_this_rank(batch.labels.shape[1])).to(cpu_compat.device())
 
-    def loss(weighted_nll: Tensor) -> tuple[Tensor, Tensor]:
-        mean = weighted_nll.sum() / batch.tokens
+    def loss(output: Tensor) -> tuple[Tensor, Tensor]:
+        if forward_only:
+            return output.sum(), output
+        mean = output / batch.tokens
         # The schedule divides the loss in place, so what is reported is a copy.
-        return mean, weighted_nll if forward_only else mean.detach().clone()
+        return mean, mean.detach().clone()
 
-    return model(batch), loss
+    return model(batch, total=not forward_only), loss

@@ -12,6 +12,7 @@ BENCHMARKS = {
     "step": "pretrain.bench.step:bench_step",
     "checkpoint": "pretrain.bench.checkpoint:bench_checkpoint",
     "memory": "pretrain.bench.memory:bench_memory",
+    "draws": "pretrain.bench.draws:bench_draws",
     "data": "pretrain.bench.data:bench_data",
     "parity": "pretrain.bench.parity:bench_parity",
 }

@@ -98,6 +98,7 @@ class Task(NamedTuple):
     steps: int = 10
     precision: Literal["fp32", "bf16"] = "fp32"
     documents: bool = False
+    kernels: KernelConfig = KernelConfig()
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def make_engine(world: parallel.World, layout: Layout, task: Task) -> Engine:
     optimization = OptimizationConfig(
         precision=task.precision, clip_norm=CLIP_NORM, ema_decay=0.9, beta1=BETA1, weight_decay=0.1, adam_eps=1e-4
     )
-    engine = build_engine(task.model, task.diffusion, KernelConfig(), layout.parallel, layout.zero, optimization, world)
+    engine = build_engine(task.model, task.diffusion, task.kernels, layout.parallel, layout.zero, optimization, world)
     engine.set_weights(_weights(task.model))
     return engine
 

@@ -15,16 +15,24 @@ from bd3_megatron.attention.reference import attend as reference
 def cases(draw):
     """Random lengths, blocks (1 and L included), draws, with and without a clean stream, grouped heads."""
     blocks, size = draw(st.integers(1, 12)), draw(st.sampled_from([1, 2, 3, 4, 5, 8, 16, 33, 70]))
-    noisy = draw(st.integers(0, 2))
-    clean = draw(st.booleans()) if noisy and blocks == 1 else True
+    noisy = draw(st.integers(0, 3))
     groups, repeats = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     batch = draw(st.integers(1, 2))
-    return blocks * size, Streams(size, noisy, clean), batch, groups, groups * repeats
+    return streams_of(draw, blocks, size, noisy), batch, groups, groups * repeats
 
 
-def inputs(length, streams, batch, groups, heads, width=8, seed=0):
+def streams_of(draw, blocks, size, noisy):
+    """A clean stream that is whole, ends before its last block or inside it, or that one block does without."""
+    length = blocks * size
+    ends = [length]
+    if noisy:
+        ends += [0] if blocks == 1 else [length - size, length - size // 2]
+    return Streams(length, size, noisy, draw(st.sampled_from(ends)))
+
+
+def inputs(streams, batch, groups, heads, width=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(length, streams.count * batch, n, width) for n in (heads, groups, groups)]
+    shapes = [(streams.tokens, batch, n, width) for n in (heads, groups, groups)]
     return [torch.randn(s, generator=generator, requires_grad=True) for s in shapes]
 
 
@@ -32,22 +40,34 @@ def inputs(length, streams, batch, groups, heads, width=8, seed=0):
 @settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_backend_equals_the_dense_reference(name, case):
-    length, streams, batch, groups, heads = case
-    qkv = inputs(length, streams, batch, groups, heads)
-    expected = reference(*qkv, streams)
-    found = BACKENDS[name](*qkv, streams, None)
-    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    gradients = [torch.autograd.grad(out, qkv, upstream) for out in (expected, found)]
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    for one, other in zip(*gradients):
-        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+    streams, batch, groups, heads = case
+    query, *key_value = inputs(streams, batch, groups, heads)
+    for asking in {streams.tokens, streams.predicting}:  # all streams, or those that predict alone
+        qkv = [query[:asking].detach().requires_grad_(), *key_value]
+        expected = reference(*qkv, streams)
+        found = BACKENDS[name](*qkv, streams, None)
+        upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+        gradients = [torch.autograd.grad(out, qkv, upstream) for out in (expected, found)]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        for one, other in zip(*gradients):
+            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases())
+def test_predictions_are_those_of_all_queries(case):
+    streams, batch, groups, heads = case
+    query, key, value = inputs(streams, batch, groups, heads)
+    predicting = streams.predicting
+    alone = reference(query[:predicting], key, value, streams)
+    torch.testing.assert_close(alone, reference(query, key, value, streams)[:predicting], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"reference"}))
 @pytest.mark.parametrize("size", [16, 128, 256])
 def test_backend_equals_the_reference_at_a_length_of_many_tiles(name, size):
-    streams = Streams(size, 1, True)
-    qkv = inputs(1024, streams, 1, 2, 4)
+    streams = Streams(1024, size, 1, 1024 - size)
+    qkv = inputs(streams, 1, 2, 4)
     expected, found = reference(*qkv, streams), BACKENDS[name](*qkv, streams, None)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -55,59 +75,59 @@ def test_backend_equals_the_reference_at_a_length_of_many_tiles(name, size):
 @settings(max_examples=15, deadline=None)
 @given(case=cases())
 def test_mask_says_what_the_objective_says(case):
-    length, streams, *_ = case
-    mask = dense_mask(length, streams)
+    streams, *_ = case
+    mask = dense_mask(streams)
+    tokens = [(k, p) for k in range(streams.noisy) for p in range(streams.length)]
+    tokens += [("clean", p) for p in range(streams.clean)]
+    assert mask.shape == (len(tokens), len(tokens))
     for q in range(0, len(mask), 1 + len(mask) // 100):
         for k in range(0, len(mask), 1 + len(mask) // 50):
-            query_stream, i = q // length, q % length // streams.block_size
-            key_stream, j = k // length, k % length // streams.block_size
-            query_noisy, key_noisy = query_stream < streams.noisy, key_stream < streams.noisy
-            if query_noisy and key_noisy:
+            (query_stream, i), (key_stream, j) = ((x, p // streams.block_size) for x, p in (tokens[q], tokens[k]))
+            if query_stream != "clean" and key_stream != "clean":
                 expected = query_stream == key_stream and i == j
-            elif query_noisy:
+            elif query_stream != "clean":
                 expected = j < i
             else:
-                expected = not key_noisy and j <= i
+                expected = key_stream == "clean" and j <= i
             assert bool(mask[q, k]) == expected
-    assert live_pairs(length, streams) == int(mask.sum())
+    assert live_pairs(streams) == int(mask.sum())
 
 
 @pytest.mark.parametrize("name", sorted(BACKENDS))
 @settings(max_examples=25, deadline=None)
 @given(case=cases(), data=st.data())
 def test_no_clean_token_leaks_into_the_past(name, case, data):
-    length, streams, batch, groups, heads = case
+    streams, batch, groups, heads = case
     if not (streams.clean and streams.noisy):
         return
-    blocks = length // streams.block_size
+    size, blocks = streams.block_size, streams.length // streams.block_size
     block = data.draw(st.integers(0, blocks - 1))
-    q, k, v = (x.detach().requires_grad_() for x in inputs(length, streams, batch, groups, heads))
-    out = BACKENDS[name](q, k, v, streams, None).view(length, streams.count, batch, heads, -1)
-    noisy_past = out[: (block + 1) * streams.block_size, : streams.noisy].sum()
-    clean_past = out[: block * streams.block_size, streams.noisy :].sum()
-    inside = slice(block * streams.block_size, (block + 1) * streams.block_size)
-    for gradient in torch.autograd.grad(noisy_past + clean_past, (k, v), materialize_grads=True):
-        clean = gradient.view(length, streams.count, batch, groups, -1)[inside, streams.noisy :]
-        assert torch.count_nonzero(clean) == 0
+    q, k, v = (x.detach().requires_grad_() for x in inputs(streams, batch, groups, heads))
+    *noisy, clean = streams.parts(BACKENDS[name](q, k, v, streams, None))
+    past = clean[: block * size].sum() + sum(x[: (block + 1) * size].sum() for x in noisy)
+    for gradient in torch.autograd.grad(past, (k, v), materialize_grads=True):
+        assert torch.count_nonzero(streams.parts(gradient)[-1][block * size : (block + 1) * size]) == 0
 
 
 # ---- context parallelism, all ranks in one process ----
 
 
 class OneOfMany(ContextShard):
-    """A rank's shard whose ``gather`` takes what the others hold from the whole keys and values, in that order."""
+    """A rank's shard whose ``gather`` finds what it is given a part of among the whole keys and values."""
 
     def holding(self, key: torch.Tensor, value: torch.Tensor, streams: Streams) -> "OneOfMany":
-        object.__setattr__(self, "whole", [key, value])
-        object.__setattr__(self, "streams", streams)
+        whole = [x.unflatten(0, (streams.count, -1)) for x in (key, value)]
+        by_position = [x.transpose(0, 1) for x in whole]
+        object.__setattr__(self, "whole", [*by_position, *(stream for x in whole for stream in x)])
         return self
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        whole = self.whole.pop(0)
-        if whole.numel() // self.length == x.numel() // len(x):
-            return whole.view(self.length, *x.shape[1:])
-        # Of the clean stream alone, the fourth axis from the end is the batch.
-        return whole.view(self.length, self.streams.count, *x.shape[1:])[:, self.streams.clean_index]
+        (found,) = (w for w in self.whole if w.shape[1:] == x.shape[1:] and torch.equal(self.take(w, 0), x))
+        return found
+
+    def mine(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's positions of every stream."""
+        return self.take(x.unflatten(0, (-1, self.length)), 1).flatten(0, 1)
 
 
 @pytest.mark.parametrize("name", sorted(BACKENDS))
@@ -115,25 +135,27 @@ class OneOfMany(ContextShard):
 @given(case=cases(), size=st.sampled_from([2, 3, 4]), parts=st.integers(1, 3))
 def test_ranks_that_share_a_row_attend_as_one(name, case, size, parts):
     """Outputs of all ranks make up the whole, and the gradients that reach keys and values add up."""
-    _, streams, batch, groups, heads = case
+    streams, batch, groups, heads = case
     only_block = not streams.clean
     length = 2 * size * parts * (1 if only_block else streams.block_size)
-    if only_block:
-        streams = Streams(length, streams.noisy, clean=False)
-    query, key, value = inputs(length, streams, batch, groups, heads)
-    expected = reference(query, key, value, streams)
-    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    wanted = torch.autograd.grad(expected, (query, key, value), upstream)
+    block = length if only_block else streams.block_size
+    streams = Streams(length, block, streams.noisy, clean=0 if only_block else length)
+    query, key, value = inputs(streams, batch, groups, heads)
+    for asking in {streams.tokens, streams.predicting}:
+        asked = query[:asking].detach().requires_grad_()
+        expected = reference(asked, key, value, streams)
+        upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+        wanted = torch.autograd.grad(expected, (asked, key, value), upstream)
 
-    sums = [torch.zeros_like(x) for x in (query, key, value)]
-    for rank in range(size):
-        shard = OneOfMany(length, size, rank).holding(key, value, streams)
-        found = BACKENDS[name](*(shard.take(x, 0) for x in (query, key, value)), streams, None, shard)
-        torch.testing.assert_close(found, shard.take(expected, 0), rtol=1e-5, atol=1e-5)
-        for total, part in zip(sums, torch.autograd.grad(found, (query, key, value), shard.take(upstream, 0))):
-            total += part
-    for found, one in zip(sums, wanted):
-        torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-5)
+        sums = [torch.zeros_like(x) for x in (asked, key, value)]
+        for rank in range(size):
+            shard = OneOfMany(length, size, rank).holding(key, value, streams)
+            found = BACKENDS[name](*map(shard.mine, (asked, key, value)), streams, None, shard)
+            torch.testing.assert_close(found, shard.mine(expected), rtol=1e-5, atol=1e-5)
+            for total, part in zip(sums, torch.autograd.grad(found, (asked, key, value), shard.mine(upstream))):
+                total += part
+        for found, one in zip(sums, wanted):
+            torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None)

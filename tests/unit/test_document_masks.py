@@ -19,7 +19,7 @@ from bd3_megatron.config import DiffusionConfig, KernelConfig
 from bd3_megatron.diffusion.batch import Batch, causal_batch
 from bd3_megatron.hf.modeling_bd3 import BD3ForMaskedLM
 from tests.unit import tiny
-from tests.unit.test_attention import OneOfMany, inputs
+from tests.unit.test_attention import OneOfMany, inputs, streams_of
 from tests.unit.test_loss import loss_and_gradients
 
 OTHERS = sorted(set(BACKENDS) - {"reference"})
@@ -38,14 +38,13 @@ def packed(draw, longest: int = 12, most: int = 320):
     size = draw(st.sampled_from([1, 3, 4, 16, 70, 150]))
     blocks = draw(st.integers(1, min(longest, most // size)))
     length = size * blocks
-    noisy = draw(st.integers(0, 2))
-    clean = draw(st.booleans()) if noisy and blocks == 1 else True
+    streams = streams_of(draw, blocks, size, noisy=draw(st.integers(0, 2)))
     groups, repeats, batch = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     starts = draw(st.lists(st.tuples(st.integers(0, batch - 1), st.integers(0, length - 1)), max_size=3 * batch))
     marks = torch.zeros(batch, length, dtype=torch.int32)
     for row, position in starts:
         marks[row, position] = 1
-    return length, Streams(size, noisy, clean), batch, groups, groups * repeats, marks.cumsum(1, dtype=torch.int32)
+    return streams, batch, groups, groups * repeats, marks.cumsum(1, dtype=torch.int32)
 
 
 def assert_same(found: Tensor, expected: Tensor, qkv: list[Tensor]) -> None:
@@ -63,13 +62,13 @@ def assert_same(found: Tensor, expected: Tensor, qkv: list[Tensor]) -> None:
 @settings(max_examples=30, deadline=None)
 @given(case=packed(longest=4))
 def test_a_query_sees_what_the_mask_admits_of_its_own_document(case):
-    length, streams, batch, *_, documents = case
-    mask = dense_mask(length, streams, documents=documents)
-    admitted = dense_mask(length, streams)
-    position = torch.arange(streams.count * length) % length
+    streams, batch, *_, documents = case
+    mask = dense_mask(streams, documents=documents)
+    admitted = dense_mask(streams)
+    position = torch.arange(streams.tokens) % streams.length
     for row in range(batch):
         for query in range(0, len(admitted), 1 + len(admitted) // 60):
-            own = documents[row, position] == documents[row, query % length]
+            own = documents[row, position] == documents[row, query % streams.length]
             assert torch.equal(mask[row, query], admitted[query] & own)
 
 
@@ -77,16 +76,16 @@ def test_a_query_sees_what_the_mask_admits_of_its_own_document(case):
 @settings(max_examples=60, deadline=None)
 @given(case=packed())
 def test_backend_equals_the_dense_reference(name, case):
-    length, streams, batch, groups, heads, documents = case
-    qkv = inputs(length, streams, batch, groups, heads)
+    streams, batch, groups, heads, documents = case
+    qkv = inputs(streams, batch, groups, heads)
     expected = reference(*qkv, streams, documents=documents)
     assert_same(BACKENDS[name](*qkv, streams, documents=documents), expected, qkv)
 
 
 @pytest.mark.parametrize("name", sorted(BACKENDS))
 def test_a_row_of_one_document_is_a_row_without_documents(name):
-    streams = Streams(4, 2, True)
-    qkv = inputs(256, streams, 2, 2, 4)
+    streams = Streams(256, 4, 2, 252)
+    qkv = inputs(streams, 2, 2, 4)
     one = torch.full((2, 256), 7, dtype=torch.int32)
     assert_same(BACKENDS[name](*qkv, streams, documents=one), BACKENDS[name](*qkv, streams), qkv)
 
@@ -96,29 +95,29 @@ def test_a_row_of_one_document_is_a_row_without_documents(name):
 @given(case=packed(), size=st.sampled_from([2, 3]), parts=st.integers(1, 2), seed=st.integers(0, 99), one=st.booleans())
 def test_ranks_that_share_a_row_attend_as_one(name, case, size, parts, seed, one):
     """Chunks of whole blocks, and parts of the ``one`` block of a row."""
-    _, streams, batch, groups, heads, _ = case
+    streams, batch, groups, heads, _ = case
     length = 2 * size * parts * (70 if one else min(streams.block_size, 70))
     block, noisy = (length, max(1, streams.noisy)) if one else (min(streams.block_size, 70), streams.noisy)
-    streams = Streams(block, noisy, clean=not one)
+    streams = Streams(length, block, noisy, clean=0 if one else length)
     generator = torch.Generator().manual_seed(seed)
     documents = (torch.rand(batch, length, generator=generator) < 4 / length).cumsum(1)
-    query, key, value = inputs(length, streams, batch, groups, heads)
+    query, key, value = inputs(streams, batch, groups, heads)
     expected = reference(query, key, value, streams, documents=documents)
     upstream = torch.randn(expected.shape, generator=generator)
     wanted = torch.autograd.grad(expected, (query, key, value), upstream)
     sums = [torch.zeros_like(x) for x in (query, key, value)]
     for rank in range(size):
         shard = OneOfMany(length, size, rank).holding(key, value, streams)
-        mine = (shard.take(x, 0) for x in (query, key, value))
+        mine = map(shard.mine, (query, key, value))
         found = BACKENDS[name](*mine, streams, None, shard, documents)
-        torch.testing.assert_close(found, shard.take(expected, 0), rtol=1e-5, atol=1e-5)
-        for total, part in zip(sums, torch.autograd.grad(found, (query, key, value), shard.take(upstream, 0))):
+        torch.testing.assert_close(found, shard.mine(expected), rtol=1e-5, atol=1e-5)
+        for total, part in zip(sums, torch.autograd.grad(found, (query, key, value), shard.mine(upstream))):
             total += part
     for found, one in zip(sums, wanted):
         torch.testing.assert_close(found, one, rtol=1e-5, atol=2e-5)
 
 
-LONG = [Streams(4, 1, True), Streams(4, 2, True), Streams(256, 1, True), Streams(1024, 1, False)]
+LONG = [Streams(1024, 4, 1, 1024), Streams(1024, 4, 2, 1020), Streams(1024, 256, 1, 768), Streams(1024, 1024, 1)]
 
 
 def pairs_and_result(monkeypatch, qkv: list[Tensor], streams: Streams, documents: Tensor) -> tuple[list[int], Tensor]:
@@ -140,7 +139,7 @@ def test_keys_of_no_document_in_a_tile_are_skipped_and_change_nothing(monkeypatc
     length, batch = 1024, 2
     documents = torch.arange(length).div(150, rounding_mode="floor").expand(batch, -1).contiguous()
     documents[1] = (torch.arange(length) + 70) // 150
-    qkv = inputs(length, streams, batch, 1, 2)
+    qkv = inputs(streams, batch, 1, 2)
     sizes, found = pairs_and_result(monkeypatch, qkv, streams, documents)
 
     class Unskipped(chunked.Documents):
@@ -224,9 +223,11 @@ def gradients_of_each_document(backbone: str, backend: str, diffusion: Diffusion
     batch = tiny.batch_of(model, diffusion, 2, documents=documents if passed else None)
     causal = diffusion.objective == "causal"
     if not causal:
-        batch.weight.fill_(1)
-    network = tiny.build(model, diffusion, tiny.weights_of(model), KernelConfig(attention=backend))
-    embedded: list[Tensor] = []  # [L, S b, h]
+        weight = torch.ones_like(batch.weight)
+        batch = Batch(batch.input_ids, batch.labels, weight, batch.tokens, batch.documents)
+    whole = KernelConfig(attention=backend, skip_last_clean_block=False)
+    network = tiny.build(model, diffusion, tiny.weights_of(model), whole)
+    embedded: list[Tensor] = []  # [S L, b, h]
     network.embedding.register_forward_hook(lambda *args: embedded.append(args[-1]))
     numbers = torch.from_numpy(documents)
     predicted = numbers.roll(-1, 1) if causal else numbers
@@ -234,7 +235,7 @@ def gradients_of_each_document(backbone: str, backend: str, diffusion: Diffusion
         embedded.clear()
         nll = network(batch).unflatten(0, (-1, 2))  # [K, b, L]
         (gradient,) = torch.autograd.grad(nll[:, predicted == number].sum(), embedded)
-        yield gradient.transpose(0, 1).unflatten(0, (-1, 2)), numbers == number
+        yield gradient.unflatten(0, (-1, model.length)).transpose(1, 2), numbers == number
 
 
 @pytest.mark.usefixtures("world")

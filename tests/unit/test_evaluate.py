@@ -23,6 +23,8 @@ from tests.unit import tiny
 
 CAUSAL = DiffusionConfig(objective="causal", block_size=1)
 EVERY_TOKEN = DiffusionConfig(block_size=1, beta=1.0, omega=1.0)
+# A mean over the draws of a pair that took a sum, or one of the two, would show.
+EVERY_PAIR = DiffusionConfig(block_size=1, draws=2, coupling="complementary")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def evaluated(world, reader: RowReader, diffusion: DiffusionConfig, micro: int =
 # ---- exact likelihood ----
 
 
-@pytest.mark.parametrize("diffusion", [EVERY_TOKEN, CAUSAL], ids=["single tokens", "causal"])
+@pytest.mark.parametrize("diffusion", [EVERY_TOKEN, EVERY_PAIR, CAUSAL], ids=["single tokens", "pairs", "causal"])
 @pytest.mark.parametrize("backbone", tiny.BACKBONES)
 def test_the_bound_is_the_likelihood_token_by_token(world, reader, backbone, diffusion):
     model = of_data(reader, backbone)
@@ -83,7 +85,12 @@ def test_the_linear_schedule_at_single_tokens_has_the_exact_value_for_its_mean(w
 # ---- what the result does not depend on ----
 
 
-@pytest.mark.parametrize("diffusion", [DiffusionConfig(block_size=4, draws=2), CAUSAL], ids=["blocks", "causal"])
+PAIRS = DiffusionConfig(block_size=4, draws=2, coupling="complementary")
+
+
+@pytest.mark.parametrize(
+    "diffusion", [DiffusionConfig(block_size=4, draws=2), PAIRS, CAUSAL], ids=["blocks", "pairs", "causal"]
+)
 def test_the_size_of_micro_batches_does_not_matter(world, reader, diffusion):
     """Up to rounding in fp32: a product of another size may add in another order."""
     whole = evaluated(world, reader, diffusion, micro=50, rows=50, draws=2)

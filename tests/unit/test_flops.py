@@ -80,9 +80,9 @@ def test_attention_counts_the_pairs_that_the_mask_admits(blocks, size, draws, la
     diffusion = CAUSAL if causal or length % size else DiffusionConfig(block_size=size, draws=draws)
     model = tiny.shape(layers=layers, length=length)
     streams = Streams.of(diffusion, length)
-    pairs = layers * live_pairs(length, streams)
+    pairs = layers * live_pairs(streams)
     if streams.noisy and streams.clean:  # nothing reads what the last layer's clean queries would give
-        pairs -= live_pairs(length, Streams(streams.block_size, noisy=0, clean=True))
+        pairs -= live_pairs(Streams(length, streams.block_size, noisy=0, clean=length))
     per_pair = 4 * model.heads * model.width_per_head
     assert forward_flops(model, diffusion).attention * length == pytest.approx(pairs * per_pair, rel=1e-12)
 

@@ -44,7 +44,8 @@ def setups(draw) -> tuple[ModelConfig, DiffusionConfig, KernelConfig, int]:
         schedule = draw(st.sampled_from(["loglinear", "cosine"]))
         diffusion = DiffusionConfig(block_size=size, draws=draw(st.integers(1, 2)), schedule=schedule)
     backend = draw(st.sampled_from(["chunked", "reference"]))
-    kernels = KernelConfig(attention=backend, masked_rows_only=draw(st.booleans()))
+    switches = {name: draw(st.booleans()) for name in KernelConfig.model_fields if name != "attention"}
+    kernels = KernelConfig(attention=backend, **switches)
     return model, diffusion, kernels, draw(st.integers(1, 3))
 
 
@@ -100,10 +101,11 @@ LEAK_SETUPS = [(backbone, backend) for backbone in tiny.BACKBONES for backend in
 def hidden_blocks(backbone: str, backend: str, ids: Tensor) -> Tensor:
     """Hidden states of ids ``[S, L]`` by stream and block, ``[S, blocks, B' h]``."""
     model, diffusion = tiny.shape(backbone), DiffusionConfig(block_size=SIZE, draws=DRAWS)
-    network = tiny.build(model, diffusion, tiny.weights_of(model), KernelConfig(attention=backend))
+    whole = KernelConfig(attention=backend, skip_last_clean_queries=False, skip_last_clean_block=False)
+    network = tiny.build(model, diffusion, tiny.weights_of(model), whole)
     with torch.no_grad():
-        hidden = network.hidden_states(ids)  # [L, S, h]
-    return hidden.transpose(0, 1).reshape(len(ids), model.length // SIZE, -1)
+        hidden = network.hidden_states(ids)  # [S L, 1, h]
+    return hidden.view(len(ids), model.length // SIZE, -1)
 
 
 def changed_blocks(backbone: str, backend: str, stream: int, position: int) -> Tensor:
@@ -139,14 +141,15 @@ def test_a_noisy_token_reaches_its_own_block_only(backbone, backend, draw, posit
 @pytest.mark.parametrize("block", range(4))
 def test_the_loss_of_a_block_has_no_gradient_by_the_clean_tokens_it_predicts(backbone, backend, block):
     model, diffusion = tiny.shape(backbone), DiffusionConfig(block_size=SIZE, draws=DRAWS)
-    network = tiny.build(model, diffusion, tiny.weights_of(model), KernelConfig(attention=backend))
-    batch = tiny.batch_of(model, diffusion, 1)
-    batch.weight.fill_(1)
-    embedded: list[Tensor] = []  # [L, S, h]
+    whole = KernelConfig(attention=backend, skip_last_clean_block=False)
+    network = tiny.build(model, diffusion, tiny.weights_of(model), whole)
+    drawn = tiny.batch_of(model, diffusion, 1)
+    batch = Batch(drawn.input_ids, drawn.labels, torch.ones_like(drawn.weight), drawn.tokens)
+    embedded: list[Tensor] = []  # [S L, 1, h]
     network.embedding.register_forward_hook(lambda *args: embedded.append(args[-1]))
     nll = network(batch)[:, : (block + 1) * SIZE].sum()
     (gradient,) = torch.autograd.grad(nll, embedded)
-    reached = gradient[:, DRAWS].reshape(4, -1).any(1)  # clean stream, by block
+    reached = gradient.view(DRAWS + 1, 4, -1)[DRAWS].any(1)  # clean stream, by block
     assert torch.equal(reached, torch.arange(4) < block)
 
 
