@@ -181,7 +181,7 @@ class Counter:
             norms += (copies - 1) * (asking * self._query + cells * self._grouped) * _FP32
         linears = (cells * hidden + asking * (hidden + self._query + inner)) * size
         if self._leaves(layer):
-            # Both projections read the gathered input, and copies of their rows of the weight unless these are together.
+            # Both projections read the gathered input, and copy their rows of the weight unless they lie together.
             linears += cells * (model.hidden - hidden) * size
             linears += self._fused * model.hidden * size if self._groups > 1 else 0
         mlp = asking * inner * (1 if dit else 4) * size
