@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -22,6 +26,10 @@ from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.engine.stage import named_parameters
 from bd3_megatron.memory import state_bytes
 from bd3_megatron.partition import parameter_shapes, stage_chunks
+from pretrain import estimate
+from pretrain.footprint import process_peak
+from pretrain.hardware import Device
+from pretrain.load import resolve
 from pretrain.spawn import run_world
 
 # A vocabulary that no tensor-parallel size divides.
@@ -135,3 +143,24 @@ def test_zero_partitions_are_as_large_as_counted():
         optimization = OptimizationConfig(precision=precision)
         (state,) = state_bytes(QWEN3, ParallelConfig(), ZeroConfig(stage=stage), optimization, 2)
         assert {name: state.parts()[name] for name in held} == held, (stage, precision)
+
+
+# ---- a process on the CPU ----
+
+
+def test_a_process_takes_the_memory_that_is_predicted(data_set, tmp_path, monkeypatch):
+    sizes = {"layers": 6, "hidden": 256, "heads": 4, "kv-heads": 2, "length": 32}
+    args = ["--data.path", str(data_set), "--train.precision", "fp32", "--train.steps", "3", "--checkpoint.every", "2"]
+    args += ["--train.micro-batch", "32", "--train.global-batch", "32", "--eval.rows", "8", "--eval.every", "0"]
+    args += [word for name, value in sizes.items() for word in (f"--model.{name}", str(value))]
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "pretrain.cli", "pretrain", *args, "--run", str(tmp_path / "run")]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    measured = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    monkeypatch.setattr(estimate, "this_cpu", lambda: Device("CPU", 1e11, None, 1e11, 2e10, 1e10, 1e10, 1e10))
+    config, options = resolve(estimate.EstimateOptions, [*args, "--device", "cpu"], "test")
+    assert sum(process_peak(estimate.predict(config, options)).values()) == pytest.approx(measured, rel=0.15)
