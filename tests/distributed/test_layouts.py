@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bd3_megatron.config import ConfigError, DiffusionConfig, ModelConfig
+from bd3_megatron.config import ConfigError, DiffusionConfig, KernelConfig, ModelConfig
 from pretrain import bench
 from pretrain.bench import parity
 from pretrain.bench.parity import LAYOUTS, Difference, Layout, Outcome, Task
@@ -43,6 +43,18 @@ MORE = {
     "documents draws": ["CP2"],
     "documents mdlm": ["CP2", "CP2xPP2"],
 }
+# What leaves out dead work, all of it and each saving by itself, against the plain path of one process.
+NEEDS = {"chunked_cross_entropy": ["masked_rows_only"]}
+SAVINGS = [name for name, field in KernelConfig.model_fields.items() if field.default is True]
+PLAIN = KernelConfig(attention="reference", **dict.fromkeys(SAVINGS, False))
+for draws in (1, 2, 4):
+    sparing = Task(MODEL, DiffusionConfig(block_size=4, draws=draws), steps=2)
+    TASKS |= {f"sparing {draws}": sparing, f"plain {draws}": sparing._replace(kernels=PLAIN)}
+    MORE[f"sparing {draws}"] = ["TP2", "TP2+SP", "PP2", "TP2xPP2"]
+for saving in SAVINGS:
+    kernels = PLAIN.model_copy(update={saving: True} | dict.fromkeys(NEEDS.get(saving, []), True))
+    TASKS[f"{saving} 2"] = TASKS["plain 2"]._replace(kernels=kernels)
+    MORE[f"{saving} 2"] = ["TP2+SP", "PP2"]
 MEGATRON = [name for name, layout in LAYOUTS.items() if layout.zero.stage == 0]
 CASES = [("qwen3", name) for name in MEGATRON] + [(task, name) for task, names in MORE.items() for name in names]
 
@@ -59,7 +71,9 @@ def outcomes() -> dict[tuple[str, str], list[Outcome]]:
 
 @pytest.mark.parametrize(("task", "layout"), CASES)
 def test_a_layout_equals_one_process(outcomes, task, layout):
-    found = parity.compare(outcomes[task, layout], outcomes[task, ""][0])
+    name, _, draws = task.partition(" ")
+    alone = f"plain {draws}" if name in ("sparing", *SAVINGS) else task
+    found = parity.compare(outcomes[task, layout], outcomes[alone, ""][0])
     assert found.passes, found
 
 
