@@ -267,6 +267,13 @@ def test_every_preset_has_a_prediction_in_finite_numbers(preset, device, monkeyp
     assert sum(parts.values()) == pytest.approx(values["stages"][0]["total_bytes"])
 
 
+def test_what_is_not_counted_is_said():
+    args = ("--preset", "125m", "--model.vocab-size", 50258)
+    assert not any("not counted" in line for line in estimate.report(predicted(*args)))
+    for more in (["--data.document-mask"], ["--kernels.attention", "reference"]):
+        assert sum("not counted" in line for line in estimate.report(predicted(*args, *more))) == 1
+
+
 # ---- the command ----
 
 
