@@ -244,9 +244,15 @@ def save(run: Path, engine: Engine, step: int, meta: Mapping[str, Any], keep: in
 
 
 def _buffers(shapes: Mapping[Box, torch.Size], pinned: bool) -> dict[Box, Tensor]:
-    """fp32 tensors of these shapes, parts of one allocation: the system rounds every pinned one up."""
+    """fp32 tensors of these shapes; pinned ones are parts of one allocation, because the system rounds each up.
+
+    Others have an allocation each: torch's writer copies what is part of a larger one, and keeps all copies until the
+    file is written, which would be the whole checkpoint once more.
+    """
+    if not pinned:
+        return {box: torch.empty(shape, dtype=torch.float32) for box, shape in shapes.items()}
     sizes = [shape.numel() for shape in shapes.values()]
-    parts = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=pinned).split(sizes)
+    parts = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=True).split(sizes)
     return {box: part.view(shape) for (box, shape), part in zip(shapes.items(), parts)}
 
 

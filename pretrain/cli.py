@@ -21,6 +21,7 @@ COMMANDS = {
     "sample": ("pretrain.generate:main", "generate text block by block"),
     "convert": ("pretrain.convert:main", "export to and import from Hugging Face folders"),
     "config": ("pretrain.load:main", "print the resolved configuration as YAML"),
+    "estimate": ("pretrain.estimate:main", "predict memory, traffic and time of a run before it is launched"),
     "bench": ("pretrain.bench:main", "measure data, a training step, its memory, and whether layouts agree"),
 }
 

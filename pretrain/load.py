@@ -59,7 +59,7 @@ def load_run_config(args: list[str], prog: str = "bd3 pretrain") -> RunConfig:
         ConfigError: one line for the first mistake in the preset, the file, the flags or between sections.
         OSError: the file cannot be read.
     """
-    return _resolve(RunOptions, args, prog)[0]
+    return resolve(RunOptions, args, prog)[0]
 
 
 def preset_config(name: str) -> RunConfig:
@@ -109,7 +109,7 @@ def to_yaml(config: RunConfig) -> str:
 
 def main(args: list[str]) -> None:
     """``bd3 config``: print the resolved configuration."""
-    config, options = _resolve(ShowOptions, args, "bd3 config")
+    config, options = resolve(ShowOptions, args, "bd3 config")
     model, parallel = config.model, config.parallel
     if model.vocab_size is not None:
         print(f"# parameters: {model.parameters(model.vocab_size):,}")
@@ -135,7 +135,12 @@ def _with_profile(args: list[str]) -> list[str]:
     return out
 
 
-def _resolve(cls: type[Options], args: list[str], prog: str) -> tuple[RunConfig, Options]:
+def resolve(cls: type[Options], args: list[str], prog: str) -> tuple[RunConfig, Options]:
+    """A run's configuration, checked, and the options of ``cls`` that it was resolved from.
+
+    Raises:
+        ConfigError, OSError: as :func:`load_run_config`.
+    """
     args = _with_profile(args)
     given = scan_options(cls, args)
     values = RunConfig().model_dump()

@@ -1,0 +1,178 @@
+"""Which parameters each rank holds: shapes and counts without torch, equal to those of the model that is built.
+
+Tensor parallelism cuts matrices, pipeline stages take layers, and a stage holds one chunk of the model or several
+(interleaved). Names and their order are those of :func:`bd3_megatron.engine.stage.named_parameters`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from bd3_megatron.config import ModelConfig, ParallelConfig, split_layers
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One model chunk of one pipeline stage: a run of layers, with the embedding or the head where it has them.
+
+    Attributes:
+        first_layer, layers: the layers ``first_layer .. first_layer + layers - 1`` of the whole model.
+        embedding, head: whether it begins or ends the model.
+    """
+
+    first_layer: int
+    layers: int
+    embedding: bool
+    head: bool
+
+
+def stage_chunks(model: ModelConfig, parallel: ParallelConfig) -> list[list[Chunk]]:
+    """Chunks by pipeline stage, in their order; virtual stage ``v`` is chunk ``v // pipeline`` of stage
+    ``v % pipeline``."""
+    stages = parallel.pipeline * parallel.interleave
+    counts = split_layers(model.layers, stages, parallel.embedding_weight, parallel.head_weight)
+    if parallel.pipeline == 1:
+        counts = [model.layers]
+    made, first = [], 0
+    for number, count in enumerate(counts):
+        made.append(Chunk(first, count, number == 0, number == len(counts) - 1))
+        first += count
+    return [made[stage :: parallel.pipeline] for stage in range(parallel.pipeline)]
+
+
+def padded_rows(vocab_size: int, tensor: int) -> int:
+    """Rows of embedding and head: the vocabulary rounded up to a multiple of the tensor-parallel size."""
+    return -(-vocab_size // tensor) * tensor
+
+
+def parameter_shapes(model: ModelConfig, chunk: Chunk, tensor: int = 1) -> dict[str, Shape]:
+    """Shape of every parameter that one tensor-parallel rank holds of a chunk, by global name, as built.
+
+    A tied head counts as the embedding that it is a copy of where it lies on another stage, and not at all on the
+    stage of the embedding.
+    """
+    rows = padded_rows(model.vocab_size, tensor) // tensor
+    shapes: dict[str, Shape] = {}
+    if chunk.embedding:
+        shapes["embedding.word_embeddings.weight"] = (rows, model.hidden)
+    for layer in range(chunk.first_layer, chunk.first_layer + chunk.layers):
+        prefix = f"decoder.layers.{layer}."
+        shapes |= {prefix + name: shape for name, shape in _layer(model, tensor)}
+    if chunk.head:
+        shapes |= {f"final_norm.{name}": shape for name, shape in _norm(model)}
+        if not model.tie_embeddings:
+            shapes["output_layer.weight"] = (rows, model.hidden)
+        elif not chunk.embedding:
+            shapes["embedding.word_embeddings.weight"] = (rows, model.hidden)
+        if model.backbone == "dit":
+            shapes["output_layer.bias"] = (rows,)
+    return shapes
+
+
+def parameter_count(model: ModelConfig, chunk: Chunk, tensor: int = 1) -> int:
+    """Parameters that one tensor-parallel rank holds of a chunk, vocabulary padding included."""
+    return sum(map(math.prod, parameter_shapes(model, chunk, tensor).values()))
+
+
+def _norm(model: ModelConfig) -> Iterator[tuple[str, Shape]]:
+    yield "weight", (model.hidden,)
+    if model.backbone == "dit":
+        yield "bias", (model.hidden,)
+
+
+def _layer(model: ModelConfig, tensor: int) -> Iterator[tuple[str, Shape]]:
+    hidden, width, ffn = model.hidden, model.width_per_head, model.ffn // tensor
+    query, grouped = model.heads * width // tensor, model.groups * width // tensor
+    dit = model.backbone == "dit"
+    for name, shape in _norm(model):
+        yield f"input_layernorm.{name}", shape
+    yield "self_attention.linear_proj.weight", (hidden, query)
+    yield "self_attention.linear_qkv.weight", (query + 2 * grouped, hidden)
+    if not dit:
+        yield "self_attention.q_layernorm.weight", (width,)
+        yield "self_attention.k_layernorm.weight", (width,)
+    for name, shape in _norm(model):
+        yield f"pre_mlp_layernorm.{name}", shape
+    yield "mlp.linear_fc1.weight", (ffn if dit else 2 * ffn, hidden)
+    if dit:
+        yield "mlp.linear_fc1.bias", (ffn,)
+    yield "mlp.linear_fc2.weight", (hidden, ffn)
+    if dit:
+        yield "mlp.linear_fc2.bias", (hidden,)
+
+
+# ---- how Megatron lays gradients out, and what a rank of the distributed optimizer owns ----
+
+
+@dataclass(frozen=True)
+class GradientBuffer:
+    """One chunk's contiguous gradient buffer (Megatron's ``_ParamAndGradBuffer``).
+
+    Attributes:
+        places: (start, end) of every parameter in the buffer.
+        buckets: (start, end) of the parts that are reduced together; their ends include padding.
+    """
+
+    places: tuple[tuple[int, int], ...]
+    buckets: tuple[tuple[int, int], ...]
+
+    @property
+    def elements(self) -> int:
+        """Elements with padding."""
+        return self.buckets[-1][1]
+
+    def owned(self, ranks: int) -> list[int]:
+        """Parameters (without padding) that each of ``ranks`` data-parallel ranks updates: an equal part of every
+        bucket."""
+        counts = [0] * ranks
+        for low, high in self.buckets:
+            size = (high - low) // ranks
+            for start, end in self.places:
+                start, end = max(start, low), min(end, high)
+                while start < end:
+                    rank = (start - low) // size
+                    stop = min(end, low + (rank + 1) * size)
+                    counts[rank] += stop - start
+                    start = stop
+        return counts
+
+
+def gradient_buffer(
+    shapes: dict[str, Shape], sharded: bool, ranks: int, bucket_size: int | None, own_bucket: bool = False
+) -> GradientBuffer:
+    """Lay parameters out as Megatron-core 0.16 does, last one first.
+
+    Args:
+        sharded: with the distributed optimizer, which aligns parameters to 64 elements and pads buckets to
+            lcm(ranks, 128).
+        ranks: data-parallel ranks, context-parallel ones included.
+        bucket_size: elements after which a bucket is closed; None makes one bucket.
+        own_bucket: the embedding is shared by stages, and the distributed optimizer gives it a bucket of its own.
+    """
+
+    def aligned(value: int, to: int) -> int:
+        return -(-value // to) * to if sharded else value
+
+    unit = math.lcm(ranks, 128)
+    places, buckets, start, bucket = [], [], 0, 0
+    for name, shape in reversed(shapes.items()):
+        alone = own_bucket and sharded and name == "embedding.word_embeddings.weight"
+        start = aligned(start, 64)
+        if alone and start > bucket:
+            start = aligned(start, unit)
+            buckets.append((bucket, start))
+            bucket = start
+        end = start + math.prod(shape)
+        places.append((start, end))
+        start = end
+        if alone or (bucket_size is not None and end - bucket >= bucket_size):
+            start = aligned(end, unit)
+            buckets.append((bucket, start))
+            bucket = start
+    if not buckets or places[-1][1] > buckets[-1][1]:
+        buckets.append((bucket, aligned(places[-1][1], unit)))
+    return GradientBuffer(tuple(places), tuple(buckets))
