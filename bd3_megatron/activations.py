@@ -1,7 +1,8 @@
 """What one micro-batch keeps for its backward pass on one rank, by part, and what is alive beside it for a moment.
 
 The counts follow the operations of :mod:`bd3_megatron.layers`, :mod:`bd3_megatron.attention.chunked` and
-:mod:`bd3_megatron.model` one by one, and equal the bytes of the distinct storages that autograd holds.
+:mod:`bd3_megatron.model` one by one, and equal the bytes of the distinct storages that autograd holds; those of a GPU's
+kernels are not compared with one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from bd3_megatron.attention.limits import TILE
 from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig
 from bd3_megatron.partition import Chunk, padded_rows
 
@@ -50,7 +52,12 @@ class Rows:
 
     @classmethod
     def of(
-        cls, model: ModelConfig, diffusion: DiffusionConfig, kernels: KernelConfig, parallel: ParallelConfig
+        cls,
+        model: ModelConfig,
+        diffusion: DiffusionConfig,
+        kernels: KernelConfig,
+        parallel: ParallelConfig,
+        cuda: bool = False,
     ) -> Rows:
         """Of a configuration, as :func:`bd3_megatron.model.streams_of` has them."""
         length, block = model.length, diffusion.block_size
@@ -59,6 +66,8 @@ class Rows:
         clean = length if block < length else 0
         if clean and kernels.skip_last_clean_block and parallel.context == 1:
             multiple = parallel.tensor if parallel.sequence else 1
+            if cuda and kernels.attention in ("auto", "flash") and length % TILE == 0:
+                multiple = math.lcm(multiple, TILE)
             clean = min(length, -(-(length - block) // multiple) * multiple)
         return cls(length, diffusion.draws, clean, block, kernels.skip_last_clean_queries and clean > 0)
 
@@ -123,7 +132,7 @@ class Counter:
 
     @property
     def rows(self) -> Rows:
-        return Rows.of(self.model, self.diffusion, self.kernels, self.parallel)
+        return Rows.of(self.model, self.diffusion, self.kernels, self.parallel, self.cuda)
 
     def chunk(self, chunk: Chunk) -> Activations:
         """What a model chunk keeps of one micro-batch."""
@@ -307,8 +316,12 @@ class Counter:
         return self._query + 2 * self._grouped
 
     def _attention(self, layer: int) -> float:
-        """Of the chunked backend: every tile of queries has its own copy of the clean keys and values before it."""
+        """Queries, keys, values, outputs and log-sum-exps. In the chunked backend every tile of queries has its own
+        copy of the clean keys and values before it; block-sparse kernels read them in place."""
         rows, size, context = self.rows, self.size, self.parallel.context
+        if self.cuda and self.kernels.attention not in ("chunked", "reference"):
+            asking, cells = self._asking(layer), self._cells(rows.positions)
+            return (2 * asking * self._query + 2 * cells * self._grouped) * size + asking * self._heads * _FP32
         chunk = rows.length // (2 * context) if context > 1 else rows.length
         tile = min(tile_positions(rows.length, rows.block_size), chunk)
         tile -= tile % rows.block_size if tile > rows.block_size else 0
