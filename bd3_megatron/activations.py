@@ -169,12 +169,7 @@ class Counter:
         whole = self.layer(layer)
         if kept == "none":
             return whole
-        # Query and key after the rotary embedding, and the value as a view of the projection that it comes from.
-        asking = self._asking(layer)
-        held = asking * self._query + cells * self._grouped
-        if self.model.backbone == "dit" or self.size < _FP32:
-            held += cells * (2 * self._grouped if self._leaves(layer) else self._fused)
-        return Activations(**whole.parts() | {"attention": held * self.size})
+        return Activations(**whole.parts() | {"attention": self._query_key_value(layer) * self.size})
 
     def layer(self, layer: int) -> Activations:
         """What a layer keeps without recomputation (also what recomputation makes again, one layer at a time)."""
@@ -315,9 +310,19 @@ class Counter:
     def _fused(self) -> float:
         return self._query + 2 * self._grouped
 
+    def _query_key_value(self, layer: int) -> float:
+        """Elements of query and key after the rotary embedding, and of the value, which is a view of the projection
+        that it comes from (and that the norms of queries and keys keep in fp32)."""
+        cells = self._cells(self.rows.positions)
+        held = self._asking(layer) * self._query + cells * self._grouped
+        if self.model.backbone == "dit" or self.size < _FP32:
+            held += cells * (2 * self._grouped if self._leaves(layer) else self._fused)
+        return held
+
     def _attention(self, layer: int) -> float:
-        """Queries, keys, values, outputs and log-sum-exps. In the chunked backend every tile of queries has its own
-        copy of the clean keys and values before it; block-sparse kernels read them in place."""
+        """Queries, keys, values, outputs and log-sum-exps. Block-sparse kernels, and the chunked backend on CPU where
+        whole rows come in tiles of several blocks, read them in place; else every tile of queries has its own copy of
+        the clean keys and values before it."""
         rows, size, context = self.rows, self.size, self.parallel.context
         if self.cuda and self.kernels.attention not in ("chunked", "reference"):
             asking, cells = self._asking(layer), self._cells(rows.positions)
@@ -325,6 +330,8 @@ class Counter:
         chunk = rows.length // (2 * context) if context > 1 else rows.length
         tile = min(tile_positions(rows.length, rows.block_size), chunk)
         tile -= tile % rows.block_size if tile > rows.block_size else 0
+        if context == 1 and rows.clean and tile > rows.block_size and not self.cuda:
+            return self._query_key_value(layer) * size + self._asking(layer) * self._heads * _FP32
         asking = [rows.length] * rows.noisy + ([] if self._leaves(layer) or not rows.clean else [rows.clean])
         asked = [rows.length] * rows.noisy + ([rows.clean] if rows.clean else [])
         repeats = self.model.heads // self.model.groups

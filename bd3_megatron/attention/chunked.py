@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bd3_megatron.attention import inplace
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.mask import Streams, sees, within_documents
 
@@ -75,6 +76,8 @@ def attend(
 
     tile = min(tile_size(context.length, streams.block_size), context.chunk)
     tile -= tile % streams.block_size
+    if _in_place(query, streams, context, packed, tile):
+        return inplace.attend(query, key, value, streams, scale, tile)
     # A tile of one block needs no mask but that of documents, a tile of several does.
     attend_tile = _tile_of_one_block if tile == streams.block_size else _tile_of_blocks
     own = [[_tiles(stream, context.chunk, tile) for stream in x] for x in (keys, values)]
@@ -104,6 +107,12 @@ def attend(
         for stream, mixed in zip(out, attend_tile(q, past, here, (first, start), streams, scale, packed)):
             stream.append(mixed.permute(3, 0, 1, 2, 4))  # [b, g, r, C, d] -> [C, b, g, r, d]
     return torch.cat([tile for stream in out for tile in stream]).reshape(query.shape)
+
+
+def _in_place(query: Tensor, streams: Streams, context: ContextShard, packed: Documents | None, tile: int) -> bool:
+    """Whether the rows are of the usual kind, for which a CPU has a way without copies of keys."""
+    joint = streams.clean > 0 and tile > streams.block_size
+    return joint and query.device.type == "cpu" and context.size == 1 and packed is None
 
 
 class Documents:

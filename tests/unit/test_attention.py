@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bd3_megatron.attention import chunked
 from bd3_megatron.attention.backends import BACKENDS
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.mask import Streams, dense_mask, live_pairs
@@ -51,6 +52,22 @@ def test_backend_equals_the_dense_reference(name, case):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         for one, other in zip(*gradients):
             torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=cases())
+def test_chunks_made_of_differentiable_pieces_equal_those_in_place(case):
+    """What other devices compute."""
+    streams, batch, groups, heads = case
+    qkv = inputs(streams, batch, groups, heads)
+    upstream = torch.randn(qkv[0].shape, generator=torch.Generator().manual_seed(1))
+    found = chunked.attend(*qkv, streams)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(chunked, "_in_place", lambda *_: False)
+        expected = chunked.attend(*qkv, streams)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(*(torch.autograd.grad(out, qkv, upstream) for out in (found, expected))):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
