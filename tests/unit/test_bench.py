@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from bd3_megatron.config import ConfigError
+from bd3_megatron import flops
+from bd3_megatron.config import ConfigError, DiffusionConfig, ModelConfig
 from pretrain import bench
 from pretrain.bench.memory import saved_for_backward
 
@@ -149,3 +150,75 @@ def test_mistakes_in_attention_are_one_line(args, line):
     with pytest.raises(ConfigError) as caught:
         bench.main([*SMALL_ATTENTION, *args])
     assert str(caught.value) == line
+
+
+SMALL_STEP = ["step", "--layers", "2", "--hidden", "32", "--heads", "2", "--vocab-size", "64", "--batch", "2"]
+
+
+def test_step_compares_with_the_plain_path_and_with_an_autoregressive_step(no_world, capsys, tmp_path):
+    picture = tmp_path / "step.png"
+    options = ["--lengths", "32", "64", "--block-size", "8", "--repeats", "1", "--draws", "2", "--plot", str(picture)]
+    assert bench.main([*SMALL_STEP, *options, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["length"] for row in rows] == [32, 64]
+    model = ModelConfig(
+        backbone="dit", layers=2, hidden=32, heads=2, ffn_hidden=128, length=64, vocab_size=64, mask_id=63
+    )
+    diffusion = DiffusionConfig(block_size=8, draws=2)
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(2 * row["length"] / row["seconds"])
+        assert row["ratio"] == pytest.approx(row["seconds"] / row["plain_seconds"])
+        assert row["of_causal"] == pytest.approx(row["seconds"] / row["causal_seconds"])
+        assert 0 < row["flop_ratio"] < 1 < row["flops_of_causal"]
+    useful = flops.training_flops_per_token(model, diffusion)
+    assert rows[1]["useful_tflops"] == pytest.approx(useful * rows[1]["tokens_per_second"] / 1e12)
+    assert rows[1]["mfu_useful"] == pytest.approx(rows[1]["useful_tflops"] / rows[1]["matmul_tflops"])
+    assert rows[1]["mfu_6nd"] / rows[1]["mfu_useful"] == pytest.approx(flops.six_n(model) / useful)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert bench.main([*SMALL_STEP, "--lengths", "32", "--repeats", "1", "--no-plain", "--no-causal"]) == 0
+    assert "plain" not in capsys.readouterr().out.splitlines()[1:]
+
+
+def test_step_takes_a_preset(no_world, capsys):
+    assert bench.main(["step", "--preset", "tiny-cpu", "--batch", "1", "--repeats", "1", "--no-plain", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["length"] == 128
+    with pytest.raises(ConfigError, match=r"preset=tiny: unknown preset; use 125m, 1b"):
+        bench.main(["step", "--preset", "tiny"])
+    with pytest.raises(ConfigError, match=r"--lengths=30: not divisible by diffusion.block_size=4"):
+        bench.main(["step", "--preset", "tiny-cpu", "--lengths", "30"])
+
+
+SMALL_SHAPE, LARGE_SHAPE = (12, 768, 12), (24, 2048, 16)  # layers, width, heads: 125M and 1.3B
+
+
+@pytest.mark.parametrize(
+    ("shape", "length", "ratio"),
+    [
+        ((12, 768, 12), 1024, 2.14),
+        ((12, 768, 12), 8192, 4.08),
+        ((24, 2048, 16), 1024, 2.15),
+        ((24, 2048, 16), 8192, 3.35),
+    ],
+)
+def test_plain_flops_are_the_published_ones_with_logits_of_both_streams(shape, length, ratio):
+    layers, hidden, heads = shape
+    sizes = {"layers": layers, "hidden": hidden, "heads": heads, "vocab_size": 50258, "mask_id": 50257}
+    model = ModelConfig(backbone="dit", length=length, **sizes)
+    causal = flops.forward_flops(model, DiffusionConfig(objective="causal", block_size=1))
+    plain = flops.plain_forward_flops(model, DiffusionConfig(block_size=4))
+    assert (plain - causal.head) / causal.total == pytest.approx(ratio, abs=0.006)
+
+
+def test_head_runs_on_masked_rows(no_world, capsys):
+    options = ["--hidden", "16", "--vocab-sizes", "50", "200", "--rows", "256", "--mask-rate", "0.5", "--repeats", "1"]
+    assert bench.main(["head", *options, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["vocab_size"] for row in rows] == [50, 200]
+    for row in rows:
+        assert row["rows"] % 16 == 0
+        assert 96 <= row["rows"] <= 160
+        assert row["ratio"] == pytest.approx(row["seconds"] / row["every_row_seconds"])
+        assert row["tflops"] == pytest.approx(6 * row["rows"] * row["vocab_size"] * 16 / row["seconds"] / 1e12)
+    assert bench.main(["head", *options]) == 0
+    assert "of_matmul" in capsys.readouterr().out
