@@ -134,13 +134,12 @@ class LoadedRun:
     def engine(self) -> Iterator[MegatronEngine]:
         """The model with these weights, ready to evaluate or sample, in a world of 1 that ends with the context."""
         config = self.config
-        # Another machine than the one trained on may have no GPU.
+        # Another machine than the one trained on may have no GPU. FP8 is for training: here it is bf16.
         alone = ParallelConfig()
+        kernels = config.kernels.model_copy(update={"layers": "auto"})
         world = parallel.start(alone)
         try:
-            engine = MegatronEngine(
-                config.model, config.diffusion, config.kernels, alone, config.train, world, training=False
-            )
+            engine = MegatronEngine(config.model, config.diffusion, kernels, alone, config.train, world, training=False)
             engine.set_weights(self.weights)
             yield engine
         finally:
