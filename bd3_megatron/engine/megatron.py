@@ -124,6 +124,7 @@ class MegatronEngine(OwnsMasters):
         for part in self._parts():
             for slots in part.optimizer.state.values():
                 slots["step"].fill_(steps)
+            _count(part.optimizer, steps)
         self._publish()
 
     @torch.no_grad()
@@ -166,6 +167,7 @@ class MegatronEngine(OwnsMasters):
     def _create_optimizer_state(self) -> None:
         """Adam's moments exist before the first step, so that a checkpoint can be read into them."""
         for part in self._parts():
+            _count(part.optimizer, 0)
             for group in part.optimizer.param_groups:
                 for weight in group["params"]:
                     slots = part.optimizer.state[weight]
@@ -187,6 +189,13 @@ class MegatronEngine(OwnsMasters):
                 master = getattr(parameter, "main_param", None)
                 if master is not None:
                     parameter.copy_(master)
+
+
+def _count(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Tell Adam how many steps were taken. torch's counts by parameter; Transformer Engine's, which Megatron takes
+    where it is installed, and Apex's count by group."""
+    for group in optimizer.param_groups:
+        group["step"] = steps
 
 
 def _optimizer_config(optimization: OptimizationConfig, bf16: bool, sharded: bool) -> OptimizerConfig:

@@ -12,7 +12,9 @@ import contextlib
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
@@ -61,7 +63,13 @@ class _Quantizes:
         return x + (rounded - x).detach()
 
     def _update(self, meta: SimpleNamespace) -> None:
-        """Scale from the largest of the history; the history moves on by one and its first row is emptied."""
+        """Scale from the largest of the history; the history moves on by one and its first row is emptied.
+
+        The real one reduces the largest values of all layers at once, at the end of the forward pass.
+        """
+        if dist.get_world_size() > 1:
+            group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
+            dist.all_reduce(meta.amax_history[0], dist.ReduceOp.MAX, group=group)
         largest = meta.amax_history.amax(0)
         meta.scale.copy_(torch.where(largest > 0, E4M3 / largest.clamp(min=1e-30), meta.scale))
         meta.amax_history.copy_(meta.amax_history.roll(-1, 0))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from bd3_megatron import layers, te
 from bd3_megatron.config import (
+    ConfigError,
     DiffusionConfig,
     Fp8Config,
     KernelConfig,
@@ -19,7 +20,10 @@ from bd3_megatron.engine import build_engine
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.hf.mapping import entries
 from bd3_megatron.model import BlockDiffusionModel, global_name, initialize
-from pretrain import checkpoint
+from pretrain import checkpoint, runs
+from pretrain.config import RunConfig
+from pretrain.load import save_config
+from pretrain.resume import check_same_run
 from tests.unit import fake_te, tiny
 from tests.unit.fake_te import Column
 
@@ -234,6 +238,16 @@ def test_weights_are_cast_once_in_every_step_and_in_every_evaluation(world):
     assert {module.casts for module in columns} == {2}
     train(made, 2, 2)
     assert {module.casts for module in columns} == {3}
+
+
+def test_a_run_may_go_on_with_other_layers_and_another_recipe(tmp_path):
+    run = RunConfig()
+    save_config(run, tmp_path / runs.CONFIG)
+    for kernels, fp8 in ((TE, DELAYED), (KernelConfig(fusions=False), Fp8Config())):
+        check_same_run(tmp_path, run.model_copy(update={"kernels": kernels, "fp8": fp8}))
+    other = run.model_copy(update={"kernels": KernelConfig(masked_rows_only=False)})
+    with pytest.raises(ConfigError, match=r"^kernels.masked_rows_only=False: the run in"):
+        check_same_run(tmp_path, other)
 
 
 # ---- what Megatron is told ----
