@@ -203,6 +203,13 @@ class KernelConfig(Section):
     attention: Literal["auto", "flash", "flex", "chunked", "reference"] = Field(
         "auto", description="two-stream attention backend; reference materialises the dense mask"
     )
+    layers: Literal["auto", "local", "te"] = Field(
+        "auto",
+        description="linear layers and norms: Megatron's own, or Transformer Engine's; auto: te on CUDA if installed",
+    )
+    fusions: bool = Field(
+        True, description="on CUDA: fused bias, dropout, activation, rotary and weight-gradient kernels, as installed"
+    )
     masked_rows_only: bool = Field(True, description="run the head on masked rows only, not on every row")
     chunked_cross_entropy: bool = Field(
         True, description="compute head and cross-entropy together, some rows at a time (needs masked_rows_only)"
@@ -213,6 +220,25 @@ class KernelConfig(Section):
     skip_last_clean_block: bool = Field(
         True, description="end the clean stream before its last block, which none reads"
     )
+
+
+class Fp8Config(Section):
+    """FP8 matrix products in the transformer layers, by Transformer Engine; docs/kernels.md has the rules.
+
+    Attention, norms, head, weights and what lies between layers stay in bf16, and master weights in fp32.
+    """
+
+    enabled: bool = False
+    recipe: Literal["current", "delayed", "block"] = Field(
+        "current",
+        description="scale of a tensor: from itself (current), from its past (delayed), or one per block of it (block)",
+    )
+    format: Literal["auto", "hybrid", "e4m3"] = Field(
+        "auto", description="hybrid: gradients are e5m2, the rest e4m3; auto: e4m3 for block, hybrid for the others"
+    )
+    first_last_bf16: int = Field(0, ge=0, description="so many layers at the start and as many at the end stay in bf16")
+    amax_history: int = Field(1024, ge=1, description="delayed: forward passes whose largest values decide the scale")
+    margin: int = Field(0, ge=0, description="delayed: scales are smaller by 2^margin")
 
 
 class OptimizationConfig(Section):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +18,18 @@ from megatron.core.tensor_parallel.mappings import (
     scatter_to_sequence_parallel_region,
 )
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from bd3_megatron import te
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.core import TwoStreamAttention
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.config import KernelConfig, ModelConfig, ParallelConfig, split_layers
+from bd3_megatron.config import Fp8Config, KernelConfig, ModelConfig, ParallelConfig, split_layers
 
 
 class Norm(torch.nn.Module):
@@ -81,6 +85,9 @@ class PredictingAttention(BiasFreeSelfAttention):
         ``[N, b, g, d]``."""
         if self._samples:
             return super().get_query_key_value_tensors(hidden_states, key_value_states, *args, **kwargs)
+        if hasattr(self.linear_qkv, "layer_norm_weight"):  # norm and weight are one kernel, which gives all of them
+            query, key, value = super().get_query_key_value_tensors(hidden_states, key_value_states, *args, **kwargs)
+            return query[: self.noisy], key, value
         if self.config.sequence_parallel:
             hidden_states = gather_from_sequence_parallel_region(hidden_states)
         else:
@@ -130,10 +137,23 @@ def tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, bf16: bool) -> TransformerConfig:
-    """Megatron's configuration of the backbone on this machine."""
+def transformer_config(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    bf16: bool,
+    kernels: KernelConfig | None = None,
+    fp8: Fp8Config | None = None,
+    main_grads: bool = False,
+) -> TransformerConfig:
+    """Megatron's configuration of the backbone on this machine.
+
+    Args:
+        main_grads: parameters will have the fp32 ``main_grad`` of Megatron's data parallelism.
+    """
+    kernels, fp8 = kernels or KernelConfig(), fp8 or Fp8Config()
     dit = model.backbone == "dit"
     dtype = torch.bfloat16 if bf16 else torch.float32
+    fused = fusions(kernels, main_grads)
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -147,14 +167,12 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, bf16: bool)
         layernorm_epsilon=model.eps,
         add_bias_linear=dit,
         gated_linear_unit=not dit,
-        activation_func=tanh_gelu if dit else F.silu,
+        activation_func=activation(dit, fused["bias_activation_fusion"]),
         qk_layernorm=not dit,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        masked_softmax_fusion=False,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        **fused,
+        masked_softmax_fusion=False,  # the attention is not Megatron's
+        persist_layer_norm=False,  # neither are the norms
+        **fp8_options(fp8),
         use_cpu_initialization=not torch.cuda.is_available(),
         bf16=bf16,
         params_dtype=dtype,
@@ -174,6 +192,49 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, bf16: bool)
     )
 
 
+def fusions(kernels: KernelConfig, main_grads: bool) -> dict[str, bool]:
+    """Megatron's fused kernels that run here, all of the same functions as the unfused ones; none without CUDA.
+
+    Args:
+        main_grads: as in :func:`transformer_config`; matrix products can add weight gradients to them.
+    """
+    on = kernels.fusions and torch.cuda.is_available()
+    adds_gradients = te.chosen(kernels) or find_spec("fused_weight_gradient_mlp_cuda") is not None
+    return {
+        "bias_activation_fusion": on,
+        "bias_dropout_fusion": on,
+        "apply_rope_fusion": on and te.missing() is None,
+        "gradient_accumulation_fusion": on and main_grads and adds_gradients,
+    }
+
+
+def activation(dit: bool, fused: bool) -> Callable[[Tensor], Tensor]:
+    """The MLP's activation in Megatron's words: what it fuses under the name of ``F.gelu`` is the tanh form."""
+    if not dit:
+        return F.silu
+    return F.gelu if fused else tanh_gelu
+
+
+_RECIPES = {"current": "tensorwise", "delayed": "delayed", "block": "blockwise"}
+
+
+def fp8_options(fp8: Fp8Config) -> dict[str, Any]:
+    """The section in Megatron's words, which 0.16.1 and 0.19 share."""
+    if not fp8.enabled:
+        return {}
+    options: dict[str, Any] = {
+        "fp8": fp8.format if fp8.format != "auto" else ("e4m3" if fp8.recipe == "block" else "hybrid"),
+        "fp8_recipe": _RECIPES[fp8.recipe],
+        "fp8_param": False,
+    }
+    if fp8.recipe == "delayed":
+        options |= {"fp8_margin": fp8.margin, "fp8_amax_history_len": fp8.amax_history, "fp8_amax_compute_algo": "max"}
+    if fp8.first_last_bf16:
+        options |= dict.fromkeys(("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"), fp8.first_last_bf16)
+        options["first_last_layers_bf16"] = True
+    return options
+
+
 def pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]] | None:
     """What each virtual stage holds, in Megatron's words; None without a pipeline."""
     if parallel.pipeline == 1:
@@ -189,36 +250,42 @@ def pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[s
 def layer_spec(
     model: ModelConfig, streams: Streams, kernels: KernelConfig, context: ContextShard, last: bool = False
 ) -> ModuleSpec:
-    """One layer from Megatron-core's own linear layers, with :class:`TwoStreamAttention` as core attention.
+    """One layer: linear layers and norms as ``kernels.layers`` says, :class:`TwoStreamAttention` as core attention.
+
+    Transformer Engine's column-parallel layers hold the norm before them; :func:`bd3_megatron.model.global_name` gives
+    it the name that it has as a layer of its own.
 
     Args:
         last: give the noisy streams only, all that the head reads.
     """
-    qk_norm = Norm if model.backbone == "qwen3" else None
+    if te.chosen(kernels):
+        column, row, norm = te.modules()
+        norm_before = IdentityOp
+    else:
+        column, row, norm = ColumnParallelLinear, RowParallelLinear, Norm
+        norm_before = Norm
+    qk_norm = norm if model.backbone == "qwen3" else None
     noisy = streams.noisy * context.held
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=norm_before,
             self_attention=ModuleSpec(
                 module=PredictingAttention if last else BiasFreeSelfAttention,
                 params={"noisy": noisy} if last else {},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=column,
                     core_attention=partial(
                         TwoStreamAttention, streams=streams, context=context, backend=kernels.attention
                     ),
-                    linear_proj=RowParallelLinear,
+                    linear_proj=row,
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
             ),
             self_attn_bda=add_to_predicting(noisy) if last else get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-            ),
+            pre_mlp_layernorm=norm_before,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
             mlp_bda=get_bias_dropout_add,
         ),
     )

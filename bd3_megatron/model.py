@@ -22,16 +22,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
+from bd3_megatron import te
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.limits import TILE
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig
+from bd3_megatron.config import DiffusionConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.fp8 import token_multiple
 from bd3_megatron.head import VocabularyShard, cross_entropy, linear_cross_entropy
 from bd3_megatron.layers import Norm, layer_spec, transformer_config
 from bd3_megatron.shards import global_shape, local_shard
 
 EMBEDDING = "embedding.word_embeddings.weight"
+_NORM_BEFORE = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
 
 
 class BlockDiffusionModel(LanguageModule):
@@ -44,6 +47,7 @@ class BlockDiffusionModel(LanguageModule):
         bf16: parameters and activations in bf16 instead of fp32.
         pre_process, post_process: whether this stage is the first, the last.
         chunk: which of the stage's model chunks this is, under the interleaved schedule; else None.
+        config: Megatron's, of the same model; made here where it is None.
     """
 
     def __init__(
@@ -57,13 +61,14 @@ class BlockDiffusionModel(LanguageModule):
         post_process: bool = True,
         chunk: int | None = None,
         config: TransformerConfig | None = None,
+        fp8: Fp8Config | None = None,
     ):
         kernels, parallel = kernels or KernelConfig(), parallel or ParallelConfig()
-        config = config or transformer_config(model, parallel, bf16)
+        config = config or transformer_config(model, parallel, bf16, kernels, fp8)
         super().__init__(config)
         self.vp_stage = chunk  # Megatron's name for it
         self.model, self.kernels = model, kernels
-        self.streams = streams_of(model, diffusion, kernels, parallel)
+        self.streams = streams_of(model, diffusion, kernels, parallel, fp8)
         self.pre_process, self.post_process = pre_process, post_process
         self.model_type = ModelType.encoder_or_decoder  # read by Megatron's schedules
         self.share_embeddings_and_output_weights = model.tie_embeddings
@@ -94,7 +99,9 @@ class BlockDiffusionModel(LanguageModule):
         if post_process:
             head = copy.copy(config)
             head.sequence_parallel = False  # the head reads gathered rows, not a shard of the sequence
-            self.final_norm = Norm(head, model.hidden)
+            head.gradient_accumulation_fusion = False  # linear_cross_entropy takes the weight without the layer
+            norm = te.modules().norm if te.chosen(kernels) else Norm
+            self.final_norm = norm(config=head, hidden_size=model.hidden, eps=model.eps)
             self.output_layer = ColumnParallelLinear(
                 model.hidden,
                 self.vocab_size,
@@ -215,14 +222,19 @@ class BlockDiffusionModel(LanguageModule):
 
 
 def streams_of(
-    model: ModelConfig, diffusion: DiffusionConfig, kernels: KernelConfig, parallel: ParallelConfig
+    model: ModelConfig,
+    diffusion: DiffusionConfig,
+    kernels: KernelConfig,
+    parallel: ParallelConfig,
+    fp8: Fp8Config | None = None,
 ) -> Streams:
     """The streams that are computed under this layout.
 
-    Context-parallel ranks hold equal parts of every stream, so that there the clean stream keeps its last block.
+    Context-parallel ranks hold equal parts of every stream, so that there the clean stream keeps its last block. FP8
+    asks for a multiple of tokens; the clean stream is then as long as the next one.
     """
     skip = kernels.skip_last_clean_block and parallel.context == 1
-    multiple = parallel.tensor if parallel.sequence else 1
+    multiple = token_multiple(fp8 or Fp8Config(), parallel)
     if torch.cuda.is_available() and kernels.attention in ("auto", "flash") and model.length % TILE == 0:
         multiple = math.lcm(multiple, TILE)  # the block-sparse kernels of FlashAttention take whole tiles
     return Streams.of(diffusion, model.length, skip, multiple)
@@ -241,12 +253,19 @@ def padded_vocabulary(vocab_size: int, tensor: int) -> int:
 
 
 def global_name(name: str, model: BlockDiffusionModel) -> str:
-    """A parameter's name with the layer counted over all pipeline stages; a tied head is the embedding."""
+    """A parameter's name with the layer counted over all pipeline stages, the same under every kind of layers.
+
+    A tied head is the embedding, and a norm that Transformer Engine joins to a linear layer the norm before it.
+    Modules have names as well.
+    """
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return EMBEDDING
     parts = name.split(".")
     if parts[:2] == ["decoder", "layers"]:
         parts[2] = str(int(parts[2]) + get_transformer_layer_offset(model.config, model.vp_stage))
+        owner, _, part = ".".join(parts[3:]).partition(".layer_norm_")
+        if part:
+            parts[3:] = [_NORM_BEFORE[owner], part]
     return ".".join(parts)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bd3_megatron.config import ConfigError
 from bd3_megatron.engine.base import Engine
+from bd3_megatron.engine.scaling import SECTION
 from bd3_megatron.parallel import World
 from bd3_megatron.shards import Held, Piece
 from pretrain.agree import on_each, on_first
@@ -101,13 +102,22 @@ def find(run: Path, step: int | None = None) -> Checkpoint:
     return found
 
 
-def restore(checkpoint: Checkpoint, engine: Engine) -> None:
+def restore(checkpoint: Checkpoint, engine: Engine, say: Callable[[str], None] = lambda _: None) -> None:
     """Fill the engine's state from a checkpoint, in place.
+
+    FP8 scales that the checkpoint lacks, because it was written in bf16 or with another recipe, start anew.
+
+    Args:
+        say: told so, on every rank that misses some.
 
     Raises:
         ConfigError: the checkpoint holds other tensors than this model has.
     """
     state = engine.state()
+    scales = {name: held for name, held in state.items() if name.startswith(f"{SECTION}/")}
+    if scales and not _holds(checkpoint, scales):
+        state = {name: held for name, held in state.items() if name not in scales}
+        say(f"{checkpoint.path}: holds no FP8 scales of this recipe and history; they start anew")
     on_each(lambda: _check(checkpoint, state))  # stages hold different tensors
     _load(checkpoint, state)
     engine.loaded(checkpoint.step)
@@ -127,6 +137,11 @@ def read_weights(checkpoint: Checkpoint, averaged: bool = True) -> dict[str, Ten
     _load(checkpoint, state, no_dist=True)
     # Fused gate and up projections are stored as [2, ffn, h].
     return {name.removeprefix(section): t.flatten(0, 1) if t.dim() == 3 else t for name, t in tensors.items()}
+
+
+def _holds(checkpoint: Checkpoint, state: dict[str, Held]) -> bool:
+    known = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    return all(name in known and tuple(known[name].size) == held.shape for name, held in state.items())
 
 
 def _check(checkpoint: Checkpoint, state: dict[str, Held]) -> None:

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from bd3_megatron.config import (
     ConfigError,
     DiffusionConfig,
+    Fp8Config,
     KernelConfig,
     ModelConfig,
     OptimizationConfig,
@@ -141,6 +142,7 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     kernels: KernelConfig = KernelConfig()
+    fp8: Fp8Config = Fp8Config()
     parallel: ParallelConfig = ParallelConfig()
     zero: ZeroConfig = ZeroConfig()
     data: DataConfig = DataConfig()

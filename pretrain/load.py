@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from bd3_megatron.attention.limits import Demand, check_kernels
 from bd3_megatron.config import ConfigError, check_layout, split_layers
+from bd3_megatron.fp8 import check_fp8
 from data_prep.remote import is_remote
 from pretrain.config import RunConfig, check_batches
 from pretrain.files import replace_file
@@ -156,6 +157,7 @@ def resolve(cls: type[Options], args: list[str], prog: str) -> tuple[RunConfig, 
     world_size = getattr(options, "world_size", None) or parallel.tensor * parallel.pipeline * parallel.context
     data_size = check_layout(config.model, config.diffusion, parallel, world_size, config.zero)
     check_kernels(config.kernels, Demand.of(config.model, config.diffusion, parallel, config.train.precision))
+    check_fp8(config.fp8, config.model, config.kernels, parallel, config.zero, config.train)
     if getattr(options, "world_size", None):
         check_batches(config.train, parallel, data_size)
     return config, options

@@ -16,9 +16,9 @@ from pretrain.config import RunConfig
 from pretrain.load import load_saved
 
 # What may change when a run goes on: how long, where and how it is watched. (A decaying learning rate follows
-# train.steps, so a longer run has another rate from here on.)
+# train.steps, so a longer run has another rate from here on.) Kernels give the same function, and FP8 rounds it.
 _FREE = ("run", "parallel", "zero", "log", "profile", "eval", "checkpoint", "train.steps", "train.micro_batch")
-_FREE += ("data.path", "data.cache", "data.cache_gb", "data.verify_gb")
+_FREE += ("data.path", "data.cache", "data.cache_gb", "data.verify_gb", "kernels.layers", "kernels.fusions", "fp8")
 
 
 def check_same_run(run: Path, config: RunConfig) -> None:

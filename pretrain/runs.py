@@ -134,9 +134,9 @@ class LoadedRun:
     def engine(self) -> Iterator[MegatronEngine]:
         """The model with these weights, ready to evaluate or sample, in a world of 1 that ends with the context."""
         config, alone = self.config, ParallelConfig()
-        kernels = config.kernels
-        if kernels.attention in ("flash", "flex"):  # another machine than the one trained on may have no GPU
-            kernels = kernels.model_copy(update={"attention": "auto"})
+        # Another machine than the one trained on may have no GPU. FP8 is for training: here it is bf16.
+        other = {"layers": "auto"} | ({"attention": "auto"} if config.kernels.attention in ("flash", "flex") else {})
+        kernels = config.kernels.model_copy(update=other)
         world = parallel.start(alone)
         try:
             engine = MegatronEngine(config.model, config.diffusion, kernels, alone, config.train, world, training=False)

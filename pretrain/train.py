@@ -17,6 +17,7 @@ from bd3_megatron.attention.limits import Demand, check_kernels
 from bd3_megatron.config import ConfigError, check_layout
 from bd3_megatron.engine import build_engine, check_installed
 from bd3_megatron.engine.base import Engine, StepResult
+from bd3_megatron.fp8 import check_fp8
 from data_prep.stream import RowStream
 from pretrain import checkpoint, runs
 from pretrain.agree import alike, everywhere, lost_ranks, on_first, together
@@ -51,6 +52,7 @@ def train(config: RunConfig) -> Path:
     ranks = read_ranks()
     with alike():
         data_size = check_layout(config.model, config.diffusion, config.parallel, ranks.world_size, config.zero)
+        check_fp8(config.fp8, config.model, config.kernels, config.parallel, config.zero, config.train)
         check_batches(config.train, config.parallel, data_size)
         check_kernels(
             config.kernels, Demand.of(config.model, config.diffusion, config.parallel, config.train.precision)
@@ -68,7 +70,7 @@ def train(config: RunConfig) -> Path:
             record_allocations(config.profile)
             watch = Watchdog(ranks, config.parallel.timeout_minutes, Path(config.run) / "hang")
             # From here on what may fail on one rank alone is agreed on by all.
-            together(lambda: check_installed(config.zero))
+            together(lambda: check_installed(config.zero, config.kernels, config.fp8))
             config, stream, validation = together(lambda: _open_data(config, world))
             run = Path(config.run)
             on_first(lambda: check_same_run(run, config))
@@ -83,9 +85,10 @@ def train(config: RunConfig) -> Path:
                 config.train,
                 world,
                 config.train.seed,
+                config.fp8,
             )
             if found is not None:
-                checkpoint.restore(found, engine)
+                checkpoint.restore(found, engine, say=_warn if world.is_first else lambda _: None)
             with Trainer(config, run, engine, stream, validation, found.step if found else 0, watch) as trainer:
                 trainer.run()
     finally:
@@ -305,6 +308,10 @@ def learning_rate(train: TrainConfig, step: int) -> float:
     done = min(1.0, (step + 1 - train.warmup_steps) / max(1, train.steps - train.warmup_steps))
     left = 1 - done if train.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return train.min_lr + (train.lr - train.min_lr) * left
+
+
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _due(step: int, every: int) -> bool:

@@ -38,7 +38,8 @@ class Engine(Protocol):
 
     def state(self) -> dict[str, Held]:
         """What a checkpoint holds: this rank's boxes of fp32 tensors by ``section/global parameter name``, sections
-        ``weights``, ``exp_avg``, ``exp_avg_sq`` and, when kept, ``ema``. The boxes are live memory, not copies."""
+        ``weights``, ``exp_avg``, ``exp_avg_sq`` and, when kept, ``ema``; of FP8 with delayed scaling also the section
+        ``fp8``, which a checkpoint may lack. The boxes are live memory, not copies."""
 
     def loaded(self, steps: int) -> None:
         """To be called after the boxes of :meth:`state` were filled from a checkpoint of that many steps."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bd3_megatron.engine.scaling import Fp8State
 from bd3_megatron.shards import Held, ShardSpec, held
 
 
@@ -102,12 +103,14 @@ class MasterWeights:
 
 
 class OwnsMasters:
-    """What every engine does with its :class:`MasterWeights`, see :class:`bd3_megatron.engine.base.Engine`."""
+    """What every engine does with its :class:`MasterWeights` and its :class:`bd3_megatron.engine.scaling.Fp8State`,
+    see :class:`bd3_megatron.engine.base.Engine`."""
 
     masters: MasterWeights
+    fp8: Fp8State
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         return self.masters.averaged()
 
     def state(self) -> dict[str, Held]:
-        return self.masters.state()
+        return self.masters.state() | self.fp8.state()

@@ -15,10 +15,18 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from bd3_megatron import cpu_compat
-from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, OptimizationConfig, ParallelConfig
+from bd3_megatron.config import (
+    DiffusionConfig,
+    Fp8Config,
+    KernelConfig,
+    ModelConfig,
+    OptimizationConfig,
+    ParallelConfig,
+)
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.engine.base import StepResult
 from bd3_megatron.engine.masters import Master, MasterWeights, OwnsMasters
+from bd3_megatron.engine.scaling import Fp8State
 from bd3_megatron.engine.stage import (
     build_stage,
     forward_rows,
@@ -51,14 +59,18 @@ class MegatronEngine(OwnsMasters):
         world: World,
         seed: int = 0,
         training: bool = True,
+        fp8: Fp8Config | None = None,
     ):
         self.world, self.parallel, self.optimization = world, parallel, optimization
         bf16 = optimization.precision == "bf16"
-        self.modules = build_stage(model, diffusion, kernels, parallel, bf16, world.device, seed)
+        self.modules = build_stage(
+            model, diffusion, kernels, parallel, bf16, world.device, seed, fp8, main_grads=training
+        )
         self.config = self.modules[0].config
         self.chunks = [Float16Module(self.config, module) if bf16 else module for module in self.modules]
         self.updates = 0
         self.masters: MasterWeights | None = None
+        self.fp8 = Fp8State(self.modules if training else ())
         if training:
             self._prepare_training(bf16)
 
@@ -104,13 +116,15 @@ class MegatronEngine(OwnsMasters):
     def forward(self, batches: Sequence[Batch]) -> list[Tensor]:
         for chunk in self.chunks:
             chunk.eval()
-        return forward_rows(self.chunks, self.modules[-1].context, batches)
+        with self.fp8.untouched():
+            return forward_rows(self.chunks, self.modules[-1].context, batches)
 
     def loaded(self, steps: int) -> None:
         self.updates = steps
         for part in self._parts():
             for slots in part.optimizer.state.values():
                 slots["step"].fill_(steps)
+            _count(part.optimizer, steps)
         self._publish()
 
     @torch.no_grad()
@@ -153,6 +167,7 @@ class MegatronEngine(OwnsMasters):
     def _create_optimizer_state(self) -> None:
         """Adam's moments exist before the first step, so that a checkpoint can be read into them."""
         for part in self._parts():
+            _count(part.optimizer, 0)
             for group in part.optimizer.param_groups:
                 for weight in group["params"]:
                     slots = part.optimizer.state[weight]
@@ -174,6 +189,13 @@ class MegatronEngine(OwnsMasters):
                 master = getattr(parameter, "main_param", None)
                 if master is not None:
                     parameter.copy_(master)
+
+
+def _count(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Tell Adam how many steps were taken. torch's counts by parameter; Transformer Engine's, which Megatron takes
+    where it is installed, and Apex's count by group."""
+    for group in optimizer.param_groups:
+        group["step"] = steps
 
 
 def _optimizer_config(optimization: OptimizationConfig, bf16: bool, sharded: bool) -> OptimizerConfig:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bd3_megatron import cpu_compat
 from bd3_megatron.attention.context import ContextShard
-from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig
+from bd3_megatron.config import DiffusionConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.layers import transformer_config
 from bd3_megatron.model import EMBEDDING, BlockDiffusionModel, global_name, initialize, vocabulary_rows
@@ -30,9 +30,16 @@ def build_stage(
     bf16: bool,
     device: torch.device,
     seed: int,
+    fp8: Fp8Config | None = None,
+    main_grads: bool = False,
 ) -> list[BlockDiffusionModel]:
-    """This rank's model chunks with initial weights: one, or ``parallel.interleave`` of them."""
-    config = transformer_config(model, parallel, bf16)  # shared, because the schedules read it from the first chunk
+    """This rank's model chunks with initial weights: one, or ``parallel.interleave`` of them.
+
+    Args:
+        main_grads: the chunks will be wrapped by Megatron's data parallelism.
+    """
+    # Shared, because the schedules read it from the first chunk.
+    config = transformer_config(model, parallel, bf16, kernels, fp8, main_grads)
     modules = []
     for number in range(parallel.interleave):
         chunk = number if parallel.interleave > 1 else None
@@ -47,6 +54,7 @@ def build_stage(
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
                 chunk=chunk,
                 config=config,
+                fp8=fp8,
             )
         initialize(module, seed)
         modules.append(module.to(device))

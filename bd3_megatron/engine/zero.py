@@ -14,6 +14,7 @@ from torch import Tensor
 from bd3_megatron import cpu_compat
 from bd3_megatron.config import (
     DiffusionConfig,
+    Fp8Config,
     KernelConfig,
     ModelConfig,
     OptimizationConfig,
@@ -24,6 +25,7 @@ from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.engine import ops
 from bd3_megatron.engine.base import StepResult
 from bd3_megatron.engine.masters import Master, MasterWeights, OwnsMasters
+from bd3_megatron.engine.scaling import Fp8State
 from bd3_megatron.engine.stage import (
     build_stage,
     forward_rows,
@@ -58,13 +60,16 @@ class ZeroEngine(OwnsMasters):
         optimization: OptimizationConfig,
         world: World,
         seed: int = 0,
+        fp8: Fp8Config | None = None,
     ):
         deepspeed = ops.import_deepspeed(f"zero.stage={zero.stage}")
         if zero.offload:
             ops.load()
         self.world, self.zero, self.optimization = world, zero, optimization
         bf16 = optimization.precision == "bf16"
-        (self.module,) = build_stage(model, diffusion, kernels, parallel, bf16, world.device, seed)
+        if zero.stage == 3 and kernels.layers == "auto":  # Transformer Engine's layers keep weights for backward passes
+            kernels = kernels.model_copy(update={"layers": "local"})
+        (self.module,) = build_stage(model, diffusion, kernels, parallel, bf16, world.device, seed, fp8)
         if bf16:
             self.module.bfloat16()
         # Stage 3 leaves parameters without a shape, so all that depends on it comes first.
@@ -85,6 +90,7 @@ class ZeroEngine(OwnsMasters):
         for flat in self._partitions():
             self._create_moments(flat)
         self.updates = 0
+        self.fp8 = Fp8State([self.module])
         self.masters = MasterWeights(self._masters(), self._publish, optimization.ema_decay)
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
@@ -108,7 +114,7 @@ class ZeroEngine(OwnsMasters):
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> list[Tensor]:
         self.engine.eval()
-        with self._local_rank():
+        with self._local_rank(), self.fp8.untouched():
             return forward_rows([self.module], self.module.context, batches)
 
     def loaded(self, steps: int) -> None:
@@ -129,6 +135,7 @@ class ZeroEngine(OwnsMasters):
     def _accumulate(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Gradients of the mean over the micro-batches; their losses."""
         losses, iterator = [], iter(batches)
+        self.fp8.weights_changed()  # Megatron's schedules see to it themselves
         with cpu_compat.redirected():
             for _ in batches:
                 output, loss = forward_step(False, iterator, self.engine)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -25,6 +25,7 @@ from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import (
     ConfigError,
     DiffusionConfig,
+    Fp8Config,
     KernelConfig,
     ModelConfig,
     OptimizationConfig,
@@ -99,6 +100,7 @@ class Task(NamedTuple):
     precision: Literal["fp32", "bf16"] = "fp32"
     documents: bool = False
     kernels: KernelConfig = KernelConfig()
+    fp8: Fp8Config = Fp8Config()
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,9 @@ def make_engine(world: parallel.World, layout: Layout, task: Task) -> Engine:
     optimization = OptimizationConfig(
         precision=task.precision, clip_norm=CLIP_NORM, ema_decay=0.9, beta1=BETA1, weight_decay=0.1, adam_eps=1e-4
     )
-    engine = build_engine(task.model, task.diffusion, task.kernels, layout.parallel, layout.zero, optimization, world)
+    engine = build_engine(
+        task.model, task.diffusion, task.kernels, layout.parallel, layout.zero, optimization, world, fp8=task.fp8
+    )
     engine.set_weights(_weights(task.model))
     return engine
 
@@ -239,8 +243,14 @@ def _train(world: parallel.World, layout: Layout, task: Task) -> Outcome:
     return Outcome(losses, norms, gradients, copied(engine.state()), nll, noise)
 
 
-def run(runs: Mapping[str, tuple[Layout, Task]]) -> dict[str, list[Outcome]]:
-    """Outcomes on every rank by the run's name; the processes of a world size start once."""
+def run(
+    runs: Mapping[str, tuple[Layout, Task]], train: Callable[..., list[Outcome]] = train
+) -> dict[str, list[Outcome]]:
+    """Outcomes on every rank by the run's name; the processes of a world size start once.
+
+    Args:
+        train: what each of them does, with the arguments of :func:`train`.
+    """
     found = {}
     for size in sorted({layout.size for layout, _ in runs.values()}):
         names = [name for name, (layout, _) in runs.items() if layout.size == size]

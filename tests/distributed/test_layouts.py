@@ -45,7 +45,7 @@ MORE = {
 }
 # What leaves out dead work, all of it and each saving by itself, against the plain path of one process.
 NEEDS = {"chunked_cross_entropy": ["masked_rows_only"]}
-SAVINGS = [name for name, field in KernelConfig.model_fields.items() if field.default is True]
+SAVINGS = [name for name, field in KernelConfig.model_fields.items() if field.default is True and name != "fusions"]
 PLAIN = KernelConfig(attention="reference", **dict.fromkeys(SAVINGS, False))
 for draws in (1, 2, 4):
     sparing = Task(MODEL, DiffusionConfig(block_size=4, draws=draws), steps=2)

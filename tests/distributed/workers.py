@@ -9,10 +9,12 @@ import torch.distributed as dist
 from bd3_megatron import parallel
 from data_prep.reader import RowReader
 from pretrain import checkpoint
-from pretrain.bench.parity import Layout, Task, batches, make_engine
+from pretrain.bench import parity
+from pretrain.bench.parity import Layout, Outcome, Task, batches, make_engine
 from pretrain.config import EvalConfig
 from pretrain.documents import Documents, DocumentTally
 from pretrain.evaluate import Evaluation, evaluate
+from tests.unit import fake_te
 
 
 def resume(
@@ -42,6 +44,18 @@ def resume(
 def resume_each(rank: int, size: int, store: dist.Store, runs: list[tuple]) -> list[list[float]]:
     """:func:`resume` for each of ``runs`` (its arguments from ``run`` on), one after the other."""
     return [resume(rank, size, dist.PrefixStore(str(n), store), *args) for n, args in enumerate(runs)]
+
+
+def train_with_te(rank: int, size: int, store: dist.Store, runs: list[tuple[str, Layout, Task]]) -> list[Outcome]:
+    """:func:`pretrain.bench.parity.train` where Transformer Engine seems to be installed."""
+    with fake_te.installed():
+        return parity.train(rank, size, store, runs)
+
+
+def resume_with_te(rank: int, size: int, store: dist.Store, runs: list[tuple]) -> list[list[float]]:
+    """:func:`resume_each` where Transformer Engine seems to be installed."""
+    with fake_te.installed():
+        return resume_each(rank, size, store, runs)
 
 
 def evaluate_each(

@@ -80,6 +80,7 @@ def test_two_steps_after_a_restart_equal_the_run_that_went_on(world, tmp_path, p
     again = made(world, precision, seed=9)
     checkpoint.restore(found, again)
     assert again.updates == 3
+    assert all(group["step"] == 3 for group in again.optimizer.param_groups)  # where fused optimizers count
     restored = tiny.state(again)
     assert {name.partition("/")[0] for name in restored} == {"weights", "exp_avg", "exp_avg_sq", "ema"}
     for name, tensor in saved.items():

@@ -17,7 +17,7 @@ from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.hf.convert import TokenIds, hf_config
 from bd3_megatron.hf.mapping import entries, to_hf
 from bd3_megatron.hf.modeling_bd3 import BD3Config, BD3ForMaskedLM
-from bd3_megatron.model import BlockDiffusionModel
+from bd3_megatron.model import BlockDiffusionModel, global_name
 from bd3_megatron.parallel import World
 
 BOS, EOS, MASK, VOCABULARY = 0, 1, 40, 41
@@ -50,7 +50,7 @@ def build(
     network = BlockDiffusionModel(model, diffusion, kernels, bf16=bf16)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            parameter.copy_(weights[name])
+            parameter.copy_(weights[global_name(name, network)])
     return network
 
 

@@ -1,0 +1,72 @@
+"""The state of FP8 with delayed scaling: each layer's scales, and the history of largest values they follow from.
+
+Largest values are taken over all ranks that share a layer, so that between steps every rank holds the same state and a
+checkpoint can hold it under names that know no layout. The other recipes keep nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from megatron.core.fp8_utils import get_fp8_context
+from torch import Tensor
+
+from bd3_megatron.model import BlockDiffusionModel, global_name
+from bd3_megatron.shards import Held, Piece
+
+SECTION = "fp8"
+_DIRECTIONS = {"scaling_fwd": "forward", "scaling_bwd": "backward"}
+
+
+class Fp8State:
+    """Of one rank's model chunks; empty unless they train with delayed scaling.
+
+    Attributes:
+        tensors: live fp32 tensors by ``layer/direction/kind``: ``scale`` ``[n]`` and ``amax_history`` ``[history, n]``
+            of the n tensors that a linear layer quantizes in that direction.
+    """
+
+    def __init__(self, modules: Sequence[BlockDiffusionModel] = ()):
+        self._modules = list(modules)
+        self.tensors: dict[str, Tensor] = {}
+        if modules and modules[0].config.fp8 and modules[0].config.fp8_recipe == "delayed":
+            for module in modules:
+                self.tensors |= _delayed(module)
+
+    def state(self) -> dict[str, Held]:
+        """What a checkpoint holds, see :meth:`bd3_megatron.engine.base.Engine.state`."""
+        return {
+            f"{SECTION}/{name}": Held(tuple(x.shape), (Piece((0,) * x.dim(), x),)) for name, x in self.tensors.items()
+        }
+
+    def weights_changed(self) -> None:
+        """Let the next forward pass cast the weights anew: FP8 copies serve all micro-batches of a step."""
+        for module in self._modules:
+            module.set_is_first_microbatch()
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Context of an evaluation, which leaves largest values behind that training has not seen."""
+        kept = [x.clone() for x in self.tensors.values()]
+        try:
+            yield
+        finally:
+            if kept:
+                torch._foreach_copy_(list(self.tensors.values()), kept)
+
+
+@torch.no_grad()
+def _delayed(module: BlockDiffusionModel) -> dict[str, Tensor]:
+    """Create the scales that Transformer Engine would create in the first step, so that a checkpoint can be read."""
+    found = {}
+    with get_fp8_context(module.config):
+        for name, layer in module.named_modules():
+            if not hasattr(layer, "init_fp8_metadata"):
+                continue
+            layer.init_fp8_metadata()
+            for key, direction in _DIRECTIONS.items():
+                for kind in ("scale", "amax_history"):
+                    found[f"{global_name(name, module)}/{direction}/{kind}"] = getattr(layer.fp8_meta[key], kind)
+    return found
