@@ -247,6 +247,36 @@ class Counter:
         )  # the last layer's output, and its rows in order
         return hidden + max(forward, weight * (_FP32 + lower) + rows * model.hidden * size)
 
+    def in_mlp(self, cells: float | None = None) -> list[float]:
+        """Bytes of the tensors between the matrices of an MLP's forward pass; ``cells`` are those of all streams."""
+        cells = self._cells(self.rows.positions) if cells is None else cells
+        inner = cells * self.model.ffn / self.parallel.tensor * self.size
+        return [inner] * 2 if self.model.backbone == "dit" else [2 * inner, inner, inner, inner]
+
+    def evaluating(self, chunk: Chunk) -> list[float]:
+        """Bytes of the tensors alive in a forward pass that keeps nothing, at its worst moment: in attention, in an
+        MLP, or in the head."""
+        model, size, rows = self.model, self.size, self.rows
+        cells = max(self._asking(n) for n in range(chunk.first_layer, chunk.first_layer + chunk.layers))
+        stream = cells * self._hidden * size  # the residual stream, or a branch before or after its norm
+        # The projection, queries and keys after the rotary embedding, the output; keys and values of all tiles, queries
+        # and output of one.
+        query, key = cells * self._query * size, cells * self._grouped * size
+        tile = min(tile_positions(rows.length, rows.block_size), rows.length)
+        room = rows.clean + rows.noisy * tile if rows.clean else rows.length
+        keys = self._cells(room) * self._grouped * size
+        asking = self._cells((rows.noisy + 1) * tile) * self._query * size
+        attention = [*[stream] * 3, cells * self._fused * size, query, key, query, keys, keys, asking, asking]
+        layer = max(attention, [stream] * 4 + self.in_mlp(cells), key=sum)
+        if not chunk.head:
+            return layer
+        columns = padded_rows(model.vocab_size, self.parallel.tensor) // self.parallel.tensor
+        rows = self.head_rows
+        chunk_rows = min(rows, rows_per_chunk(columns, self.cuda)) if self._chunked else rows
+        lower = [chunk_rows * columns * size] if size < _FP32 else []
+        hidden = [self._cells(self.rows.after) * model.hidden * size] * 2 + [rows * model.hidden * size] * 2
+        return max(layer, [*hidden, chunk_rows * columns * _FP32, *lower], key=sum)
+
     # ---- sizes of one rank ----
 
     def _cells(self, positions: float) -> float:

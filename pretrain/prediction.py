@@ -138,6 +138,21 @@ class Prediction:
             self.cuda,
         )
 
+    @property
+    def evaluation(self) -> list[float]:
+        """Bytes of the tensors alive at the worst moment of an evaluation, on the heaviest stage."""
+        options, chunks = self.config.eval, stage_chunks(self.model, self.parallel)[self.heaviest.number]
+        micro = options.micro_batch or self.config.train.micro_batch
+        counter = self.counter(min(micro, options.rows or micro))
+        return max((counter.evaluating(chunk) for chunk in chunks), key=sum)
+
+    def mapped_activations(self, limit: float) -> float:
+        """Bytes of kept activations in tensors of at least ``limit`` bytes: those between the matrices of MLPs."""
+        if self.parallel.recompute == "full":
+            return 0.0
+        counter, stage = self.counter(), self.heaviest
+        return stage.in_flight * stage.layers * sum(t for t in counter.in_mlp() if t >= limit)
+
     # ---- a stage ----
 
     @cached_property

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from bd3_megatron import activations
 from bd3_megatron.activations import Counter, tile_positions
@@ -129,6 +132,45 @@ def test_activations_are_those_that_autograd_keeps(world, name):
     counter = Counter(shape, diffusion, KernelConfig(), layout, 3, 2 if precision == "bf16" else 4, rate)
     ((chunk,),) = stage_chunks(shape, layout)
     assert counter.peak(chunk) == pytest.approx(saved.peak, rel=0.01)
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes of tensors made inside that are alive at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in (x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [model(hidden=128), model("dit", hidden=128), model(vocab_size=9000, mask_id=8999)])
+def test_an_evaluation_has_the_counted_tensors_alive(world, shape, precision):
+    optimization = OptimizationConfig(precision=precision)
+    engine = MegatronEngine(shape, BLOCKS, KernelConfig(), ALONE, optimization, world, training=False)
+    batch = random_batch(shape, BLOCKS, 16, 0)
+    engine.forward([batch])  # masks and rotary embeddings stay
+    with Alive() as alive:
+        engine.forward([batch])
+    rate = (batch.weight != 0).float().mean().item()
+    counter = Counter(shape, BLOCKS, KernelConfig(), ALONE, 16, 2 if precision == "bf16" else 4, rate)
+    ((chunk,),) = stage_chunks(shape, ALONE)
+    assert sum(counter.evaluating(chunk)) == pytest.approx(alive.peak, rel=0.1)
 
 
 @given(length=st.integers(2, 5000), block_size=st.integers(1, 300))
