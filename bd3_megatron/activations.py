@@ -253,9 +253,9 @@ class Counter:
         inner = cells * self.model.ffn / self.parallel.tensor * self.size
         return [inner] * 2 if self.model.backbone == "dit" else [2 * inner, inner, inner, inner]
 
-    def evaluating(self, chunk: Chunk) -> list[float]:
-        """Bytes of the tensors alive in a forward pass that keeps nothing, at its worst moment: in attention, in an
-        MLP, or in the head."""
+    def evaluating(self, chunk: Chunk) -> list[list[float]]:
+        """Bytes of the tensors alive in a forward pass that keeps nothing, at three moments: in attention, in an MLP,
+        and in the head, if the chunk has it."""
         model, size, rows = self.model, self.size, self.rows
         cells = max(self._asking(n) for n in range(chunk.first_layer, chunk.first_layer + chunk.layers))
         stream = cells * self._hidden * size  # the residual stream, or a branch before or after its norm
@@ -267,7 +267,7 @@ class Counter:
         keys = self._cells(room) * self._grouped * size
         asking = self._cells((rows.noisy + 1) * tile) * self._query * size
         attention = [*[stream] * 3, cells * self._fused * size, query, key, query, keys, keys, asking, asking]
-        layer = max(attention, [stream] * 4 + self.in_mlp(cells), key=sum)
+        layer = [attention, [stream] * 4 + self.in_mlp(cells)]
         if not chunk.head:
             return layer
         columns = padded_rows(model.vocab_size, self.parallel.tensor) // self.parallel.tensor
@@ -275,7 +275,7 @@ class Counter:
         chunk_rows = min(rows, rows_per_chunk(columns, self.cuda)) if self._chunked else rows
         lower = [chunk_rows * columns * size] if size < _FP32 else []
         hidden = [self._cells(self.rows.after) * model.hidden * size] * 2 + [rows * model.hidden * size] * 2
-        return max(layer, [*hidden, chunk_rows * columns * _FP32, *lower], key=sum)
+        return [*layer, [*hidden, chunk_rows * columns * _FP32, *lower]]
 
     # ---- sizes of one rank ----
 

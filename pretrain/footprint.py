@@ -24,6 +24,9 @@ _MAPPED = 2**25
 # holes in other places than it needs. Measured 0.24 to 0.31 and 0.76 to 0.88 for qwen3, 0.2 to 0.6 and 1.2 to 1.6 for
 # dit.
 _HEAP_HOLES = {"qwen3": (0.26, 0.82), "dit": (0.5, 1.35)}
+# The same of an evaluation; and the part of the heap that training leaves which is in pieces too small for it.
+_EVALUATION_HOLES = 0.5
+_PIECES = 0.5
 
 
 def process_peak(prediction: Prediction) -> dict[str, float]:
@@ -41,15 +44,16 @@ def process_peak(prediction: Prediction) -> dict[str, float]:
     alive = stage.activations.total + stage.working + stage.buffers
     mapped = min(prediction.mapped_activations(_MAPPED), stage.activations.total)
     holes = _HEAP_HOLES[config.model.backbone][prediction.micro_batches > 1] * alive
-    evaluated = prediction.evaluation
     working = {"working memory": stage.working + stage.buffers, "holes of the heap": holes}
     training = {"activations": stage.activations.total, **working, "checkpoint copies": during}
     heap = {"activations": stage.activations.total - mapped, **working}
     room = sum(heap.values())
-    beside = max(sum(t for t in evaluated if t >= _MAPPED), sum(evaluated) - room)
-    later = heap | {"evaluation": beside, "checkpoint copies": during}
+    small, large = prediction.evaluation(_MAPPED)
+    small *= 1 + _EVALUATION_HOLES
+    heap["evaluation"] = max(0.0, small - (1 - _PIECES) * room)
+    later = heap | {"evaluation": heap["evaluation"] + large, "checkpoint copies": during}
     ending = heap | {"checkpoint copies": during or max(0.0, copies - room), "plots": _PLOTS}
-    moments = ({"evaluation": sum(evaluated)}, training, later, ending)
+    moments = ({"evaluation": small + large}, training, later, ending)
     moment = max(moments, key=lambda parts: sum(parts.values()))
     held = {"interpreter and libraries": baseline_bytes(), "state": float(state.total + state.host)}
     return {name: value for name, value in (held | moment).items() if value}

@@ -170,7 +170,7 @@ def test_an_evaluation_has_the_counted_tensors_alive(world, shape, precision):
     rate = (batch.weight != 0).float().mean().item()
     counter = Counter(shape, BLOCKS, KernelConfig(), ALONE, 16, 2 if precision == "bf16" else 4, rate)
     ((chunk,),) = stage_chunks(shape, ALONE)
-    assert sum(counter.evaluating(chunk)) == pytest.approx(alive.peak, rel=0.1)
+    assert max(map(sum, counter.evaluating(chunk))) == pytest.approx(alive.peak, rel=0.1)
 
 
 @given(length=st.integers(2, 5000), block_size=st.integers(1, 300))
