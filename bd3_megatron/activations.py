@@ -119,6 +119,7 @@ class Counter:
         size: bytes of an activation, 2 or 4.
         masked_rate: fraction of noisy tokens that the head reads.
         cuda: on CUDA torch keeps no normalized values of RMSNorm and one byte per dropout bit.
+        packed: attention keeps to the documents of a row: rows have masks of their own.
     """
 
     model: ModelConfig
@@ -129,6 +130,7 @@ class Counter:
     size: int
     masked_rate: float
     cuda: bool = False
+    packed: bool = False
 
     @property
     def rows(self) -> Rows:
@@ -360,7 +362,7 @@ class Counter:
         chunk = rows.length // (2 * context) if context > 1 else rows.length
         tile = min(tile_positions(rows.length, rows.block_size), chunk)
         tile -= tile % rows.block_size if tile > rows.block_size else 0
-        if context == 1 and rows.clean and tile > rows.block_size and not self.cuda:
+        if context == 1 and rows.clean and tile > rows.block_size and not self.cuda and not self.packed:
             return self._query_key_value(layer) * size + self._asking(layer) * self._heads * _FP32
         asking = [rows.length] * rows.noisy + ([] if self._leaves(layer) or not rows.clean else [rows.clean])
         asked = [rows.length] * rows.noisy + ([rows.clean] if rows.clean else [])
@@ -376,7 +378,7 @@ class Counter:
                     keys += here + past * sum(n > start for n in asking)
                 else:
                     keys += past + there
-                    masks += here * repeats * (past + there) * size
+                    masks += here * repeats * (past + there) * size * (self.micro_batch if self.packed else 1)
         outputs = 2 * queries * self._query * size + queries * self._heads * _FP32
         return self.micro_batch * (outputs + 2 * keys * self._grouped * size) + masks
 

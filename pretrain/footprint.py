@@ -21,9 +21,9 @@ _MAPPED = 2**25
 # What the heap takes besides, in parts of what a micro-batch makes. Torch allocates within 1 % of the count, but
 # glibc before 2.38 does not give an aligned tensor the place of a freed one of its size (its bug 14581), so
 # temporaries between kept tensors leave holes. First for steps of one micro-batch, then of several: the next one finds
-# holes in other places than it needs. Measured 0.24 to 0.31 and 0.76 to 0.88 for qwen3, 0.2 to 0.6 and 1.2 to 1.6 for
-# dit.
-_HEAP_HOLES = {"qwen3": (0.26, 0.82), "dit": (0.5, 1.35)}
+# holes in other places than it needs. Measured 0.24 to 0.31 and 0.76 to 0.88 for qwen3, 0.2 to 0.6 and 1.0 to 1.6 for
+# dit, 1.0 and 1.3 with full recomputation, where nearly all is temporary.
+_HEAP_HOLES = {"qwen3": (0.26, 0.82), "dit": (0.5, 1.35), "full": (1.0, 1.3)}
 # The same of an evaluation; and the part of the heap that training leaves which is in pieces too small for it.
 _EVALUATION_HOLES = 0.5
 _PIECES = 0.5
@@ -43,7 +43,8 @@ def process_peak(prediction: Prediction) -> dict[str, float]:
     during = copies if 0 < every < config.train.steps else 0.0
     alive = stage.activations.total + stage.working + stage.buffers
     mapped = min(prediction.mapped_activations(_MAPPED), stage.activations.total)
-    holes = _HEAP_HOLES[config.model.backbone][prediction.micro_batches > 1] * alive
+    kind = "full" if config.parallel.recompute == "full" else config.model.backbone
+    holes = _HEAP_HOLES[kind][prediction.micro_batches > 1] * alive
     working = {"working memory": stage.working + stage.buffers, "holes of the heap": holes}
     training = {"activations": stage.activations.total, **working, "checkpoint copies": during}
     heap = {"activations": stage.activations.total - mapped, **working}

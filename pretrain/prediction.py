@@ -136,6 +136,7 @@ class Prediction:
             element_bytes(config.train),
             self.mask_rate,
             self.cuda,
+            config.data.document_mask,
         )
 
     def evaluation(self, limit: float) -> tuple[float, float]:

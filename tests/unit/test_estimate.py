@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -109,6 +110,7 @@ MEASURED = {
     "draws": (model(), DiffusionConfig(block_size=16, draws=2), "fp32", "none"),
     "mdlm": (model(), DiffusionConfig(block_size=128), "fp32", "none"),
     "long": (model(length=1024, layers=2), DiffusionConfig(block_size=16), "fp32", "none"),
+    "packed": (model(), BLOCKS, "fp32", "none"),
     "dit": (model("dit", dropout=0.1), BLOCKS, "fp32", "none"),
     "dit bf16": (model("dit", dropout=0.1), BLOCKS, "bf16", "none"),
     "selective": (model(), BLOCKS, "fp32", "selective"),
@@ -123,13 +125,17 @@ MEASURED = {
 @pytest.mark.parametrize("name", MEASURED)
 def test_activations_are_those_that_autograd_keeps(world, name):
     shape, diffusion, precision, recompute = MEASURED[name]
+    packed = name == "packed"
     layout = ParallelConfig(recompute=recompute)
     engine = MegatronEngine(shape, diffusion, KernelConfig(), layout, OptimizationConfig(precision=precision), world)
     batch = random_batch(shape, diffusion, 3, 0)
+    if packed:  # one document, which hides no key
+        batch = replace(batch, documents=torch.zeros(3, shape.length, dtype=torch.int64))
     with saved_for_backward(engine.module.parameters()) as saved:
         engine.train_step([batch], lr=1e-4)
     rate = (batch.weight != 0).float().mean().item()
-    counter = Counter(shape, diffusion, KernelConfig(), layout, 3, 2 if precision == "bf16" else 4, rate)
+    size = 2 if precision == "bf16" else 4
+    counter = Counter(shape, diffusion, KernelConfig(), layout, 3, size, rate, packed=packed)
     ((chunk,),) = stage_chunks(shape, layout)
     assert counter.peak(chunk) == pytest.approx(saved.peak, rel=0.01)
 
