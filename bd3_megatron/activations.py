@@ -119,6 +119,7 @@ class Counter:
         size: bytes of an activation, 2 or 4.
         masked_rate: fraction of noisy tokens that the head reads.
         cuda: on CUDA torch keeps no normalized values of RMSNorm and one byte per dropout bit.
+        packed: attention keeps to the documents of a row: rows have masks of their own.
     """
 
     model: ModelConfig
@@ -129,6 +130,7 @@ class Counter:
     size: int
     masked_rate: float
     cuda: bool = False
+    packed: bool = False
 
     @property
     def rows(self) -> Rows:
@@ -247,6 +249,36 @@ class Counter:
         )  # the last layer's output, and its rows in order
         return hidden + max(forward, weight * (_FP32 + lower) + rows * model.hidden * size)
 
+    def in_mlp(self, cells: float | None = None) -> list[float]:
+        """Bytes of the tensors between the matrices of an MLP's forward pass; ``cells`` are those of all streams."""
+        cells = self._cells(self.rows.positions) if cells is None else cells
+        inner = cells * self.model.ffn / self.parallel.tensor * self.size
+        return [inner] * 2 if self.model.backbone == "dit" else [2 * inner, inner, inner, inner]
+
+    def evaluating(self, chunk: Chunk) -> list[list[float]]:
+        """Bytes of the tensors alive in a forward pass that keeps nothing, at three moments: in attention, in an MLP,
+        and in the head, if the chunk has it."""
+        model, size, rows = self.model, self.size, self.rows
+        cells = max(self._asking(n) for n in range(chunk.first_layer, chunk.first_layer + chunk.layers))
+        stream = cells * self._hidden * size  # the residual stream, or a branch before or after its norm
+        # The projection, queries and keys after the rotary embedding, the output; keys and values of all tiles, queries
+        # and output of one.
+        query, key = cells * self._query * size, cells * self._grouped * size
+        tile = min(tile_positions(rows.length, rows.block_size), rows.length)
+        room = rows.clean + rows.noisy * tile if rows.clean else rows.length
+        keys = self._cells(room) * self._grouped * size
+        asking = self._cells((rows.noisy + 1) * tile) * self._query * size
+        attention = [*[stream] * 3, cells * self._fused * size, query, key, query, keys, keys, asking, asking]
+        layer = [attention, [stream] * 4 + self.in_mlp(cells)]
+        if not chunk.head:
+            return layer
+        columns = padded_rows(model.vocab_size, self.parallel.tensor) // self.parallel.tensor
+        rows = self.head_rows
+        chunk_rows = min(rows, rows_per_chunk(columns, self.cuda)) if self._chunked else rows
+        lower = [chunk_rows * columns * size] if size < _FP32 else []
+        hidden = [self._cells(self.rows.after) * model.hidden * size] * 2 + [rows * model.hidden * size] * 2
+        return [*layer, [*hidden, chunk_rows * columns * _FP32, *lower]]
+
     # ---- sizes of one rank ----
 
     def _cells(self, positions: float) -> float:
@@ -330,7 +362,7 @@ class Counter:
         chunk = rows.length // (2 * context) if context > 1 else rows.length
         tile = min(tile_positions(rows.length, rows.block_size), chunk)
         tile -= tile % rows.block_size if tile > rows.block_size else 0
-        if context == 1 and rows.clean and tile > rows.block_size and not self.cuda:
+        if context == 1 and rows.clean and tile > rows.block_size and not self.cuda and not self.packed:
             return self._query_key_value(layer) * size + self._asking(layer) * self._heads * _FP32
         asking = [rows.length] * rows.noisy + ([] if self._leaves(layer) or not rows.clean else [rows.clean])
         asked = [rows.length] * rows.noisy + ([rows.clean] if rows.clean else [])
@@ -346,7 +378,7 @@ class Counter:
                     keys += here + past * sum(n > start for n in asking)
                 else:
                     keys += past + there
-                    masks += here * repeats * (past + there) * size
+                    masks += here * repeats * (past + there) * size * (self.micro_batch if self.packed else 1)
         outputs = 2 * queries * self._query * size + queries * self._heads * _FP32
         return self.micro_batch * (outputs + 2 * keys * self._grouped * size) + masks
 

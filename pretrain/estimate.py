@@ -196,7 +196,7 @@ def _memory_lines(prediction: Prediction) -> list[str]:
         named = ", ".join(f"{name} {_size(value)}" for name, value in parts.items())
         lines.append(f"  peak of the process           {_size(sum(parts.values())):>12}: {named}")
     uncounted = [
-        ("data.document_mask=true", prediction.config.data.document_mask),
+        ("data.document_mask=true", prediction.cuda and prediction.config.data.document_mask),
         ("kernels.attention=reference", prediction.config.kernels.attention == "reference"),
     ]
     lines += [f"  {name}: its masks for each row are not counted" for name, given in uncounted if given]

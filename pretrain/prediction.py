@@ -136,7 +136,25 @@ class Prediction:
             element_bytes(config.train),
             self.mask_rate,
             self.cuda,
+            config.data.document_mask,
         )
+
+    def evaluation(self, limit: float) -> tuple[float, float]:
+        """Bytes of tensors alive in an evaluation on the heaviest stage, smaller than ``limit`` and others: the most of
+        each at one moment."""
+        options, chunks = self.config.eval, stage_chunks(self.model, self.parallel)[self.heaviest.number]
+        micro = options.micro_batch or self.config.train.micro_batch
+        counter = self.counter(min(micro, options.rows or micro))
+        moments = [moment for chunk in chunks for moment in counter.evaluating(chunk)]
+        small, large = ([sum(t for t in m if (t >= limit) == side) for m in moments] for side in (False, True))
+        return max(small), max(large)
+
+    def mapped_activations(self, limit: float) -> float:
+        """Bytes of kept activations in tensors of at least ``limit`` bytes: those between the matrices of MLPs."""
+        if self.parallel.recompute == "full":
+            return 0.0
+        counter, stage = self.counter(), self.heaviest
+        return stage.in_flight * stage.layers * sum(t for t in counter.in_mlp() if t >= limit)
 
     # ---- a stage ----
 

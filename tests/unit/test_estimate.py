@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from bd3_megatron import activations
 from bd3_megatron.activations import Counter, tile_positions
@@ -106,6 +110,7 @@ MEASURED = {
     "draws": (model(), DiffusionConfig(block_size=16, draws=2), "fp32", "none"),
     "mdlm": (model(), DiffusionConfig(block_size=128), "fp32", "none"),
     "long": (model(length=1024, layers=2), DiffusionConfig(block_size=16), "fp32", "none"),
+    "packed": (model(), BLOCKS, "fp32", "none"),
     "dit": (model("dit", dropout=0.1), BLOCKS, "fp32", "none"),
     "dit bf16": (model("dit", dropout=0.1), BLOCKS, "bf16", "none"),
     "selective": (model(), BLOCKS, "fp32", "selective"),
@@ -120,15 +125,58 @@ MEASURED = {
 @pytest.mark.parametrize("name", MEASURED)
 def test_activations_are_those_that_autograd_keeps(world, name):
     shape, diffusion, precision, recompute = MEASURED[name]
+    packed = name == "packed"
     layout = ParallelConfig(recompute=recompute)
     engine = MegatronEngine(shape, diffusion, KernelConfig(), layout, OptimizationConfig(precision=precision), world)
     batch = random_batch(shape, diffusion, 3, 0)
+    if packed:  # one document, which hides no key
+        batch = replace(batch, documents=torch.zeros(3, shape.length, dtype=torch.int64))
     with saved_for_backward(engine.module.parameters()) as saved:
         engine.train_step([batch], lr=1e-4)
     rate = (batch.weight != 0).float().mean().item()
-    counter = Counter(shape, diffusion, KernelConfig(), layout, 3, 2 if precision == "bf16" else 4, rate)
+    size = 2 if precision == "bf16" else 4
+    counter = Counter(shape, diffusion, KernelConfig(), layout, 3, size, rate, packed=packed)
     ((chunk,),) = stage_chunks(shape, layout)
     assert counter.peak(chunk) == pytest.approx(saved.peak, rel=0.01)
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes of tensors made inside that are alive at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in (x for x in tree_flatten(out)[0] if isinstance(x, torch.Tensor)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", [model(hidden=128), model("dit", hidden=128), model(vocab_size=9000, mask_id=8999)])
+def test_an_evaluation_has_the_counted_tensors_alive(world, shape, precision):
+    optimization = OptimizationConfig(precision=precision)
+    engine = MegatronEngine(shape, BLOCKS, KernelConfig(), ALONE, optimization, world, training=False)
+    batch = random_batch(shape, BLOCKS, 16, 0)
+    engine.forward([batch])  # masks and rotary embeddings stay
+    with Alive() as alive:
+        engine.forward([batch])
+    rate = (batch.weight != 0).float().mean().item()
+    counter = Counter(shape, BLOCKS, KernelConfig(), ALONE, 16, 2 if precision == "bf16" else 4, rate)
+    ((chunk,),) = stage_chunks(shape, ALONE)
+    assert max(map(sum, counter.evaluating(chunk))) == pytest.approx(alive.peak, rel=0.1)
 
 
 @given(length=st.integers(2, 5000), block_size=st.integers(1, 300))
