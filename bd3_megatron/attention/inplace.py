@@ -91,11 +91,16 @@ def _mask_of(tile: _Tile, tiles: list[_Tile], streams: Streams, repeats: int, dt
         return t.size, t.skipped, t.clean
 
     last = next(t for t in reversed(tiles) if kind(t) == kind(tile))
-    return _tile_mask(last, streams, dtype)[:, last.start - tile.start :].repeat(repeats, 1)
+    return _repeated(_tile_mask(last, streams, dtype)[:, last.start - tile.start :], repeats)
+
+
+def _repeated(mask: Tensor, repeats: int) -> Tensor:
+    """The mask for the heads of a group, which lie along the queries."""
+    return mask if repeats == 1 else mask.repeat(repeats, 1)
 
 
 class _Own:
-    """Noisy blocks, several of which are one row of a call, ``[b K L / c, g, r c, d]``."""
+    """Noisy blocks of one row of the batch, several of which are one row of a call: ``[K L / c, g, r c, d]``."""
 
     def __init__(self, streams: Streams):
         self.streams = streams
@@ -109,19 +114,20 @@ class _Own:
             return None
         block = torch.arange(self.size) // self.streams.block_size
         seen = block[:, None] == block
-        return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf).repeat(repeats, 1)
+        return _repeated(torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf), repeats)
 
-    def gather(self, x: Tensor, groups: int) -> Tensor:
-        """From ``[q, b, n, ...]``, heads of a group along the queries."""
-        x = x[: self.tokens].unflatten(0, (-1, self.size)).unflatten(3, (groups, -1))  # [m, c, b, g, r, ...]
-        order = (2, 0, 3, 4, 1, *range(5, x.dim()))
-        return x.permute(order).flatten(3, 4).flatten(0, 1).contiguous()
+    def take(self, x: Tensor, row: int, groups: int) -> Tensor:
+        """From ``[q, b, n, ...]``, heads of a group along the queries; a view where each group has one."""
+        x = x[: self.tokens, row].unflatten(0, (-1, self.size))  # [m, c, n, ...]
+        if x.shape[2] == groups:
+            return x.transpose(1, 2)
+        x = x.unflatten(2, (groups, -1))
+        return x.permute(0, 2, 3, 1, *range(4, x.dim())).flatten(2, 3)
 
-    def spread(self, x: Tensor, batch: int, heads: int) -> Tensor:
-        """Back to ``[K L, b, n, ...]``."""
-        x = x.unflatten(0, (batch, -1)).unflatten(3, (-1, self.size))  # [b, m, g, r, c, ...]
-        order = (1, 4, 0, 2, 3, *range(5, x.dim()))
-        return x.permute(order).flatten(0, 1).flatten(2, 3)
+    def back(self, x: Tensor, repeats: int) -> Tensor:
+        """To ``[K L, n, ...]``."""
+        x = x.unflatten(2, (repeats, self.size))  # [m, g, r, c, ...]
+        return x.permute(0, 3, 1, 2, *range(4, x.dim())).flatten(0, 1).flatten(1, 2)
 
 
 def _gather(x: Tensor, tile: _Tile, streams: Streams, groups: int) -> Tensor:
@@ -150,20 +156,21 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, query, key, value, streams, scale, tile):
         groups, repeats = key.shape[2], query.shape[2] // key.shape[2]
         tiles, clean = _tiles(streams, len(query), tile), [_clean(x, streams) for x in (key, value)]
-        # What block 0 of the noisy streams sees of the clean stream: nothing.
-        out = torch.zeros_like(query)
-        sums = torch.full(query.shape[:3], -torch.inf)
+        out, sums = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+        _fill_first_block(out, 0.0, streams)
+        _fill_first_block(sums, -torch.inf, streams)
         for one in tiles:
             q, mask = _gather(query, one, streams, groups), _mask_of(one, tiles, streams, repeats, query.dtype)
             seen = (x[:, :, : one.start + one.clean] for x in clean)
             mixed, total = _FORWARD(q, *seen, 0.0, False, attn_mask=mask, scale=scale)
             _spread(mixed, out, one, streams, groups)
             _spread(total, sums, one, streams, groups)
-        if streams.noisy:
-            own = _Own(streams)
-            parts = (own.gather(x, groups) for x in (query, key, value))
-            mixed, total = _FORWARD(*parts, 0.0, False, attn_mask=own.mask(repeats, query.dtype), scale=scale)
-            _merge(out[: own.tokens], sums[: own.tokens], *(own.spread(x, *query.shape[1:3]) for x in (mixed, total)))
+        own = _Own(streams)
+        mask = own.mask(repeats, query.dtype)
+        for row in range(query.shape[1] if streams.noisy else 0):
+            parts = (own.take(x, row, groups) for x in (query, key, value))
+            found = _FORWARD(*parts, 0.0, False, attn_mask=mask, scale=scale)
+            _merge(*(x[: own.tokens, row] for x in (out, sums)), *(own.back(x, repeats) for x in found))
         ctx.save_for_backward(query, key, value, out, sums)
         ctx.streams, ctx.scale, ctx.tile = streams, scale, tile
         return out
@@ -173,7 +180,8 @@ class _Attention(torch.autograd.Function):
         query, key, value, out, sums = ctx.saved_tensors
         streams, groups, repeats = ctx.streams, key.shape[2], query.shape[2] // key.shape[2]
         tiles, clean = _tiles(streams, len(query), ctx.tile), [_clean(x, streams) for x in (key, value)]
-        by_query, by_key, by_value = torch.zeros_like(query), torch.empty_like(key), torch.empty_like(value)
+        by_query, by_key, by_value = (torch.empty_like(x) for x in (query, key, value))
+        _fill_first_block(by_query, 0.0, streams)
         by_clean = [torch.zeros_like(x) for x in clean]
         rest = {"dropout_p": 0.0, "is_causal": False, "scale": ctx.scale}
         for one in tiles:
@@ -186,14 +194,20 @@ class _Attention(torch.autograd.Function):
         first = streams.noisy * streams.length
         for whole, by in zip(by_clean, (by_key, by_value)):
             by[first:] = whole.permute(2, 0, 1, 3)
-        if streams.noisy:
-            own = _Own(streams)
-            q, g, o, total, k, v = (own.gather(x, groups) for x in (query, upstream, out, sums, key, value))
-            found = _BACKWARD(g, q, k, v, o, total, attn_mask=own.mask(repeats, query.dtype), **rest)
-            by_query[:first] += own.spread(found[0], *query.shape[1:3])
-            for gradient, by in zip(found[1:], (by_key, by_value)):
-                by[:first] = own.spread(gradient, *by.shape[1:3])
+        own = _Own(streams)
+        mask = own.mask(repeats, query.dtype)
+        for row in range(query.shape[1] if streams.noisy else 0):
+            g, q, k, v, o, total = (own.take(x, row, groups) for x in (upstream, query, key, value, out, sums))
+            found = _BACKWARD(g, q, k, v, o, total.contiguous(), attn_mask=mask, **rest)
+            by_query[:first, row] += own.back(found[0], repeats)
+            by_key[:first, row], by_value[:first, row] = (own.back(x, 1) for x in found[1:])
         return by_query, by_key, by_value, None, None, None
+
+
+def _fill_first_block(x: Tensor, by: float, streams: Streams) -> None:
+    """Of the clean stream, block 0 of the noisy streams sees nothing: no tile writes there."""
+    for noisy in streams.parts(x)[: streams.noisy]:
+        noisy[: streams.block_size] = by
 
 
 def _merge(out: Tensor, sums: Tensor, other: Tensor, other_sums: Tensor) -> None:
