@@ -261,12 +261,11 @@ class Counter:
         model, size, rows = self.model, self.size, self.rows
         cells = max(self._asking(n) for n in range(chunk.first_layer, chunk.first_layer + chunk.layers))
         stream = cells * self._hidden * size  # the residual stream, or a branch before or after its norm
-        # The projection, queries and keys after the rotary embedding, the output; keys and values of all tiles, queries
-        # and output of one.
+        # The projection, queries and keys after the rotary embedding, the output; clean keys and values in one piece,
+        # queries and output of one tile.
         query, key = cells * self._query * size, cells * self._grouped * size
         tile = min(tile_positions(rows.length, rows.block_size), rows.length)
-        room = rows.clean + rows.noisy * tile if rows.clean else rows.length
-        keys = self._cells(room) * self._grouped * size
+        keys = self._cells(rows.clean or rows.length) * self._grouped * size
         asking = self._cells((rows.noisy + 1) * tile) * self._query * size
         attention = [*[stream] * 3, cells * self._fused * size, query, key, query, keys, keys, asking, asking]
         layer = [attention, [stream] * 4 + self.in_mlp(cells)]
