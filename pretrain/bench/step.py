@@ -12,17 +12,20 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from bd3_megatron import flops, parallel
+from bd3_megatron import flops, parallel, te
 from bd3_megatron.config import (
     ConfigError,
     DiffusionConfig,
+    Fp8Config,
     KernelConfig,
     ModelConfig,
     OptimizationConfig,
     ParallelConfig,
+    ZeroConfig,
 )
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.engine.megatron import MegatronEngine
+from bd3_megatron.fp8 import check_fp8
 from bd3_megatron.parallel import World
 from pretrain.bench.models import ModelOptions, checked_plot, model_of, plot_rows, random_batch, timed_step
 from pretrain.hardware import measured_matmul_flops, peak_flops
@@ -44,7 +47,7 @@ VOCABULARY = 50258  # GPT-2's with the mask, where a preset leaves it to the dat
 class StepOptions(ModelOptions):
     """Cost of one training step (forward, backward, optimizer, EMA) beside the plain path of the same model (dense
     two-stream mask, nothing left out, logits for every row) and beside an autoregressive step (causal objective).
-    CPU time of one process on CPU, wall time on CUDA."""
+    CPU time of one process on CPU, wall time on CUDA. MFU is of the bf16 peak, with FP8 too."""
 
     preset: str | None = Field(None, description="model and objective of a preset, instead of the sizes given here")
     lengths: tuple[Annotated[int, Field(ge=2)], ...] | None = Field(
@@ -55,6 +58,8 @@ class StepOptions(ModelOptions):
     precision: Literal["fp32", "bf16"] = Field("fp32")
     recompute: Literal["none", "selective", "full"] = Field("none", description="parallel.recompute of all paths")
     attention: Literal["auto", "flash", "flex", "chunked", "reference"] = Field("auto", description="its backend")
+    layers_kind: Literal["auto", "local", "te"] = Field("auto", description="kernels.layers of our path")
+    fp8: Literal["none", "current", "delayed", "block"] = Field("none", description="FP8 recipe of our path")
     plain: bool = Field(True, description="also run the plain path, whose mask and logits need much memory")
     causal: bool = Field(True, description="also run an autoregressive step")
     plot: str | None = Field(None, description="PNG of the ratios against the length")
@@ -65,6 +70,7 @@ def bench_step(args: list[str]) -> None:
     options = parse_options(StepOptions, args, "bd3 bench step")
     checked_plot(options.plot)
     models = _models(options)
+    _check(options, models)
     torch.set_num_threads(options.threads)
     layout = ParallelConfig(recompute=options.recompute)
     world = parallel.start(layout)
@@ -85,6 +91,23 @@ def bench_step(args: list[str]) -> None:
     )
     for row in rows:
         _print(row)
+
+
+def _fp8(options: StepOptions) -> Fp8Config:
+    return Fp8Config() if options.fp8 == "none" else Fp8Config(enabled=True, recipe=options.fp8)
+
+
+def _check(options: StepOptions, models: list[tuple[ModelConfig, DiffusionConfig]]) -> None:
+    """Refuse before anything is built what the layers cannot do.
+
+    Raises:
+        ConfigError: no Transformer Engine here, or sizes that FP8 does not take.
+    """
+    kernels = KernelConfig(layers=options.layers_kind)
+    for model, _ in models:
+        layout, precision = ParallelConfig(), OptimizationConfig(precision=options.precision)
+        check_fp8(_fp8(options), model, kernels, layout, ZeroConfig(), precision)
+    te.check(kernels, _fp8(options))
 
 
 def _models(options: StepOptions) -> list[tuple[ModelConfig, DiffusionConfig]]:
@@ -113,7 +136,7 @@ def _models(options: StepOptions) -> list[tuple[ModelConfig, DiffusionConfig]]:
 def _step_row(
     options: StepOptions, layout: ParallelConfig, model: ModelConfig, diffusion: DiffusionConfig, world: World
 ) -> dict[str, Any]:
-    kinds = {"ours": (KernelConfig(attention=options.attention), diffusion)}
+    kinds = {"ours": (KernelConfig(attention=options.attention, layers=options.layers_kind), diffusion)}
     if options.plain:
         kinds["plain"] = PLAIN, diffusion
     if options.causal:
@@ -155,7 +178,8 @@ def _measure(
     optimization = OptimizationConfig(precision=options.precision)
     peak, paths = 0, {}
     for name, (kernels, diffusion) in kinds.items():
-        engine = MegatronEngine(model, diffusion, kernels, layout, optimization, world)
+        eight = _fp8(options) if name == "ours" else Fp8Config()
+        engine = MegatronEngine(model, diffusion, kernels, layout, optimization, world, fp8=eight)
         batches = [random_batch(model, diffusion, options.batch, step) for step in range(options.repeats + 1)]
         path: Callable[[Batch], float] = partial(timed_step, engine)
         path(batches[-1])  # warm up
