@@ -355,6 +355,11 @@ def _check_tensor(model: ModelConfig, parallel: ParallelConfig) -> None:
     ):
         if value % tensor:
             raise ConfigError(f"parallel.tensor={tensor}: {name}={value} is not divisible by {tensor}; use {fitting}")
+    if parallel.sequence and tensor == 1:
+        raise ConfigError(
+            "parallel.sequence=true: parallel.tensor=1 has no group to share the sequence; use parallel.sequence=false "
+            "or parallel.tensor=2 and more"
+        )
     local = model.length // parallel.context
     if parallel.sequence and local % tensor:
         raise ConfigError(

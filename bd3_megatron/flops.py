@@ -38,10 +38,11 @@ def layer_parameters(model: ModelConfig) -> dict[str, int]:
 
 
 def forward_flops(model: ModelConfig, diffusion: DiffusionConfig, mask_rate: float | None = None) -> Flops:
-    """Useful forward FLOPs per data token: what the objective needs at the least.
+    """Useful forward FLOPs per data token.
 
     That is: only pairs the mask admits, the last layer's clean stream only to its keys and values, and the head only
-    on masked rows of the noisy streams.
+    on masked rows of the noisy streams. Counted, although nobody reads it, is the last block of the clean stream:
+    B' / L of it.
 
     Args:
         mask_rate: fraction of tokens masked; None takes the mean of the configured schedule and interval.

@@ -137,7 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         by_rows, by_weight, by_bias = ctx.saved_tensors
-        by_rows = by_rows * upstream.to(by_rows.dtype)
+        by_rows = (by_rows * upstream.float().expand_as(by_rows)).to(by_rows.dtype)  # the factor keeps its precision
         group = parallel_state.get_tensor_model_parallel_group()
         if dist.get_world_size(group) > 1:
             dist.all_reduce(by_rows, group=group)

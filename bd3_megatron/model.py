@@ -22,7 +22,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from bd3_megatron import te
+from bd3_megatron import cpu_compat, te
+from bd3_megatron.attention.backends import choose
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.limits import TILE
 from bd3_megatron.attention.mask import Streams
@@ -48,6 +49,9 @@ class BlockDiffusionModel(LanguageModule):
         pre_process, post_process: whether this stage is the first, the last.
         chunk: which of the stage's model chunks this is, under the interleaved schedule; else None.
         config: Megatron's, of the same model; made here where it is None.
+
+    Raises:
+        ConfigError: the attention backend that was asked for cannot do this here.
     """
 
     def __init__(
@@ -88,6 +92,9 @@ class BlockDiffusionModel(LanguageModule):
             use_cpu_initialization=config.use_cpu_initialization,
         )
         self.context = ContextShard.of_this_rank(model.length)
+        # Every attention chooses for itself; to an error of theirs Megatron would add the modules it was building.
+        width, dtype, device = model.width_per_head, config.params_dtype, cpu_compat.device()
+        choose(kernels.attention, self.streams, self.context, head_dim=width, dtype=dtype, device=device)
         specs = [layer_spec(model, self.streams, kernels, self.context)] * get_num_layers_to_build(config, chunk)
         if post_process and kernels.skip_last_clean_queries and self.streams.noisy and self.streams.clean:
             specs[-1] = layer_spec(model, self.streams, kernels, self.context, last=True)

@@ -167,3 +167,18 @@ def check_batches(train: TrainConfig, parallel: ParallelConfig, data_size: int) 
             f"train.global_batch={train.global_batch}: not a multiple of train.micro_batch={train.micro_batch} times "
             f"{data_size} data-parallel ranks{groups}; use a multiple of {unit}"
         )
+
+
+def check_profile(profile: ProfileConfig, world_size: int) -> None:
+    """Check that the ranks that are to write a trace exist.
+
+    Raises:
+        ConfigError: one line with the ranks that do.
+    """
+    absent = [rank for rank in profile.ranks if rank >= world_size]
+    if profile.start is not None and absent:
+        named = " ".join(map(str, profile.ranks))
+        raise ConfigError(
+            f"profile.ranks={named}: there is no rank {absent[0]} among {world_size}; use 0"
+            + (f" to {world_size - 1}" if world_size > 1 else "")
+        )

@@ -48,7 +48,7 @@ def predict(config: RunConfig, options: EstimateOptions) -> Prediction:
     """The prediction for a resolved configuration.
 
     Raises:
-        ConfigError: no vocabulary is known, or layout and batch do not fit.
+        ConfigError: no vocabulary is known, layout and batch do not fit, or the device has no FP8.
     """
     config = with_vocabulary(config)
     parallel = config.parallel
@@ -56,6 +56,11 @@ def predict(config: RunConfig, options: EstimateOptions) -> Prediction:
     data_size = check_layout(config.model, config.diffusion, parallel, world, config.zero)
     check_batches(config.train, parallel, data_size)
     device: Device = this_cpu() if options.device == "cpu" else DEVICES[options.device]
+    if config.fp8.enabled and device.fp8_flops is None:
+        fitting = " or ".join(name for name, other in DEVICES.items() if other.fp8_flops is not None)
+        raise ConfigError(
+            f"fp8.enabled=true: --device={options.device} has no FP8; use fp8.enabled=false, or {fitting}"
+        )
     return Prediction(config, world, data_size, device, options.efficiency, options.gpus_per_node)
 
 
@@ -175,7 +180,7 @@ def _flops_lines(prediction: Prediction) -> list[str]:
 
 
 def _memory_lines(prediction: Prediction) -> list[str]:
-    stage = prediction.heaviest
+    config, stage = prediction.config, prediction.heaviest
     where = f" (stage {stage.number})" if len(prediction.stages) > 1 else ""
     lines = [f"memory of the heaviest rank{where}"]
     lines += [f"  {name:<30}{_size(value):>12}" for name, value in memory_parts(stage).items() if value]
@@ -196,10 +201,11 @@ def _memory_lines(prediction: Prediction) -> list[str]:
         named = ", ".join(f"{name} {_size(value)}" for name, value in parts.items())
         lines.append(f"  peak of the process           {_size(sum(parts.values())):>12}: {named}")
     uncounted = [
-        ("data.document_mask=true", prediction.cuda and prediction.config.data.document_mask),
-        ("kernels.attention=reference", prediction.config.kernels.attention == "reference"),
+        ("data.document_mask=true: its masks for each row are", prediction.cuda and config.data.document_mask),
+        ("kernels.attention=reference: its masks for each row are", config.kernels.attention == "reference"),
+        ("fp8.enabled=true: memory and time are those of bf16; FP8 copies and faster products are", config.fp8.enabled),
     ]
-    lines += [f"  {name}: its masks for each row are not counted" for name, given in uncounted if given]
+    lines += [f"  {what} not counted" for what, given in uncounted if given]
     if stage.total > prediction.device.memory:
         lines.append(
             "  does not fit: shard more (tensor, pipeline, distributed optimizer), recompute, or less per batch"

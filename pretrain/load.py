@@ -131,6 +131,7 @@ def main(args: list[str]) -> None:
 def _with_profile(args: list[str]) -> list[str]:
     """``--profile`` is ``--profile.start 0``, and ``--profile N`` is ``--profile.start N``."""
     out = []
+    args = [arg.replace("--profile=", "--profile.start=") if arg.startswith("--profile=") else arg for arg in args]
     for arg, after in zip(args, [*args[1:], ""]):
         out.append(("--profile.start" if after.isdecimal() else "--profile.start=0") if arg == "--profile" else arg)
     return out

@@ -65,6 +65,10 @@ class Profiler:
     def close(self) -> None:
         """Write the trace of the steps so far, if one is being taken; a run goes on without a trace that fails."""
         if self._profile is None:
+            if self._first is not None and self._last is None:
+                self._say(
+                    f"profile.start={self.options.start}: no trace, because the run ended before step {self._first}"
+                )
             return
         traced, self._profile = self._profile, None
         try:

@@ -22,7 +22,7 @@ from data_prep.stream import RowStream
 from pretrain import checkpoint, runs
 from pretrain.agree import alike, everywhere, lost_ranks, on_first, together
 from pretrain.batches import Batches
-from pretrain.config import RunConfig, TrainConfig, check_batches
+from pretrain.config import RunConfig, TrainConfig, check_batches, check_profile
 from pretrain.environment import Ranks, read_ranks
 from pretrain.evaluate import Evaluation, evaluate
 from pretrain.hardware import peak_flops
@@ -54,6 +54,7 @@ def train(config: RunConfig) -> Path:
         data_size = check_layout(config.model, config.diffusion, config.parallel, ranks.world_size, config.zero)
         check_fp8(config.fp8, config.model, config.kernels, config.parallel, config.zero, config.train)
         check_batches(config.train, config.parallel, data_size)
+        check_profile(config.profile, ranks.world_size)
         check_kernels(
             config.kernels, Demand.of(config.model, config.diffusion, config.parallel, config.train.precision)
         )

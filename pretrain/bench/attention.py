@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,13 +20,12 @@ from bd3_megatron.attention import backends, flex
 from bd3_megatron.attention.limits import NAMES, Demand
 from bd3_megatron.attention.mask import Streams, dense_mask, live_pairs
 from bd3_megatron.config import ConfigError, DiffusionConfig, Section, divisors, listing
-from pretrain.bench.models import checked_plot
+from pretrain.bench.models import checked_plot, seconds_of
 from pretrain.options import parse_options
 from pretrain.plots import MUTED, finish, save_figure
 
 DTYPES = {precision: dtype for dtype, precision in backends.PRECISIONS.items()}
 MATMUL = {"cpu": 1024, "cuda": 8192}  # side of the square matrices whose product is the ceiling
-PASSES = 10  # in one measurement on CUDA, so that launches overlap as they do in training
 
 
 class AttentionOptions(Section):
@@ -214,22 +212,8 @@ def _dense(qkv: list[Tensor], streams: Streams) -> Callable[[], Any] | None:
 
 def _take_turns(paths: list[Timed], repeats: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every path at every turn, after one turn that is not counted."""
-    turns = [[_seconds(path.run, device) for path in paths] for _ in range(repeats + 1)]
+    turns = [[seconds_of(path.run, device) for path in paths] for _ in range(repeats + 1)]
     return {path.name: list(column) for path, column in zip(paths, zip(*turns[1:]))}
-
-
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cpu":
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(PASSES):
-        run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / PASSES
 
 
 def _plot(file: Path, dtype: str, rows: list[dict[str, Any]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -19,6 +18,7 @@ from bd3_megatron import parallel
 from bd3_megatron.config import ParallelConfig, Section
 from bd3_megatron.diffusion.batch import predicted_positions
 from bd3_megatron.head import VocabularyShard, linear_cross_entropy
+from pretrain.bench.models import seconds_of
 from pretrain.options import parse_options
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -91,7 +91,7 @@ def _row(options: HeadOptions, columns: int, device: torch.device) -> dict[str, 
         name: lambda loss=loss: torch.autograd.grad(loss(), (hidden, weight))
         for name, loss in (("chunked", chunked), ("gathered", gathered), ("every_row", every_row))
     } | {"matmul": lambda: product @ weight.detach()}
-    turns = [[_seconds(run, device) for run in paths.values()] for _ in range(options.repeats + 1)][1:]
+    turns = [[seconds_of(run, device) for run in paths.values()] for _ in range(options.repeats + 1)][1:]
     times = dict(zip(paths, zip(*turns)))
     median = {name: statistics.median(column) for name, column in times.items()}
     return {
@@ -106,16 +106,3 @@ def _row(options: HeadOptions, columns: int, device: torch.device) -> dict[str, 
         "of_matmul": 3 * median["matmul"] / median["chunked"],
         "tflops": 3 * 2 * count * columns * options.hidden / median["chunked"] / 1e12,
     }
-
-
-def _seconds(run: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cpu":
-        start = time.process_time()
-        run()
-        return time.process_time() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,8 @@ from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine.base import Engine
 from pretrain.options import validate
 from pretrain.plots import finish, save_figure
+
+_PASSES = 10  # in one measurement on CUDA, so that launches overlap as they do in training
 
 
 class ModelOptions(Section):
@@ -97,3 +99,18 @@ def timed_step(engine: Engine, batch: Batch) -> float:
     if cuda:
         torch.cuda.synchronize()
     return clock() - start
+
+
+def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one ``run()``: CPU time on CPU, events around several on CUDA."""
+    if device.type == "cpu":
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(_PASSES):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / _PASSES

@@ -125,8 +125,10 @@ def _models(options: StepOptions) -> list[tuple[ModelConfig, DiffusionConfig]]:
     made = []
     for length in options.lengths or (config.model.length,):
         if length % config.diffusion.block_size:
+            block = config.diffusion.block_size
             raise ConfigError(
-                f"--lengths={length}: not divisible by diffusion.block_size={config.diffusion.block_size} of the preset"
+                f"--lengths={length}: not divisible by diffusion.block_size={block} of the preset; "
+                f"use a multiple of {block}"
             )
         ids = {"vocab_size": vocabulary, "mask_id": vocabulary - 1, "length": length}
         made.append((config.model.model_copy(update=ids), config.diffusion.model_copy(update=draws)))

@@ -26,8 +26,13 @@ BUILT = importlib.util.find_spec("deepspeed") is not None and ops.built()
 SIZES = {"layers": 2, "hidden": 32, "heads": 4, "length": 16, "vocab_size": 61, "mask_id": 60}
 BLOCKS = DiffusionConfig(block_size=4)
 QWEN3 = Task(ModelConfig(kv_heads=2, **SIZES), BLOCKS, steps=4)
+# Without tensor parallelism every matrix is above the 100,000 elements up to which stage 3 keeps parameters whole on
+# every rank. Head and last layer read weights outside of the modules that own them.
+WIDE = ModelConfig(layers=2, hidden=320, heads=4, length=16, vocab_size=401, mask_id=400)
 TASKS = {
     "qwen3": QWEN3,
+    "wide": Task(WIDE, BLOCKS, steps=2),
+    "wide tied": Task(WIDE.model_copy(update={"tie_embeddings": True}), BLOCKS, steps=2),
     "tied": Task(ModelConfig(tie_embeddings=True, **SIZES), BLOCKS, steps=2),
     "dit": Task(ModelConfig(backbone="dit", **SIZES), BLOCKS, steps=2),
     "documents": QWEN3._replace(documents=True),
@@ -52,6 +57,10 @@ CASES = [
     *(("qwen3", name) for name in MORE),
     ("documents", "ZeRO1"),
     ("tied", "ZeRO3"),
+    ("wide", "ZeRO3"),
+    ("wide", "ZeRO3-full"),
+    ("wide", "TP2xZeRO3"),
+    ("wide tied", "ZeRO3"),
     ("dit", "ZeRO3-full"),
     ("dit", "PP2-ZeRO1"),
     ("dit", "TP2+SPxZeRO2"),

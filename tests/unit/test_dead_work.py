@@ -197,6 +197,19 @@ def test_chunks_of_rows_equal_the_cross_entropy_of_all(count, columns, chunk, wi
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_factor_of_the_loss_is_not_rounded_to_the_precision_of_the_rows():
+    """In bf16 all gradients behind the head would be off by one factor, and the weight's would not."""
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(n, 64, generator=generator).bfloat16().requires_grad_() for n in (200, 50))
+    labels, factors = torch.randint(0, 49, (200,), generator=generator), torch.ones(200)
+    upstream = 1 + 43.5 / 128  # half-way between two numbers of bf16
+    found = linear_cross_entropy(rows, weight, None, labels, factors, VocabularyShard(0, 50, never=()))
+    one, other = (
+        torch.autograd.grad(found * by, rows, retain_graph=True)[0].double().flatten() for by in (1.0, upstream)
+    )
+    assert (other @ one / (one @ one)).item() == pytest.approx(upstream, rel=5e-4)
+
+
 def test_a_label_that_is_never_predicted_counts_for_nothing_without_a_factor():
     rows, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     shard = VocabularyShard(0, 5, never=(4,))

@@ -338,6 +338,16 @@ def test_the_command_says_what_does_not_fit(capsys):
     assert capsys.readouterr().err.startswith("train.global_batch=1024: ")
 
 
+def test_fp8_asks_for_a_device_that_has_it_and_is_said_not_to_count():
+    args = ("--preset", "1b", "--model.vocab-size", 50258, "--fp8.enabled", "--kernels.layers", "te")
+    lines = estimate.report(predicted(*args))
+    assert [line for line in lines if "not counted" in line] == [
+        "  fp8.enabled=true: memory and time are those of bf16; FP8 copies and faster products are not counted"
+    ]
+    with pytest.raises(ConfigError, match=r"^fp8.enabled=true: --device=a100-80gb has no FP8; use .*h100-sxm"):
+        predicted(*args, "--device", "a100-80gb")
+
+
 def test_the_vocabulary_of_a_data_set(monkeypatch):
     class Manifest:
         vocab_size = 123

@@ -29,6 +29,7 @@ from tests.unit.fake_te import Column
 
 LOCAL, TE = KernelConfig(layers="local"), KernelConfig(layers="te")
 DIFFUSION = DiffusionConfig(block_size=4)
+SWITCHES = [name for name, field in KernelConfig.model_fields.items() if field.default is True]
 DELAYED = Fp8Config(enabled=True, recipe="delayed", amax_history=3)
 
 
@@ -240,13 +241,15 @@ def test_weights_are_cast_once_in_every_step_and_in_every_evaluation(world):
     assert {module.casts for module in columns} == {3}
 
 
-def test_a_run_may_go_on_with_other_layers_and_another_recipe(tmp_path):
-    run = RunConfig()
+def test_a_run_may_go_on_with_other_kernels_and_another_recipe(tmp_path):
+    """A run that began with kernels of a GPU goes on where they are refused."""
+    run = RunConfig(kernels=KernelConfig(attention="flash"))
     save_config(run, tmp_path / runs.CONFIG)
-    for kernels, fp8 in ((TE, DELAYED), (KernelConfig(fusions=False), Fp8Config())):
+    others = [KernelConfig(attention="chunked"), *(KernelConfig(**{name: False}) for name in SWITCHES)]
+    for kernels, fp8 in ((TE, DELAYED), *((kernels, Fp8Config()) for kernels in others)):
         check_same_run(tmp_path, run.model_copy(update={"kernels": kernels, "fp8": fp8}))
-    other = run.model_copy(update={"kernels": KernelConfig(masked_rows_only=False)})
-    with pytest.raises(ConfigError, match=r"^kernels.masked_rows_only=False: the run in"):
+    other = run.model_copy(update={"diffusion": DIFFUSION.model_copy(update={"block_size": 2})})
+    with pytest.raises(ConfigError, match=r"^diffusion.block_size=2: the run in"):
         check_same_run(tmp_path, other)
 
 

@@ -153,6 +153,12 @@ REFUSED = [
         "zero.offload=true: needs the partitioned gradients of zero.stage=2 or 3; use one of them",
     ),
     (
+        1,
+        {"sequence": True},
+        "parallel.sequence=true: parallel.tensor=1 has no group to share the sequence; use parallel.sequence=false or "
+        "parallel.tensor=2 and more",
+    ),
+    (
         2,
         {"tensor": 2, "sequence": True, "model": MODEL.model_copy(update={"length": 63}), "block_size": 9},
         "parallel.sequence=true: the 63 positions of a rank are not divisible by parallel.tensor=2; use another "

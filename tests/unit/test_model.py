@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig
+from bd3_megatron.config import ConfigError, DiffusionConfig, KernelConfig, ModelConfig
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.hf.modeling_bd3 import BD3ForMaskedLM, token_nll
-from bd3_megatron.model import initialize
+from bd3_megatron.model import BlockDiffusionModel, initialize
 from tests.unit import tiny
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -194,3 +194,10 @@ def test_initial_weights_are_a_function_of_the_seed_and_the_name(backbone):
         torch.testing.assert_close(deeper[name], weight * factor)
     digests = {hashlib.sha256(w.numpy().tobytes()).digest() for w in one.values() if w.unique().numel() > 1}
     assert len(digests) == sum(w.unique().numel() > 1 for w in one.values())  # no two matrices are alike
+
+
+def test_a_backend_that_cannot_run_here_is_refused_in_one_line():
+    """Not in Megatron's words, which add the modules that it was building."""
+    model, kernels = tiny.shape(head_dim=64, length=256), KernelConfig(attention="flash")
+    with pytest.raises(ConfigError, match=r"^kernels.attention=flash: needs .*; use auto, flex or chunked$"):
+        BlockDiffusionModel(model, DiffusionConfig(block_size=4), kernels, bf16=True)

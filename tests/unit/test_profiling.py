@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bd3_megatron.config import ConfigError
-from pretrain.config import ProfileConfig, RunConfig
+from pretrain.config import ProfileConfig, RunConfig, check_profile
 from pretrain.load import load_run_config
 from pretrain.profiling import Profiler, out_of_memory
 from tests.conftest import LENGTH
@@ -55,10 +55,30 @@ def test_a_trace_shows_the_steps_with_their_forward_and_backward_pass(tmp_path, 
     # The same folder, gone on with: a step behind it leaves no trace, and the run's end cuts one short.
     done = pretrain(tmp_path, data_set, "--train.steps", 5, "--profile.start", 2)
     assert "profile.start=2: the run goes on after step 4; use 0 or a later step for a trace" in done.err
+    assert "no trace" not in done.err
     done = pretrain(tmp_path, data_set, "--train.steps", 6, "--profile", 6, "--profile.shapes", "true")
     assert done.code == 0, done.err
     assert sorted(found.name for found in path.parent.iterdir()) == [path.name, "steps-6-6.rank-0.json.gz"]
     assert any("Input Dims" in event.get("args", {}) for event in events(path.with_name("steps-6-6.rank-0.json.gz")))
+
+
+def test_a_trace_that_never_began_is_missed(tmp_path):
+    said = []
+    profiler = Profiler(ProfileConfig(start=0), tmp_path, 0, 4, said.append)
+    for number in (5, 6):
+        with profiler.step(number):
+            pass
+    profiler.close()
+    assert said == ["profile.start=0: no trace, because the run ended before step 7"]
+    Profiler(ProfileConfig(), tmp_path, 0, 4, said.append).close()
+    assert len(said) == 1
+
+
+def test_ranks_that_write_a_trace_exist():
+    check_profile(ProfileConfig(start=0, ranks=(0, 3)), 4)
+    check_profile(ProfileConfig(ranks=(7,)), 1)
+    with pytest.raises(ConfigError, match=r"^profile.ranks=0 4: there is no rank 4 among 4; use 0 to 3$"):
+        check_profile(ProfileConfig(start=9, ranks=(0, 4)), 4)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +88,7 @@ def test_a_trace_shows_the_steps_with_their_forward_and_backward_pass(tmp_path, 
         (["--profile"], 0),
         (["--profile", "--train.steps", "8"], 0),
         (["--profile", "7"], 7),
+        (["--profile=7"], 7),
         (["--profile.start", "4"], 4),
         (["--profile.start", "null"], None),
     ],
