@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bd3_megatron.attention.limits import TILE
-from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig
-from bd3_megatron.partition import Chunk, padded_rows
+from bd3_megatron.attention.limits import clean_multiple, clean_positions, skips_last_block, tile_size
+from bd3_megatron.config import DiffusionConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig
+from bd3_megatron.partition import Chunk, padded_rows, rows_per_chunk
 
 _FP32, _INT64 = 4, 8
 
@@ -63,12 +63,8 @@ class Rows:
         length, block = model.length, diffusion.block_size
         if diffusion.objective == "causal":
             return cls(length, 0, length, 1, False)
-        clean = length if block < length else 0
-        if clean and kernels.skip_last_clean_block and parallel.context == 1:
-            multiple = parallel.tensor if parallel.sequence else 1
-            if cuda and kernels.attention in ("auto", "flash") and length % TILE == 0:
-                multiple = math.lcm(multiple, TILE)
-            clean = min(length, -(-(length - block) // multiple) * multiple)
+        multiple = clean_multiple(model, kernels, parallel, Fp8Config(), cuda)
+        clean = clean_positions(length, block, skips_last_block(kernels, parallel), multiple)
         return cls(length, diffusion.draws, clean, block, kernels.skip_last_clean_queries and clean > 0)
 
 
@@ -264,7 +260,7 @@ class Counter:
         # The projection, queries and keys after the rotary embedding, the output; clean keys and values in one piece,
         # queries and output of one tile.
         query, key = cells * self._query * size, cells * self._grouped * size
-        tile = min(tile_positions(rows.length, rows.block_size), rows.length)
+        tile = min(tile_size(rows.length, rows.block_size), rows.length)
         keys = self._cells(rows.clean or rows.length) * self._grouped * size
         asking = self._cells((rows.noisy + 1) * tile) * self._query * size
         attention = [*[stream] * 3, cells * self._fused * size, query, key, query, keys, keys, asking, asking]
@@ -359,7 +355,7 @@ class Counter:
             asking, cells = self._asking(layer), self._cells(rows.positions)
             return (2 * asking * self._query + 2 * cells * self._grouped) * size + asking * self._heads * _FP32
         chunk = rows.length // (2 * context) if context > 1 else rows.length
-        tile = min(tile_positions(rows.length, rows.block_size), chunk)
+        tile = min(tile_size(rows.length, rows.block_size), chunk)
         tile -= tile % rows.block_size if tile > rows.block_size else 0
         if context == 1 and rows.clean and tile > rows.block_size and not self.cuda and not self.packed:
             return self._query_key_value(layer) * size + self._asking(layer) * self._heads * _FP32
@@ -380,15 +376,3 @@ class Counter:
                     masks += here * repeats * (past + there) * size * (self.micro_batch if self.packed else 1)
         outputs = 2 * queries * self._query * size + queries * self._heads * _FP32
         return self.micro_batch * (outputs + 2 * keys * self._grouped * size) + masks
-
-
-def rows_per_chunk(columns: int, cuda: bool) -> int:
-    """Rows whose logits exist at a time, as :func:`bd3_megatron.head.rows_per_chunk` has it."""
-    rows = (2**29 if cuda else 2**24) // (4 * columns)
-    return max(128, 1 << (rows.bit_length() - 1))
-
-
-def tile_positions(length: int, block_size: int) -> int:
-    """Positions of one tile, as :func:`bd3_megatron.attention.chunked.tile_size` has it."""
-    target = 64 if length <= 512 else 96 if length < 2048 else 128
-    return block_size * max(1, target // block_size)

@@ -222,6 +222,11 @@ class KernelConfig(Section):
     )
 
 
+# Switches that leave out what nobody reads. The plain path computes it, with the dense mask: what is compared with.
+SAVINGS = ("masked_rows_only", "chunked_cross_entropy", "skip_last_clean_queries", "skip_last_clean_block")
+PLAIN = KernelConfig(attention="reference", **dict.fromkeys(SAVINGS, False))
+
+
 class Fp8Config(Section):
     """FP8 matrix products in the transformer layers, by Transformer Engine; docs/kernels.md has the rules.
 

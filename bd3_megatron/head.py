@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
-# Bytes of a chunk's logits in fp32: in a CPU's cache; on a GPU, enough rows for its matrix products.
-_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
+from bd3_megatron import partition
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,8 @@ class VocabularyShard:
 
 
 def rows_per_chunk(columns: int, device: torch.device) -> int:
-    """Rows whose logits exist at a time: a power of two, 128 at the least."""
-    rows = _CHUNK_BYTES[device.type] // (4 * columns)
-    return max(128, 1 << (rows.bit_length() - 1))
+    """Rows whose logits exist at a time."""
+    return partition.rows_per_chunk(columns, device.type == "cuda")
 
 
 def linear_cross_entropy(

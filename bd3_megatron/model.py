@@ -25,13 +25,13 @@ from torch import Tensor
 from bd3_megatron import cpu_compat, te
 from bd3_megatron.attention.backends import choose
 from bd3_megatron.attention.context import ContextShard
-from bd3_megatron.attention.limits import TILE
+from bd3_megatron.attention.limits import clean_multiple, skips_last_block
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import DiffusionConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch
-from bd3_megatron.fp8 import token_multiple
 from bd3_megatron.head import VocabularyShard, cross_entropy, linear_cross_entropy
 from bd3_megatron.layers import Norm, layer_spec, transformer_config
+from bd3_megatron.partition import padded_rows
 from bd3_megatron.shards import global_shape, local_shard
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -76,7 +76,7 @@ class BlockDiffusionModel(LanguageModule):
         self.pre_process, self.post_process = pre_process, post_process
         self.model_type = ModelType.encoder_or_decoder  # read by Megatron's schedules
         self.share_embeddings_and_output_weights = model.tie_embeddings
-        self.vocab_size = padded_vocabulary(model.vocab_size, parallel.tensor)
+        self.vocab_size = padded_rows(model.vocab_size, parallel.tensor)
 
         if pre_process:
             self.embedding = LanguageModelEmbedding(
@@ -104,21 +104,24 @@ class BlockDiffusionModel(LanguageModule):
             config, layers, post_layer_norm=False, pre_process=pre_process, post_process=post_process, vp_stage=chunk
         )
         if post_process:
-            head = copy.copy(config)
-            head.sequence_parallel = False  # the head reads gathered rows, not a shard of the sequence
-            head.gradient_accumulation_fusion = False  # linear_cross_entropy takes the weight without the layer
-            norm = te.modules().norm if te.chosen(kernels) else Norm
-            self.final_norm = norm(config=head, hidden_size=model.hidden, eps=model.eps)
-            self.output_layer = ColumnParallelLinear(
-                model.hidden,
-                self.vocab_size,
-                config=head,
-                init_method=config.init_method,
-                bias=model.backbone == "dit",
-                skip_weight_param_allocation=model.tie_embeddings and pre_process,
-            )
+            self._make_head(config)
         if model.tie_embeddings:
             self.setup_embeddings_and_output_layer()
+
+    def _make_head(self, config: TransformerConfig) -> None:
+        model, head = self.model, copy.copy(config)
+        head.sequence_parallel = False  # the head reads gathered rows, not a shard of the sequence
+        head.gradient_accumulation_fusion = False  # linear_cross_entropy takes the weight without the layer
+        norm = te.modules().norm if te.chosen(self.kernels) else Norm
+        self.final_norm = norm(config=head, hidden_size=model.hidden, eps=model.eps)
+        self.output_layer = ColumnParallelLinear(
+            model.hidden,
+            self.vocab_size,
+            config=head,
+            init_method=config.init_method,
+            bias=model.backbone == "dit",
+            skip_weight_param_allocation=model.tie_embeddings and self.pre_process,
+        )
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """The tied weight on this stage (Megatron's schedules look for it)."""
@@ -235,16 +238,9 @@ def streams_of(
     parallel: ParallelConfig,
     fp8: Fp8Config | None = None,
 ) -> Streams:
-    """The streams that are computed under this layout.
-
-    Context-parallel ranks hold equal parts of every stream, so that there the clean stream keeps its last block. FP8
-    asks for a multiple of tokens; the clean stream is then as long as the next one.
-    """
-    skip = kernels.skip_last_clean_block and parallel.context == 1
-    multiple = token_multiple(fp8 or Fp8Config(), parallel)
-    if torch.cuda.is_available() and kernels.attention in ("auto", "flash") and model.length % TILE == 0:
-        multiple = math.lcm(multiple, TILE)  # the block-sparse kernels of FlashAttention take whole tiles
-    return Streams.of(diffusion, model.length, skip, multiple)
+    """The streams that are computed under this layout."""
+    multiple = clean_multiple(model, kernels, parallel, fp8 or Fp8Config(), torch.cuda.is_available())
+    return Streams.of(diffusion, model.length, skips_last_block(kernels, parallel), multiple)
 
 
 def _without_dropout(config):
@@ -252,11 +248,6 @@ def _without_dropout(config):
     config = copy.copy(config)
     config.hidden_dropout = 0.0
     return config
-
-
-def padded_vocabulary(vocab_size: int, tensor: int) -> int:
-    """Rows of embedding and head: the vocabulary rounded up to a multiple of the tensor-parallel size."""
-    return -(-vocab_size // tensor) * tensor
 
 
 def global_name(name: str, model: BlockDiffusionModel) -> str:

@@ -49,6 +49,16 @@ def padded_rows(vocab_size: int, tensor: int) -> int:
     return -(-vocab_size // tensor) * tensor
 
 
+# Bytes of a chunk's logits in fp32: in a CPU's cache; on a GPU, enough rows for its matrix products.
+_CHUNK_BYTES, _CUDA_CHUNK_BYTES = 2**24, 2**29
+
+
+def rows_per_chunk(columns: int, cuda: bool) -> int:
+    """Rows whose logits over so many columns the head computes at a time: a power of two, 128 at the least."""
+    rows = (_CUDA_CHUNK_BYTES if cuda else _CHUNK_BYTES) // (4 * columns)
+    return max(128, 1 << (rows.bit_length() - 1))
+
+
 def parameter_shapes(model: ModelConfig, chunk: Chunk, tensor: int = 1) -> dict[str, Shape]:
     """Shape of every parameter that one tensor-parallel rank holds of a chunk, by global name, as built.
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from bd3_megatron.attention.limits import Demand, check_kernels
 from bd3_megatron.config import (
     ConfigError,
     DiffusionConfig,
@@ -17,8 +18,10 @@ from bd3_megatron.config import (
     Section,
     Seed,
     ZeroConfig,
+    check_layout,
     divisors,
 )
+from bd3_megatron.fp8 import check_fp8
 
 
 class DataConfig(Section):
@@ -151,6 +154,18 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     profile: ProfileConfig = ProfileConfig()
+
+
+def check_run(config: RunConfig, world_size: int) -> int:
+    """Check what the configuration alone decides for so many processes; the data-parallel size.
+
+    Raises:
+        ConfigError: one line with the key, its value and what would fit.
+    """
+    data_size = check_layout(config.model, config.diffusion, config.parallel, world_size, config.zero)
+    check_kernels(config.kernels, Demand.of(config.model, config.diffusion, config.parallel, config.train.precision))
+    check_fp8(config.fp8, config.model, config.kernels, config.parallel, config.zero, config.train)
+    return data_size
 
 
 def check_batches(train: TrainConfig, parallel: ParallelConfig, data_size: int) -> None:

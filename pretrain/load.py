@@ -11,11 +11,9 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, Field
 
-from bd3_megatron.attention.limits import Demand, check_kernels
-from bd3_megatron.config import ConfigError, check_layout, split_layers
-from bd3_megatron.fp8 import check_fp8
+from bd3_megatron.config import ConfigError, split_layers
 from data_prep.remote import is_remote
-from pretrain.config import RunConfig, check_batches
+from pretrain.config import RunConfig, check_batches, check_run
 from pretrain.files import replace_file
 from pretrain.options import (
     as_section,
@@ -156,9 +154,7 @@ def resolve(cls: type[Options], args: list[str], prog: str) -> tuple[RunConfig, 
     config = RunConfig(**{name: getattr(options, name) for name in RunConfig.model_fields})
     parallel = config.parallel
     world_size = getattr(options, "world_size", None) or parallel.tensor * parallel.pipeline * parallel.context
-    data_size = check_layout(config.model, config.diffusion, parallel, world_size, config.zero)
-    check_kernels(config.kernels, Demand.of(config.model, config.diffusion, parallel, config.train.precision))
-    check_fp8(config.fp8, config.model, config.kernels, parallel, config.zero, config.train)
+    data_size = check_run(config, world_size)
     if getattr(options, "world_size", None):
         check_batches(config.train, parallel, data_size)
     return config, options

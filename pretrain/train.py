@@ -13,16 +13,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bd3_megatron import flops, parallel
-from bd3_megatron.attention.limits import Demand, check_kernels
-from bd3_megatron.config import ConfigError, check_layout
+from bd3_megatron.config import ConfigError
 from bd3_megatron.engine import build_engine, check_installed
 from bd3_megatron.engine.base import Engine, StepResult
-from bd3_megatron.fp8 import check_fp8
 from data_prep.stream import RowStream
 from pretrain import checkpoint, runs
 from pretrain.agree import alike, everywhere, lost_ranks, on_first, together
 from pretrain.batches import Batches
-from pretrain.config import RunConfig, TrainConfig, check_batches, check_profile
+from pretrain.config import RunConfig, TrainConfig, check_batches, check_profile, check_run
 from pretrain.environment import Ranks, read_ranks
 from pretrain.evaluate import Evaluation, evaluate
 from pretrain.hardware import peak_flops
@@ -51,13 +49,9 @@ def train(config: RunConfig) -> Path:
     """
     ranks = read_ranks()
     with alike():
-        data_size = check_layout(config.model, config.diffusion, config.parallel, ranks.world_size, config.zero)
-        check_fp8(config.fp8, config.model, config.kernels, config.parallel, config.zero, config.train)
+        data_size = check_run(config, ranks.world_size)
         check_batches(config.train, config.parallel, data_size)
         check_profile(config.profile, ranks.world_size)
-        check_kernels(
-            config.kernels, Demand.of(config.model, config.diffusion, config.parallel, config.train.precision)
-        )
         if not config.data.weights():
             raise ConfigError("data.path: not set; give the folder that bd3 prep wrote with --data.path")
     lock = trainer = watch = None

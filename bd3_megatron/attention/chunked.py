@@ -15,17 +15,11 @@ from torch import Tensor
 
 from bd3_megatron.attention import inplace
 from bd3_megatron.attention.context import ContextShard
+from bd3_megatron.attention.limits import tile_size
 from bd3_megatron.attention.mask import Streams, sees, within_documents
 
 # Queries in one call where a block is too long for a mask over all of it.
 _QUERIES = 128
-
-
-def tile_size(length: int, block_size: int) -> int:
-    """Positions per tile, a multiple of the block: smaller wastes less on dead pairs, larger amortises a call
-    better; these won on one CPU core."""
-    target = 64 if length <= 512 else 96 if length < 2048 else 128
-    return block_size * max(1, target // block_size)
 
 
 @lru_cache(maxsize=512)

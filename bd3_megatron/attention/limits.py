@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from bd3_megatron.config import ConfigError, DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig
+from bd3_megatron.config import ConfigError, DiffusionConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig
+from bd3_megatron.fp8 import token_multiple
 
 # From the fastest to the plainest; ``auto`` never takes the last one, whose cost is quadratic in the streams.
 NAMES = ("flash", "flex", "chunked", "reference")
@@ -12,6 +14,40 @@ NAMES = ("flash", "flex", "chunked", "reference")
 # Positions in a tile of the block-sparse kernels, and the widths of a head that FlashAttention's were checked with.
 TILE = 128
 FLASH_WIDTHS = (64, 128)
+
+
+def tile_size(length: int, block_size: int) -> int:
+    """Positions per tile of the chunked backend, a multiple of the block: smaller wastes less on dead pairs, larger
+    amortises a call better; these won on one CPU core."""
+    target = 64 if length <= 512 else 96 if length < 2048 else 128
+    return block_size * max(1, target // block_size)
+
+
+def clean_positions(length: int, block_size: int, skip_last_block: bool, multiple: int) -> int:
+    """Positions of the clean stream that are computed: none where a row is one block, because nothing precedes it.
+
+    Args:
+        skip_last_block: end before the last block, which none reads.
+        multiple: of which they stay a multiple all the same.
+    """
+    if block_size == length:
+        return 0
+    return min(length, -(-(length - block_size) // multiple) * multiple) if skip_last_block else length
+
+
+def skips_last_block(kernels: KernelConfig, parallel: ParallelConfig) -> bool:
+    """Whether the clean stream ends before its last block: context-parallel ranks hold equal parts of every stream."""
+    return kernels.skip_last_clean_block and parallel.context == 1
+
+
+def clean_multiple(
+    model: ModelConfig, kernels: KernelConfig, parallel: ParallelConfig, fp8: Fp8Config, cuda: bool
+) -> int:
+    """What the positions of the clean stream are a multiple of: sequence parallelism, FP8 and FlashAttention ask."""
+    multiple = token_multiple(fp8, parallel)
+    if cuda and kernels.attention in ("auto", "flash") and model.length % TILE == 0:
+        multiple = math.lcm(multiple, TILE)
+    return multiple
 
 
 @dataclass(frozen=True)

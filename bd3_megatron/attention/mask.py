@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bd3_megatron.attention.limits import clean_positions
 from bd3_megatron.config import DiffusionConfig
 
 
@@ -63,10 +64,7 @@ class Streams:
         if diffusion.objective == "causal":
             return cls(length, block_size=1, noisy=0, clean=length)
         block = diffusion.block_size
-        clean = length if block < length else 0
-        if clean and skip_last_clean_block:
-            clean = min(length, -(-(length - block) // multiple) * multiple)
-        return cls(length, block, diffusion.draws, clean)
+        return cls(length, block, diffusion.draws, clean_positions(length, block, skip_last_clean_block, multiple))
 
     def parts(self, x: Tensor, held: int | None = None) -> list[Tensor]:
         """``x`` by stream, ``[N, ...] -> S of [positions, ...]``; without the clean one where ``x`` does not hold it.

@@ -18,10 +18,9 @@ from bd3_megatron import parallel
 from bd3_megatron.config import ParallelConfig, Section
 from bd3_megatron.diffusion.batch import predicted_positions
 from bd3_megatron.head import VocabularyShard, linear_cross_entropy
+from pretrain.bench.attention import DTYPES
 from pretrain.bench.models import seconds_of
 from pretrain.options import parse_options
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class HeadOptions(Section):

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from bd3_megatron import flops, parallel, te
 from bd3_megatron.config import (
+    PLAIN,
     ConfigError,
     DiffusionConfig,
     Fp8Config,
@@ -32,14 +33,6 @@ from pretrain.hardware import measured_matmul_flops, peak_flops
 from pretrain.load import preset_config
 from pretrain.options import parse_options
 
-# What the step is compared with: the dense mask over both streams, all that nobody reads, logits for every row.
-PLAIN = KernelConfig(
-    attention="reference",
-    masked_rows_only=False,
-    chunked_cross_entropy=False,
-    skip_last_clean_queries=False,
-    skip_last_clean_block=False,
-)
 CAUSAL = DiffusionConfig(objective="causal", block_size=1)
 VOCABULARY = 50258  # GPT-2's with the mask, where a preset leaves it to the data
 

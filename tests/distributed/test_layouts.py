@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bd3_megatron.config import ConfigError, DiffusionConfig, KernelConfig, ModelConfig
+from bd3_megatron.config import PLAIN, SAVINGS, ConfigError, DiffusionConfig, ModelConfig
 from pretrain import bench
 from pretrain.bench import parity
 from pretrain.bench.parity import LAYOUTS, Difference, Layout, Outcome, Task
@@ -45,8 +45,6 @@ MORE = {
 }
 # What leaves out dead work, all of it and each saving by itself, against the plain path of one process.
 NEEDS = {"chunked_cross_entropy": ["masked_rows_only"]}
-SAVINGS = [name for name, field in KernelConfig.model_fields.items() if field.default is True and name != "fusions"]
-PLAIN = KernelConfig(attention="reference", **dict.fromkeys(SAVINGS, False))
 for draws in (1, 2, 4):
     sparing = Task(MODEL, DiffusionConfig(block_size=4, draws=draws), steps=2)
     TASKS |= {f"sparing {draws}": sparing, f"plain {draws}": sparing._replace(kernels=PLAIN)}

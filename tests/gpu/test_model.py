@@ -7,16 +7,15 @@ import math
 import pytest
 import torch
 
-from bd3_megatron import head, parallel
+from bd3_megatron import config, head, parallel
 from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, OptimizationConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.head import VocabularyShard, linear_cross_entropy
 from tests.unit import tiny
 
-SWITCHES = [name for name, field in KernelConfig.model_fields.items() if name.startswith(("skip", "chunked", "masked"))]
-LOCAL = {"attention": "chunked"} | ({"layers": "local"} if "layers" in KernelConfig.model_fields else {})
-PLAIN = KernelConfig(**LOCAL | {"attention": "reference"} | dict.fromkeys(SWITCHES, False))
+LOCAL = {"attention": "chunked", "layers": "local"}
+PLAIN = config.PLAIN.model_copy(update={"layers": "local"})
 
 
 def shape(backbone: str, **changes) -> ModelConfig:

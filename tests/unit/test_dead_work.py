@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bd3_megatron import head
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig
+from bd3_megatron.config import PLAIN, DiffusionConfig, KernelConfig, ModelConfig
 from bd3_megatron.diffusion.batch import Batch, predicted_positions
 from bd3_megatron.head import VocabularyShard, cross_entropy, linear_cross_entropy
 from tests.unit import tiny
@@ -20,7 +20,6 @@ from tests.unit import tiny
 pytestmark = pytest.mark.usefixtures("world")
 
 SWITCHES = [name for name, field in KernelConfig.model_fields.items() if field.default is True and name != "fusions"]
-PLAIN = KernelConfig(attention="reference", **dict.fromkeys(SWITCHES, False))
 
 
 def loss_and_gradients(
