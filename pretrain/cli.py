@@ -5,12 +5,15 @@ Nothing heavy is imported before a command is chosen, so that ``bd3 --help`` ans
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import importlib
 import os
 import sys
 import time
+
+from pretrain import signals
 
 # Name -> (module:function, help). A function takes the arguments after the name and may return an exit code.
 COMMANDS = {
@@ -126,7 +129,8 @@ def _run(args: list[str]) -> int:
         print(f"{name}: unknown command; {hint}", file=sys.stderr)
         return USAGE_ERROR
     module, _, function = COMMANDS[name][0].partition(":")
-    return getattr(importlib.import_module(module), function)(rest) or 0
+    with signals.caught() if name == "pretrain" else contextlib.nullcontext():
+        return getattr(importlib.import_module(module), function)(rest) or 0
 
 
 def _exit_code(stop: SystemExit) -> int:

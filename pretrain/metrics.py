@@ -41,14 +41,17 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, resume_step: int = 0, tensorboard: bool = False) -> None:
         paths = [run_dir / METRICS, run_dir / THROUGHPUT]
-        for path in paths:
-            _truncate(path, resume_step)
+        self._kept, _ = (_truncate(path, resume_step) for path in paths)
         self._metrics, self._throughput = (path.open("ab", buffering=0) for path in paths)
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=resume_step + 1)
+
+    def has(self, split: str, step: int) -> bool:
+        """Whether the run had a record of this split and step when it was opened."""
+        return any(record["split"] == split and record["step"] == step for record in self._kept[-2:])
 
     def train(self, step: int, fields: Mapping[str, Any]) -> None:
         """Record an optimizer step: loss, grad_norm, lr, tokens, ... (numbers only)."""
@@ -142,10 +145,16 @@ def _parse(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return parsed
 
 
-def _truncate(path: Path, last_step: int) -> None:
-    """Rewrite the file without the records of steps after ``last_step``; all of it stays until the rename."""
+def _truncate(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Rewrite the file without the records of steps after ``last_step``; all of it stays until the rename.
+
+    Returns:
+        the records that are kept.
+    """
     if not path.exists():
-        return
-    kept = b"".join(line for line, record in _parse(path) if record["step"] <= last_step)
-    if kept != path.read_bytes():
-        replace_file(path, kept)
+        return []
+    kept = [(line, record) for line, record in _parse(path) if record["step"] <= last_step]
+    content = b"".join(line for line, _ in kept)
+    if content != path.read_bytes():
+        replace_file(path, content)
+    return [record for _, record in kept]

@@ -17,8 +17,8 @@ from bd3_megatron.config import ConfigError
 from bd3_megatron.engine import build_engine, check_installed
 from bd3_megatron.engine.base import Engine, StepResult
 from data_prep.stream import RowStream
-from pretrain import checkpoint, runs
-from pretrain.agree import alike, everywhere, lost_ranks, on_first, together
+from pretrain import checkpoint, events, runs, signals
+from pretrain.agree import alike, everywhere, highest, lost_ranks, on_first, together
 from pretrain.batches import Batches
 from pretrain.config import RunConfig, TrainConfig, check_batches, check_profile, check_run
 from pretrain.environment import Ranks, read_ranks
@@ -46,6 +46,7 @@ def train(config: RunConfig) -> Path:
     Raises:
         ConfigError, DataError: one line for a mistake of the user, before anything is written.
         LostRank: another rank died; the run goes on from its last checkpoint when it is started again.
+        Stopped: a signal asked for it; there is a checkpoint, and the run goes on when it is started again.
     """
     ranks = read_ranks()
     with alike():
@@ -57,6 +58,8 @@ def train(config: RunConfig) -> Path:
     lock = trainer = watch = None
     try:
         with (
+            # Whoever was refused has not touched the run.
+            events.failures(Path(config.run), ranks, lambda: lock is not None),
             lost_ranks(ranks.rank, lambda: f"at step {trainer.step + 1}" if trainer else "before the first step"),
             out_of_memory(config, ranks.rank, lambda: watch.phase if watch else "at the start"),
         ):
@@ -95,6 +98,14 @@ def train(config: RunConfig) -> Path:
     return run
 
 
+class _Asked(Exception):
+    """All ranks have agreed to stop, because at least one got this signal."""
+
+    def __init__(self, signal: int):
+        super().__init__(signal)
+        self.signal = signal
+
+
 class Trainer:
     """The loop over steps: train, record, evaluate, checkpoint. Leaving the context closes files and progress bar."""
 
@@ -109,7 +120,7 @@ class Trainer:
         watch: Watchdog,
     ):
         self.config, self.folder, self.engine, self.step = config, run, engine, step
-        self.watch, self.first_step = watch, step
+        self.watch, self.first_step, self.saved = watch, step, step
         self.stream, self.validation = stream, validation
         self.first = engine.world.is_first
         train = config.train
@@ -132,11 +143,9 @@ class Trainer:
             noise_seed=train.seed,
             document_mask=config.data.document_mask,
         )
-        # At step 0 the first evaluation is made (again): of a run that got no further, no record is kept.
-        kept = self.step or -1
         board = config.log.tensorboard and self.step < train.steps
         self.metrics: MetricsWriter | None = None
-        on_first(lambda: self._open_metrics(kept, board))
+        on_first(lambda: self._open_metrics(self.step, board))
         self.progress = Progress(train.steps, self.step, config.log.every) if self.first else None
         self.profiler = Profiler(config.profile, run, engine.world.rank, self.step, self._say)
         self.throughput = Throughput(
@@ -161,28 +170,59 @@ class Trainer:
             self.metrics.close()
 
     def run(self) -> None:
-        """Train to the last step, leave a checkpoint, an evaluation and the curves of it."""
+        """Train to the last step, leave a checkpoint, an evaluation and the curves of it.
+
+        Raises:
+            Stopped: a signal asked for it; there is a checkpoint of the last step done.
+        """
+        try:
+            self._train()
+        except _Asked as asked:
+            self._stop(asked.signal)
+        if self.first:
+            self._finish()
+
+    def _train(self) -> None:
         steps = self.config.train.steps
         if self.step >= steps:
             self._say(f"{self.folder}: already at step {self.step} of {steps}; raise train.steps to go on")
-        elif self.step == 0:
-            self._say(self._describe())
-            self._evaluate()
         else:
-            self._say(f"{self.folder}: going on from step {self.step}")
+            on_first(lambda: events.record(self.folder, "started", step=self.step, ranks=self.engine.world.size))
+            self._say(f"{self.folder}: going on from step {self.step}" if self.step else self._describe())
+        if self._evaluation_due() and not on_first(lambda: self.metrics.has("validation", self.step)):
+            self._evaluate()
         while self.step < steps:
+            self._heed_signals()
             self.writer.poll()
             with self.profiler.step(self.step + 1):
                 self._train_step()
-            last = self.step == steps
-            if last or _due(self.step, self.config.eval.every):
+            if self._evaluation_due():
                 self._evaluate()
-            if last or _due(self.step, self.config.checkpoint.every):
+            if self.step == steps or _due(self.step, self.config.checkpoint.every):
                 self._save()
         self.watch.tick("in the last checkpoint", patient=True)
         self.writer.wait()
-        if self.first:
-            self._finish()
+
+    def _evaluation_due(self) -> bool:
+        return self.step in (0, self.config.train.steps) or _due(self.step, self.config.eval.every)
+
+    def _heed_signals(self) -> None:
+        """At a place that all ranks pass: end the run if any of them was asked to."""
+        (signal,) = highest([signals.asked()], self.engine.world.device)
+        if signal:
+            raise _Asked(signal)
+
+    def _stop(self, signal: int) -> None:
+        """Leave a checkpoint of the last step done, and the run."""
+        if self.step > self.saved:
+            self._save()
+        self.watch.tick("in the last checkpoint", patient=True)
+        self.writer.wait()
+        signals.ignore()
+        name = signals.name_of(signal)
+        on_first(lambda: events.record(self.folder, "stopped", step=self.step, signal=name))
+        self._say(f"{self.folder}: {name}: stopped after step {self.step}; start it again to go on")
+        raise signals.Stopped(signals.exit_code(signal))
 
     def _train_step(self) -> None:
         train, step = self.config.train, self.step
@@ -220,6 +260,11 @@ class Trainer:
         config = self.config
         micro = config.eval.micro_batch or config.train.micro_batch
         phase = f"in the evaluation after step {self.step}"
+
+        def progress() -> None:
+            self.watch.tick(phase)
+            self._heed_signals()  # an evaluation that is left is made when the run goes on
+
         self.watch.tick(phase, patient=self.step == self.first_step)
         with self.throughput.paused(), self.engine.averaged():
             result = evaluate(
@@ -229,7 +274,7 @@ class Trainer:
                 config.diffusion,
                 config.eval,
                 micro,
-                progress=lambda: self.watch.tick(phase),
+                progress=progress,
                 document_mask=config.data.document_mask,
             )
         self.watch.tick(f"after step {self.step}")
@@ -251,6 +296,7 @@ class Trainer:
         self.watch.tick(f"in the checkpoint of step {self.step}", patient=True)
         with self.throughput.paused():
             self.writer.save(self.step, meta)
+        self.saved = self.step
 
     def _record_checkpoint(self, written: checkpoint.Written) -> None:
         if self.first:
@@ -275,6 +321,8 @@ class Trainer:
         self._say(ascii_curve(perplexities, "validation perplexity"))
         self._say(f"unigram perplexity of the validation split: {unigram:.2f}")
         self._say(f"run folder: {self.folder} (curves: {plot})")
+        if self.first_step < self.config.train.steps:
+            events.record(self.folder, "finished", step=self.step)
 
     def _tokens(self, step: int) -> int:
         """Data tokens after ``step`` steps: L per row."""

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from pretrain import events
 from pretrain.environment import Ranks
 from pretrain.stacks import standing, start_mark, write_stacks, write_state
 from pretrain.verdict import Observer, Process, Report, Verdict, judge, message, stack_file
@@ -52,7 +53,7 @@ class Watchdog:
     A world of 1 has nobody to wait for: there the watch does nothing.
 
     Args:
-        folder: for stacks, ``rank-00003.txt``.
+        folder: of the run folder, for stacks, ``rank-00003.txt``.
         timeout_minutes: within it a hang is found and the job ended, counted from the last progress.
     """
 
@@ -226,6 +227,7 @@ class Watchdog:
             str(self.folder),
         )
         self._within(self.last_words, lambda: _say(told))
+        self._record(told, [process.host for process in processes])
         silent = processes if verdict.kind == "silent" else []
         published = json.dumps({"silent": silent, "alive": len(seen) - len(silent)})
         self._store.set(self._key("verdict"), published)
@@ -267,6 +269,7 @@ class Watchdog:
             )
         if speaks:
             self._within(self.last_words, lambda: _say(told))
+            self._record(told, [process.host for process in silent])
         self._within(self.last_words, self._write_stacks)
         time.sleep(2 * self.interval)  # the others have to find it, too
         self._exit(silent)
@@ -287,6 +290,9 @@ class Watchdog:
         mine = Process(self.ranks.rank, socket.gethostname(), os.getpid())
         title = f"{mine}, {phase} for {time.monotonic() - when:.1f} s"
         write_stacks(Path(stack_file(str(self.folder), self.ranks.rank)), title)
+
+    def _record(self, told: str, hosts: list[str]) -> None:
+        self._within(self.interval, lambda: events.record(self.folder.parent, "hang", text=told, hosts=hosts))
 
     def _within(self, seconds: float, function: Callable[[], None]) -> None:
         """Call a function that may hang itself (a pipe that nobody reads, a file system that does not answer)."""
