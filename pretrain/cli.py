@@ -25,6 +25,9 @@ COMMANDS = {
     "convert": ("pretrain.convert:main", "export to and import from Hugging Face folders"),
     "config": ("pretrain.load:main", "print the resolved configuration as YAML"),
     "estimate": ("pretrain.estimate:main", "predict memory, traffic and time of a run before it is launched"),
+    "launch": ("pretrain.launch:main", "submit a run, a sweep or a data preparation to Slurm"),
+    "status": ("pretrain.status:main", "show where a run stands in Slurm and in training"),
+    "attempt": ("pretrain.attempt:main", "start a run in a batch script, and again where that helps"),
     "bench": ("pretrain.bench:main", "measure data, a training step, its memory, and whether layouts agree"),
 }
 
@@ -80,7 +83,11 @@ def user_line(error: Exception) -> str | None:
     """The line to show for a mistake or a broken disk; None for a bug."""
     if isinstance(error, OSError):
         return _os_line(error)
-    for room, name in (("bd3_megatron.config", "ConfigError"), ("data_prep.errors", "DataError")):
+    for room, name in (
+        ("bd3_megatron.config", "ConfigError"),
+        ("data_prep.errors", "DataError"),
+        ("slurm.client", "SlurmError"),
+    ):
         kind = getattr(sys.modules.get(room), name, None)  # a room not imported has raised nothing
         if kind is not None and isinstance(error, kind):
             return " ".join(str(error).split())

@@ -16,7 +16,6 @@ from typing import Any
 
 from bd3_megatron.config import ConfigError
 from data_prep.errors import DataError
-from pretrain.agree import LostRank
 from pretrain.environment import Ranks
 
 EVENTS = "events.jsonl"
@@ -43,6 +42,8 @@ def failures(run: Path, ranks: Ranks, begun: Callable[[], bool]) -> Iterator[Non
     Args:
         begun: whether the run folder is this job's to write into.
     """
+    from pretrain.agree import LostRank  # brings torch, which those who read events go without
+
     try:
         yield
     except (Exception, LostRank) as error:

@@ -21,6 +21,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _TOGETHER = 1.0  # seconds: Slurm and srun may both pass on what is one signal
 
 _asked = 0  # the first signal
+_ignored = False
 
 
 class Stopped(SystemExit):
@@ -33,11 +34,11 @@ def caught() -> Iterator[None]:
 
     Does nothing in another thread than the main one.
     """
-    global _asked
+    global _asked, _ignored
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _asked = 0
+    _asked, _ignored = 0, False
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     threading.Thread(target=_listen, args=(reading,), name="signals", daemon=True).start()
@@ -46,7 +47,7 @@ def caught() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in handlers.items():
+        for number, handler in handlers.items() if not _ignored else ():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
         os.close(writing)
@@ -58,8 +59,10 @@ def asked() -> int:
 
 
 def ignore() -> None:
-    """From now on nothing is left to lose: launchers send signals to all ranks when one has ended."""
+    """The rest of this process has only to end: launchers send signals to all ranks when the first one has."""
+    global _ignored
     if threading.current_thread() is threading.main_thread():
+        _ignored = True
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 

@@ -1,0 +1,387 @@
+"""`bd3 attempt RUN -- COMMAND`: one start of a run, and what to do when it ends.
+
+The batch script ends with it. It starts the command (``srun ... bd3 pretrain ...``), reads how that ended from its exit
+code, from srun's words and from what the ranks left in the run folder, and puts the job back into Slurm's queue where
+another start can help: after a warning of the time limit, after a failure, after a hang; without the nodes that failed.
+A user's mistake, a finished run and too many starts without a new checkpoint end the job. Without Slurm the command is
+started again in place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import Field
+
+from bd3_megatron.config import ConfigError, Section
+from pretrain import events, signals
+from pretrain.checkpoint_files import COMPLETE, folders, step_of
+from pretrain.options import parse_options
+from slurm import client
+from slurm.client import SlurmError
+from slurm.options import node_range
+
+FAILED, MISTAKE, BAD_NODE, HUNG = 1, 2, 76, 124  # exit codes of bd3 pretrain beside signals.AGAIN
+SUSPECTS = "suspects.json"  # what the preflight wrote before it ended with BAD_NODE
+
+# srun's words on tasks that ended badly, and the word after which it ends the others itself.
+_TASKS = re.compile(r"^srun: error: (?P<hosts>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)$")
+_NODE = re.compile(r"^srun: error: Node failure on (?P<hosts>\S+)$")
+_ABORTED = re.compile(r"Job step aborted|CANCELLED AT")
+_HARDWARE = ("Killed", "Bus error")  # of a task that no other task has harmed
+
+Kind = Literal["done", "asked", "mistake", "bad node", "hang", "failed"]
+
+
+class AttemptOptions(Section):
+    """Start a run's command and, where another start helps, put the Slurm job back into the queue afterwards.
+
+    bd3 attempt RUN [OPTIONS] -- COMMAND...
+    """
+
+    run: Annotated[str, tyro.conf.Positional] = Field(description="run folder")
+    restarts: int = Field(3, ge=0, description="starts without a new checkpoint after which to end")
+    steps: int | None = Field(None, ge=1, description="do nothing where there is a checkpoint of this step or a later")
+    fits: list[int] = Field([], description="numbers of nodes that the layout fits; of more nodes, some are left out")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended, and the hosts to blame for it."""
+
+    kind: Kind
+    cause: str
+    suspects: tuple[str, ...] = ()
+
+    @property
+    def again(self) -> bool:
+        """Whether another start may help."""
+        return self.kind not in ("done", "mistake")
+
+
+@dataclass(frozen=True)
+class Job:
+    """This job, by Slurm's variables; ``number`` is empty outside of Slurm."""
+
+    number: str = ""
+    restart: int = 0
+    nodes: tuple[str, ...] = ()
+    partition: str | None = None
+    chain: str = ""
+    """``<launch> <link> <links>`` in a chain of jobs"""
+    environ: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @staticmethod
+    def of(environ: Mapping[str, str]) -> Job:
+        number = environ.get("SLURM_JOB_ID", "")
+        if not number:
+            return Job()
+        return Job(
+            number,
+            int(environ.get("SLURM_RESTART_COUNT") or 0),
+            tuple(client.hosts(environ.get("SLURM_JOB_NODELIST"))),
+            environ.get("SLURM_JOB_PARTITION"),
+            environ.get("BD3_CHAIN", ""),
+        )
+
+    @property
+    def lineage(self) -> str:
+        """What the starts are counted in: a job with its restarts, or a chain of jobs."""
+        return self.chain.split()[0] if self.chain else self.number
+
+    @property
+    def has_successor(self) -> bool:
+        """Whether another job of the chain waits for this one to end."""
+        _, link, links = (self.chain or "0 1 1").split()
+        return int(link) < int(links)
+
+
+def main(args: list[str]) -> int:
+    """`bd3 attempt`.
+
+    Raises:
+        ConfigError: one line for a mistake of the user.
+    """
+    if "--" not in args and not {"-h", "--help"} & set(args):
+        raise ConfigError("bd3 attempt: no command; usage: bd3 attempt RUN [OPTIONS] -- COMMAND...")
+    at = args.index("--") if "--" in args else len(args)
+    options, command = parse_options(AttemptOptions, args[:at], "bd3 attempt"), args[at + 1 :]
+    if not command:
+        raise ConfigError("bd3 attempt: nothing after --; give the command that starts the run")
+    run = Path(options.run)
+    run.mkdir(parents=True, exist_ok=True)
+    # Slurm tells the ranks to end; this process lives until they have.
+    for number in signals.SIGNALS:
+        signal.signal(number, lambda *_: None)
+    while True:
+        job = Job.of(os.environ)
+        if options.steps is not None and newest_step(run) >= options.steps:
+            say(f"{run}: already at step {newest_step(run)}: nothing to do")
+            return 0
+        if (refusal := settle(run, job, options.restarts)) is not None:
+            say(refusal)
+            return FAILED
+        code, again = attempt(run, job, options, command)
+        if not again or job.number:
+            return code
+
+
+def attempt(run: Path, job: Job, options: AttemptOptions, command: Sequence[str]) -> tuple[int, bool]:
+    """One start of the command; its exit code, and whether it is to be started again."""
+    begun = len(events.read(run))
+    before = newest_step(run)
+    events.record(run, "attempt", job=job.number, restart=job.restart, nodes=job.nodes, step=before, **_lineage(job))
+    code, words = execute(fit(command, job, options.fits))
+    ending = judge(code, words, events.read(run)[begun:], preflight_suspects(run, code))
+    after = newest_step(run)
+    events.record(
+        run,
+        "ended",
+        job=job.number,
+        restart=job.restart,
+        code=code,
+        kind=ending.kind,
+        cause=ending.cause,
+        suspects=ending.suspects,
+        before=before,
+        step=after,
+        **_lineage(job),
+    )
+    if not ending.again:
+        if ending.kind == "mistake":
+            say(f"{run}: {ending.cause}; not started again, because it would end the same way")
+        return code, False
+    fruitless = fruitless_starts(events.read(run), job.lineage)
+    if fruitless > options.restarts:
+        say(given_up(run, fruitless, ending.cause))
+        return code or FAILED, False
+    if not job.number:
+        again = ending.kind != "asked"
+        say(f"{run}: {ending.cause}; {'started again' if again else 'ended'} at step {after}")
+        return code, again
+    return put_back(run, job, ending, code), True
+
+
+def put_back(run: Path, job: Job, ending: Ending, code: int) -> int:
+    """Put the job back into the queue, unless somebody has done it or has ended the job; this job's exit code."""
+    try:
+        found = client.job(job.number) or {}
+        state = found.get("JobState", "unknown")
+        if state != "RUNNING":
+            say(f"{run}: {ending.cause}; job {job.number} is {state}, and stays so")
+            return code
+        if ending.kind == "asked" and job.has_successor:
+            say(f"{run}: {ending.cause}; the next job of the chain goes on")
+            return 0
+        excluded = exclusions(job, ending, found)
+        added = sorted(set(ending.suspects) & set(excluded))
+        without = f" without {', '.join(added)}" if added else ""
+        say(f"{run}: {ending.cause}; job {job.number} goes back into the queue{without}, at step {newest_step(run)}")
+        events.record(run, "requeued", job=job.number, excluded=added)
+        client.requeue(job.number)
+        if added:
+            client.exclude(job.number, excluded)
+    except SlurmError as error:
+        say(f"{run}: {ending.cause}; cannot put job {job.number} back: {error}; submit its script again")
+        return code or FAILED
+    return code
+
+
+def exclusions(job: Job, ending: Ending, found: Mapping[str, str]) -> list[str]:
+    """Nodes that the job is to keep away from: as before, and the suspects if enough nodes are left without them."""
+    before = client.hosts(found.get("ExcNodeList"))
+    excluded = sorted({*before, *ending.suspects})
+    least = node_range(found.get("NumNodes", "1"))[0] or 1
+    left = set(client.working_nodes(job.partition)) - set(excluded)
+    if len(left) < least and set(excluded) != set(before):
+        say(
+            f"{', '.join(ending.suspects)}: not excluded, although to blame: partition {job.partition} would have "
+            f"{len(left)} nodes left, and the job needs {least}"
+        )
+        return before
+    return excluded
+
+
+def execute(command: Sequence[str]) -> tuple[int, list[str]]:
+    """Run a command to its end; its exit code (128 + signal, as of a shell), and what it wrote to stderr."""
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    except OSError as error:
+        raise ConfigError(f"{command[0]}: {error.strerror}; give the command that starts the run after --") from None
+    words = []
+    for line in process.stderr:
+        sys.stderr.write(line)
+        sys.stderr.flush()
+        words = [*words[-999:], line.rstrip("\n")]
+    code = process.wait()
+    return (128 - code if code < 0 else code), words
+
+
+def judge(
+    code: int, words: Sequence[str], happened: Sequence[Mapping[str, Any]], preflight: Mapping[str, str] | None = None
+) -> Ending:
+    """How an attempt ended.
+
+    Args:
+        code: of its command. srun's is the highest of all tasks', and it may have ended some itself.
+        words: what the command wrote to stderr.
+        happened: the run's events since its start.
+        preflight: reason by host, when it found bad ones.
+    """
+    last = {event["event"]: event for event in happened}
+    first, hosts = first_failure(words)
+    if code == 0:
+        return Ending("done", "finished")
+    if "stopped" in last:
+        return Ending("asked", f"{last['stopped'].get('signal')}: stopped at step {last['stopped'].get('step')}")
+    if "hang" in last:
+        return Ending("hang", last["hang"].get("text", "hang"), tuple(last["hang"].get("hosts", ())))
+    if preflight or first == BAD_NODE or code == BAD_NODE:
+        named = "; ".join(f"{host}: {why}" for host, why in (preflight or {}).items())
+        return Ending("bad node", f"preflight: {named or 'a bad node'}", tuple(preflight or ()))
+    failed = [event for event in happened if event["event"] == "failed"]
+    for event in failed:
+        if event.get("mistake"):
+            return Ending("mistake", event.get("text", ""))
+    if first == MISTAKE or (first is None and code == MISTAKE):
+        return Ending("mistake", "a mistake that the first rank's log names")
+    if signals.AGAIN in (first, code):  # asked before there was a run folder to say so
+        return Ending("asked", "stopped by a signal")
+    if hosts:
+        return Ending("failed", f"tasks on {', '.join(hosts)} were killed", hosts)
+    if failed:
+        return Ending("failed", f"rank {failed[0].get('rank')} failed: {failed[0].get('text')}")
+    if code == HUNG:
+        return Ending("hang", "a rank hung")
+    return Ending("failed", f"exit code {first or code}")
+
+
+def first_failure(words: Sequence[str]) -> tuple[int | None, tuple[str, ...]]:
+    """Exit code of the first task that ended badly by itself, as srun tells it, and hosts whose tasks were killed."""
+    code, hosts = None, {}
+    for line in words:
+        if node := _NODE.match(line):
+            hosts |= dict.fromkeys(client.hosts(node["hosts"]))
+        elif _ABORTED.search(line) and (code is not None or hosts):
+            break  # what follows was ended by srun
+        elif found := _TASKS.match(line):
+            exited = re.match(r"Exited with exit code (\d+)", found["how"])
+            if exited:
+                code = int(exited[1]) if code is None else code
+            elif found["how"].startswith(_HARDWARE):
+                hosts |= dict.fromkeys(client.hosts(found["hosts"]))
+    return code, tuple(hosts)
+
+
+def settle(run: Path, job: Job, restarts: int) -> str | None:
+    """Close the record of an earlier attempt that had no chance to, and say why no other should follow, if so."""
+    happened = events.read(run)
+    lost = _unended(happened, job)
+    if lost is not None:
+        broken: dict[str, str] = {}
+        if job.number:
+            try:
+                broken = client.broken_nodes(lost.get("nodes", ()))
+            except SlurmError as error:
+                say(str(error))
+        named = ", ".join(f"{node} is {state}" for node, state in broken.items())
+        events.record(
+            run,
+            "ended",
+            job=lost["job"],
+            restart=lost["restart"],
+            kind="failed",
+            cause=f"node failure: {named}" if named else "ended from outside: a node failure, preemption or a kill",
+            suspects=tuple(broken),
+            before=lost["step"],
+            step=newest_step(run),
+            **_lineage(job),
+        )
+    happened = events.read(run)
+    fruitless = fruitless_starts(happened, job.lineage)
+    if fruitless > restarts:
+        causes = [event.get("cause", "") for event in happened if event["event"] == "ended"]
+        return given_up(run, fruitless, causes[-1])
+    return None
+
+
+def fruitless_starts(happened: Sequence[Mapping[str, Any]], lineage: str) -> int:
+    """Starts of this lineage in a row, the last ones, that ended without a new checkpoint.
+
+    What a signal ended early is not counted, except a warning of the time limit: a limit that leaves no time for one
+    step would go on for ever.
+    """
+    count = 0
+    for event in reversed(happened):
+        if event["event"] != "ended":
+            continue
+        if event.get("lineage") != lineage or event.get("step", 0) > event.get("before", 0):
+            break
+        asked = event.get("kind") == "asked" and not str(event.get("cause", "")).startswith("SIGUSR1")
+        count += event.get("kind") != "done" and not asked
+    return count
+
+
+def given_up(run: Path, starts: int, cause: str) -> str:
+    """The line that says why there is no further start."""
+    return (
+        f"{run}: {starts} starts in a row without a new checkpoint, at step {newest_step(run)}; the last: {cause}; "
+        f"mend that and submit again, or raise --restarts"
+    )
+
+
+def fit(command: Sequence[str], job: Job, fits: Sequence[int]) -> list[str]:
+    """The command with as many of the job's nodes as the layout fits: srun's ``--nodes`` is lowered."""
+    able = [count for count in fits if count <= len(job.nodes)]
+    if not job.nodes or not able or max(able) == len(job.nodes):
+        return list(command)
+    say(f"{len(job.nodes)} nodes: the layout fits {max(able)} of them; {', '.join(job.nodes[max(able) :])} stay idle")
+    return [f"--nodes={max(able)}" if word.startswith("--nodes=") else word for word in command]
+
+
+def newest_step(run: Path) -> int:
+    """Step of the newest complete checkpoint; 0 if there is none."""
+    return max((step_of(path) for path in folders(run) if (path / COMPLETE).is_file()), default=0)
+
+
+def preflight_suspects(run: Path, code: int) -> dict[str, str] | None:
+    """Reasons by host that the preflight of this attempt has left; no later one finds them."""
+    path = run / SUSPECTS
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        reasons = {str(host): str(found.get("reasons", {}).get(host, "")) for host in found["hosts"]}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        reasons = None
+    path.unlink(missing_ok=True)
+    return reasons if code else None
+
+
+def say(text: str) -> None:
+    """A line for the job's log."""
+    print(f"bd3 attempt: {text}", file=sys.stderr, flush=True)
+
+
+def _lineage(job: Job) -> dict[str, str]:
+    return {"lineage": job.lineage}
+
+
+def _unended(happened: Sequence[Mapping[str, Any]], job: Job) -> Mapping[str, Any] | None:
+    """The newest attempt, if nothing has been recorded of its end and it is not going on in another job."""
+    for event in reversed(happened):
+        if event["event"] == "ended":
+            return None
+        if event["event"] == "attempt":
+            return event if event.get("lineage") == job.lineage else None
+    return None

@@ -1,0 +1,143 @@
+"""Slurm's commands: what they answer, and their failures as one line each."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from slurm.environment import expand_hosts
+
+TIMEOUT = 60.0  # seconds that a command may take: a busy controller answers late
+ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING"}
+"""states of a job that may still do something"""
+_WORKING = "idle,allocated,mixed,completing,reserved,planned"
+
+
+class SlurmError(Exception):
+    """One line: which command failed, and why."""
+
+
+def call(program: str, *args: str, timeout: float = TIMEOUT) -> str:
+    """What a command prints.
+
+    Raises:
+        SlurmError: it is not there, gives no answer in time, or fails; with its first message.
+    """
+    try:
+        done = subprocess.run([program, *args], capture_output=True, text=True, timeout=timeout, check=False)
+    except FileNotFoundError:
+        raise SlurmError(
+            f"{program}: not found; start this where Slurm's commands are (a login node, its module loaded), "
+            f"or look at the script with --dry-run"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(
+            f"{program}: no answer within {timeout:.0f} s; is the controller up (scontrol ping)?"
+        ) from None
+    if "configuration source" in done.stderr:
+        raise SlurmError(f"{program}: no cluster is configured here; use a login node, or set SLURM_CONF")
+    if done.returncode:
+        lines = [line.partition("error: ")[2] or line for line in done.stderr.splitlines() if line.strip()]
+        # The last line says that the command failed, those before it why.
+        raise SlurmError(f"{program}: {'; '.join(dict.fromkeys(lines[:2])) or f'exit code {done.returncode}'}")
+    return done.stdout
+
+
+def submit(script: Path, *options: str) -> int:
+    """Submit a batch script; the job's id.
+
+    Raises:
+        SlurmError: as :func:`call`.
+    """
+    return int(call("sbatch", "--parsable", *options, str(script)).split(";")[0])
+
+
+def job(number: int | str) -> dict[str, str] | None:
+    """What the controller knows of a job by Slurm's names (``JobState``, ``Reason``, ``Restarts``, ``NodeList``, ...);
+    None of one that it has forgotten.
+
+    Of a job array's tasks it is the first one.
+
+    Raises:
+        SlurmError: as :func:`call`.
+    """
+    found = _records("job", str(number))
+    return found[0] if found else None
+
+
+def tasks(number: int | str) -> list[dict[str, str]]:
+    """:func:`job` of all tasks of a job array."""
+    return _records("job", str(number))
+
+
+def accounted(number: int | str) -> list[dict[str, str]]:
+    """What sacct knows of a job that the controller has forgotten, under the names of :func:`job`; where there is no
+    accounting, nothing."""
+    names = {"JobState": "State", "RunTime": "Elapsed", "TimeLimit": "Timelimit", "NodeList": "NodeList"}
+    try:
+        text = call("sacct", "-X", "-n", "-P", "-j", str(number), "-o", ",".join(["JobID", *names.values()]))
+    except SlurmError:
+        return []
+    return [
+        dict(zip(["JobId", *names], line.split("|"))) for line in text.splitlines() if line.count("|") == len(names)
+    ]
+
+
+def partitions() -> dict[str, dict[str, str]]:
+    """Partitions by name, by Slurm's names (``TotalNodes``, ``MaxNodes``, ``MaxTime``, ``Default``, ``State``, ...)."""
+    return {found["PartitionName"]: found for found in _records("partition")}
+
+
+def working_nodes(partition: str | None) -> list[str]:
+    """Nodes of a partition, or of all, that run jobs or could."""
+    where = ["-p", partition] if partition else []
+    return sorted(set(call("sinfo", "-h", "-N", "-o", "%N", "-t", _WORKING, *where).split()))
+
+
+def broken_nodes(nodes: Sequence[str]) -> dict[str, str]:
+    """Those of these nodes that are down or do not answer, with their state."""
+    states = dict(line.split(None, 1) for line in call("sinfo", "-h", "-N", "-o", "%N %T").splitlines() if line.strip())
+    bad = re.compile(r"down|fail|not_responding|unknown|\*")
+    return {node: states[node].strip() for node in nodes if bad.search(states.get(node, ""))}
+
+
+def requeue(number: int | str) -> None:
+    """Put a running job back into the queue; its processes are ended."""
+    call("scontrol", "requeue", str(number))
+
+
+def exclude(number: int | str, nodes: Sequence[str]) -> None:
+    """Keep a pending job away from these nodes, and from no others."""
+    call("scontrol", "update", f"JobId={number}", f"ExcNodeList={','.join(nodes)}")
+
+
+def hosts(text: str | None) -> list[str]:
+    """Host names of what Slurm prints of a job's nodes: a host list, ``(null)`` or nothing."""
+    return expand_hosts(text) if text and text != "(null)" else []
+
+
+def compact(nodes: Sequence[str]) -> str:
+    """A host list as Slurm writes it: ``["n1", "n2"] -> "n[1-2]"``.
+
+    Raises:
+        SlurmError: as :func:`call`.
+    """
+    return call("scontrol", "show", "hostlist", ",".join(nodes)).strip() if nodes else ""
+
+
+def _records(kind: str, *names: str) -> list[dict[str, str]]:
+    try:
+        text = call("scontrol", "show", kind, "--oneliner", *names)
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return []
+        raise
+    return [found for line in text.splitlines() if (found := _fields(line))]
+
+
+def _fields(line: str) -> dict[str, str]:
+    """``A=1 B=two words C=`` as a dictionary; a value ends where the next name begins."""
+    found = re.findall(r"(?:^| )([A-Za-z][\w:/]*)=(.*?)(?= [A-Za-z][\w:/]*=|$)", line.strip())
+    return {name: value.strip() for name, value in found}

@@ -1,0 +1,52 @@
+"""Batch scripts from the templates beside this file: the same lines that a person would edit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+TEMPLATES = Path(__file__).parent
+BEGIN, END = "# ---- edit from here", "# ---- to here"
+
+
+def template(name: str) -> str:
+    """Text of ``<name>.sbatch``."""
+    return (TEMPLATES / f"{name}.sbatch").read_text("utf-8")
+
+
+def fill(text: str, directives: Mapping[str, str | int | None], lines: Sequence[str]) -> str:
+    """A template with the values of a job.
+
+    Args:
+        directives: options of sbatch without dashes; None drops an option, an empty text is an option without value.
+            One that the template has not comes after the last it has.
+        lines: of the shell, for the part that the template marks for editing.
+
+    Raises:
+        ValueError: the template has no such part.
+    """
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"the template has no lines '{BEGIN}' and '{END}'")
+    left, out, last = dict(directives), [], 0
+    before, _, rest = text.partition(BEGIN)
+    for line in before.splitlines():
+        name = re.match(r"##?SBATCH --([\w-]+)", line)
+        if name is None:
+            out.append(line)
+            continue
+        if name[1] in left:
+            value = left.pop(name[1])
+            if value is not None:
+                out.append(_directive(name[1], value))
+                last = len(out)
+        elif not line.startswith("##"):
+            out.append(line)
+            last = len(out)
+    out[last:last] = [_directive(name, value) for name, value in left.items() if value is not None]
+    after = rest.partition(END)[2].partition("\n")[2]
+    return "\n".join([*out, BEGIN, *lines, END, after])
+
+
+def _directive(name: str, value: str | int) -> str:
+    return f"#SBATCH --{name}" + ("" if value == "" else f"={value}")
