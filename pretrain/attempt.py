@@ -37,7 +37,7 @@ SUSPECTS = "suspects.json"  # what the preflight wrote before it ended with BAD_
 # srun's words on tasks that ended badly, and the word after which it ends the others itself.
 _TASKS = re.compile(r"^srun: error: (?P<hosts>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)$")
 _NODE = re.compile(r"^srun: error: Node failure on (?P<hosts>\S+)$")
-_ABORTED = re.compile(r"Job step aborted|CANCELLED AT")
+_ABORTED = re.compile(r"Job step aborted|CANCELLED AT|_step_signal: Terminating")
 _HARDWARE = ("Killed", "Bus error")  # of a task that no other task has harmed
 
 Kind = Literal["done", "asked", "mistake", "bad node", "hang", "failed"]
@@ -179,6 +179,8 @@ def put_back(run: Path, job: Job, ending: Ending, code: int) -> int:
         state = found.get("JobState", "unknown")
         if state != "RUNNING":
             say(f"{run}: {ending.cause}; job {job.number} is {state}, and stays so")
+            if state in ("PENDING", "COMPLETING") and ending.suspects:  # Slurm itself has put it back
+                client.exclude(job.number, exclusions(job, ending, found))
             return code
         if ending.kind == "asked" and job.has_successor:
             say(f"{run}: {ending.cause}; the next job of the chain goes on")
@@ -239,11 +241,13 @@ def judge(
         preflight: reason by host, when it found bad ones.
     """
     last = {event["event"]: event for event in happened}
-    first, hosts = first_failure(words)
+    first, killed, broken = first_failure(words)
     if code == 0:
         return Ending("done", "finished")
     if "stopped" in last:
         return Ending("asked", f"{last['stopped'].get('signal')}: stopped at step {last['stopped'].get('step')}")
+    if broken:
+        return Ending("failed", f"node failure: {', '.join(broken)}", broken)
     if "hang" in last:
         return Ending("hang", last["hang"].get("text", "hang"), tuple(last["hang"].get("hosts", ())))
     if preflight or first == BAD_NODE or code == BAD_NODE:
@@ -257,8 +261,8 @@ def judge(
         return Ending("mistake", "a mistake that the first rank's log names")
     if signals.AGAIN in (first, code):  # asked before there was a run folder to say so
         return Ending("asked", "stopped by a signal")
-    if hosts:
-        return Ending("failed", f"tasks on {', '.join(hosts)} were killed", hosts)
+    if killed:
+        return Ending("failed", f"tasks on {', '.join(killed)} were killed", killed)
     if failed:
         return Ending("failed", f"rank {failed[0].get('rank')} failed: {failed[0].get('text')}")
     if code == HUNG:
@@ -266,21 +270,25 @@ def judge(
     return Ending("failed", f"exit code {first or code}")
 
 
-def first_failure(words: Sequence[str]) -> tuple[int | None, tuple[str, ...]]:
-    """Exit code of the first task that ended badly by itself, as srun tells it, and hosts whose tasks were killed."""
-    code, hosts = None, {}
+def first_failure(words: Sequence[str]) -> tuple[int | None, tuple[str, ...], tuple[str, ...]]:
+    """What srun tells of tasks that ended badly by themselves, not because it ended them.
+
+    Returns:
+        the first exit code, hosts whose tasks were killed, and hosts that have failed.
+    """
+    code, killed, failed, aborted = None, {}, {}, False
     for line in words:
         if node := _NODE.match(line):
-            hosts |= dict.fromkeys(client.hosts(node["hosts"]))
-        elif _ABORTED.search(line) and (code is not None or hosts):
-            break  # what follows was ended by srun
-        elif found := _TASKS.match(line):
+            failed |= dict.fromkeys(client.hosts(node["hosts"]))
+        elif _ABORTED.search(line):
+            aborted = True  # from here on srun ends the others
+        elif not aborted and (found := _TASKS.match(line)):
             exited = re.match(r"Exited with exit code (\d+)", found["how"])
             if exited:
                 code = int(exited[1]) if code is None else code
             elif found["how"].startswith(_HARDWARE):
-                hosts |= dict.fromkeys(client.hosts(found["hosts"]))
-    return code, tuple(hosts)
+                killed |= dict.fromkeys(client.hosts(found["hosts"]))
+    return code, tuple(killed), tuple(failed)
 
 
 def settle(run: Path, job: Job, restarts: int) -> str | None:

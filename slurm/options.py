@@ -83,10 +83,13 @@ class JobOptions(BaseModel):
 
     def directives(self) -> dict[str, str | int | None]:
         """Options of sbatch for a run of :attr:`ranks` tasks a node, as :func:`slurm.script.fill` takes them."""
+        # Of a range Slurm gives as few nodes as hold the tasks, so that their number must not be known to it; srun has it.
+        several = len(self.node_counts) > 1
         found: dict[str, str | int | None] = {
             "job-name": self.job_name,
             "nodes": self.nodes,
-            "ntasks-per-node": self.ranks,
+            "ntasks-per-node": None if several else self.ranks,
+            "exclusive": "" if several else None,
             "gpus-per-node": self.gpus_per_node or None,
             "signal": f"USR1@{self.warning}",
         }
