@@ -10,15 +10,17 @@ started again in place.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 from pydantic import Field
@@ -38,6 +40,7 @@ SUSPECTS = "suspects.json"  # what the preflight wrote before it ended with BAD_
 _TASKS = re.compile(r"^srun: error: (?P<hosts>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)$")
 _NODE = re.compile(r"^srun: error: Node failure on (?P<hosts>\S+)$")
 _ABORTED = re.compile(r"Job step aborted|CANCELLED AT|_step_signal: Terminating")
+_KILLS_AFTER = 3.0  # seconds, less than Slurm's KillWait
 _HARDWARE = ("Killed", "Bus error")  # of a task that no other task has harmed
 
 Kind = Literal["done", "asked", "mistake", "bad node", "hang", "failed"]
@@ -214,8 +217,16 @@ def exclusions(job: Job, ending: Ending, found: Mapping[str, str]) -> list[str]:
     return excluded
 
 
-def execute(command: Sequence[str]) -> tuple[int, list[str]]:
+class Word(NamedTuple):
+    """A line of stderr, ``seconds`` after the start of what wrote it."""
+
+    seconds: float
+    line: str
+
+
+def execute(command: Sequence[str]) -> tuple[int, list[Word]]:
     """Run a command to its end; its exit code (128 + signal, as of a shell), and what it wrote to stderr."""
+    begin = time.monotonic()
     try:
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
     except OSError as error:
@@ -224,13 +235,13 @@ def execute(command: Sequence[str]) -> tuple[int, list[str]]:
     for line in process.stderr:
         sys.stderr.write(line)
         sys.stderr.flush()
-        words = [*words[-999:], line.rstrip("\n")]
+        words = [*words[-999:], Word(time.monotonic() - begin, line.rstrip("\n"))]
     code = process.wait()
     return (128 - code if code < 0 else code), words
 
 
 def judge(
-    code: int, words: Sequence[str], happened: Sequence[Mapping[str, Any]], preflight: Mapping[str, str] | None = None
+    code: int, words: Sequence[Word], happened: Sequence[Mapping[str, Any]], preflight: Mapping[str, str] | None = None
 ) -> Ending:
     """How an attempt ended.
 
@@ -270,23 +281,24 @@ def judge(
     return Ending("failed", f"exit code {first or code}")
 
 
-def first_failure(words: Sequence[str]) -> tuple[int | None, tuple[str, ...], tuple[str, ...]]:
+def first_failure(words: Sequence[Word]) -> tuple[int | None, tuple[str, ...], tuple[str, ...]]:
     """What srun tells of tasks that ended badly by themselves, not because it ended them.
 
     Returns:
         the first exit code, hosts whose tasks were killed, and hosts that have failed.
     """
-    code, killed, failed, aborted = None, {}, {}, False
-    for line in words:
+    code, killed, failed, aborted = None, {}, {}, math.inf
+    for seconds, line in words:
         if node := _NODE.match(line):
             failed |= dict.fromkeys(client.hosts(node["hosts"]))
         elif _ABORTED.search(line):
-            aborted = True  # from here on srun ends the others
-        elif not aborted and (found := _TASKS.match(line)):
+            aborted = min(aborted, seconds)
+        elif found := _TASKS.match(line):
             exited = re.match(r"Exited with exit code (\d+)", found["how"])
-            if exited:
+            if exited and aborted == math.inf:
                 code = int(exited[1]) if code is None else code
-            elif found["how"].startswith(_HARDWARE):
+            # Those that feel another's death may be faster to end; srun kills what does not heed SIGTERM, but later.
+            elif found["how"].startswith(_HARDWARE) and seconds < aborted + _KILLS_AFTER:
                 killed |= dict.fromkeys(client.hosts(found["hosts"]))
     return code, tuple(killed), tuple(failed)
 

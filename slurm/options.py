@@ -83,7 +83,7 @@ class JobOptions(BaseModel):
 
     def directives(self) -> dict[str, str | int | None]:
         """Options of sbatch for a run of :attr:`ranks` tasks a node, as :func:`slurm.script.fill` takes them."""
-        # Of a range Slurm gives as few nodes as hold the tasks, so that their number must not be known to it; srun has it.
+        # Of a range Slurm gives as few nodes as hold the tasks, if it knows how many those are; srun tells it later.
         several = len(self.node_counts) > 1
         found: dict[str, str | int | None] = {
             "job-name": self.job_name,
