@@ -145,7 +145,7 @@ def attempt(run: Path, job: Job, options: AttemptOptions, command: Sequence[str]
     before = newest_step(run)
     events.record(run, "attempt", job=job.number, restart=job.restart, nodes=job.nodes, step=before, **_lineage(job))
     code, words = execute(fit(command, job, options.fits))
-    ending = judge(code, words, events.read(run)[begun:], preflight_suspects(run, code))
+    ending = judge(code, words, events.read(run)[begun:], preflight_suspects(run, code), last_word(command))
     after = newest_step(run)
     events.record(
         run,
@@ -163,6 +163,7 @@ def attempt(run: Path, job: Job, options: AttemptOptions, command: Sequence[str]
     if not ending.again:
         if ending.kind == "mistake":
             say(f"{run}: {ending.cause}; not started again, because it would end the same way")
+            code = MISTAKE
         return code, False
     fruitless = fruitless_starts(events.read(run), job.lineage)
     if fruitless > options.restarts:
@@ -241,7 +242,11 @@ def execute(command: Sequence[str]) -> tuple[int, list[Word]]:
 
 
 def judge(
-    code: int, words: Sequence[Word], happened: Sequence[Mapping[str, Any]], preflight: Mapping[str, str] | None = None
+    code: int,
+    words: Sequence[Word],
+    happened: Sequence[Mapping[str, Any]],
+    preflight: Mapping[str, str] | None = None,
+    last_word: str = "",
 ) -> Ending:
     """How an attempt ended.
 
@@ -250,6 +255,7 @@ def judge(
         words: what the command wrote to stderr.
         happened: the run's events since its start.
         preflight: reason by host, when it found bad ones.
+        last_word: the last line in the first rank's log.
     """
     last = {event["event"]: event for event in happened}
     first, killed, broken = first_failure(words)
@@ -269,7 +275,7 @@ def judge(
         if event.get("mistake"):
             return Ending("mistake", event.get("text", ""))
     if first == MISTAKE or (first is None and code == MISTAKE):
-        return Ending("mistake", "a mistake that the first rank's log names")
+        return Ending("mistake", last_word or "exit code 2")
     if signals.AGAIN in (first, code):  # asked before there was a run folder to say so
         return Ending("asked", "stopped by a signal")
     if killed:
@@ -301,6 +307,17 @@ def first_failure(words: Sequence[Word]) -> tuple[int | None, tuple[str, ...], t
             elif found["how"].startswith(_HARDWARE) and seconds < aborted + _KILLS_AFTER:
                 killed |= dict.fromkeys(client.hosts(found["hosts"]))
     return code, tuple(killed), tuple(failed)
+
+
+def last_word(command: Sequence[str]) -> str:
+    """The last line in the first rank's log, where srun's ``--output`` says that ranks have logs of their own."""
+    path = next((word.partition("=")[2] for word in command if word.startswith("--output=")), "")
+    path = re.sub(r"%(\d*)t", lambda found: "0".zfill(int(found[1] or 1)), path)
+    try:
+        lines = Path(path).read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return lines[-1].strip() if lines else ""
 
 
 def settle(run: Path, job: Job, restarts: int) -> str | None:
