@@ -178,6 +178,8 @@ def attempt(run: Path, job: Job, options: AttemptOptions, command: Sequence[str]
 
 def put_back(run: Path, job: Job, ending: Ending, code: int) -> int:
     """Put the job back into the queue, unless somebody has done it or has ended the job; this job's exit code."""
+    # Slurm ends the job's processes as soon as it is put back; the command that tells it the rest has to live on.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         found = client.job(job.number) or {}
         state = found.get("JobState", "unknown")
@@ -266,7 +268,8 @@ def judge(
     if broken:
         return Ending("failed", f"node failure: {', '.join(broken)}", broken)
     if "hang" in last:
-        return Ending("hang", last["hang"].get("text", "hang"), tuple(last["hang"].get("hosts", ())))
+        text = str(last["hang"].get("text", "a rank hung")).partition(": the job ends")[0]
+        return Ending("hang", text, tuple(last["hang"].get("hosts", ())))
     if preflight or first == BAD_NODE or code == BAD_NODE:
         named = "; ".join(f"{host}: {why}" for host, why in (preflight or {}).items())
         return Ending("bad node", f"preflight: {named or 'a bad node'}", tuple(preflight or ()))
