@@ -182,10 +182,10 @@ def put_back(run: Path, job: Job, ending: Ending, code: int) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         found = client.job(job.number) or {}
-        state = found.get("JobState", "unknown")
-        if state != "RUNNING":
+        state, reason = found.get("JobState", "unknown"), found.get("Reason", "")
+        if state != "RUNNING" and reason != "TimeLimit":
             say(f"{run}: {ending.cause}; job {job.number} is {state}, and stays so")
-            if state in ("PENDING", "COMPLETING") and ending.suspects:  # Slurm itself has put it back
+            if _put_back_by_others(found, job) and ending.suspects:
                 client.exclude(job.number, exclusions(job, ending, found))
             return code
         if ending.kind == "asked" and job.has_successor:
@@ -196,13 +196,21 @@ def put_back(run: Path, job: Job, ending: Ending, code: int) -> int:
         without = f" without {', '.join(added)}" if added else ""
         say(f"{run}: {ending.cause}; job {job.number} goes back into the queue{without}, at step {newest_step(run)}")
         events.record(run, "requeued", job=job.number, excluded=added)
-        client.requeue(job.number)
+        try:
+            client.requeue(job.number)
+        except SlurmError:
+            if not _put_back_by_others(client.job(job.number) or {}, job):  # done, though the command was ended by it
+                raise
         if added:
             client.exclude(job.number, excluded)
     except SlurmError as error:
         say(f"{run}: {ending.cause}; cannot put job {job.number} back: {error}; submit its script again")
         return code or FAILED
     return code
+
+
+def _put_back_by_others(found: Mapping[str, str], job: Job) -> bool:
+    return int(found.get("Restarts", "0")) > job.restart
 
 
 def exclusions(job: Job, ending: Ending, found: Mapping[str, str]) -> list[str]:
@@ -365,10 +373,10 @@ def fruitless_starts(happened: Sequence[Mapping[str, Any]], lineage: str) -> int
     for event in reversed(happened):
         if event["event"] != "ended":
             continue
-        if event.get("lineage") != lineage or event.get("step", 0) > event.get("before", 0):
+        progress = event.get("kind") == "done" or event.get("step", 0) > event.get("before", 0)
+        if progress or event.get("lineage") != lineage:
             break
-        asked = event.get("kind") == "asked" and not str(event.get("cause", "")).startswith("SIGUSR1")
-        count += event.get("kind") != "done" and not asked
+        count += event.get("kind") != "asked" or str(event.get("cause", "")).startswith("SIGUSR1")
     return count
 
 

@@ -30,7 +30,7 @@ from pretrain.options import did_you_mean, leaves, parse_options, scan_options, 
 from pretrain.prepare import PrepOptions
 from pretrain.verdict import spans
 from slurm import client, script
-from slurm.options import JobOptions
+from slurm.options import JobOptions, seconds_of
 
 FOLDER = "launch"
 CHAIN = "BD3_CHAIN"
@@ -99,6 +99,8 @@ def pretrain(args: list[str]) -> None:
     """`bd3 launch pretrain`."""
     config, options = resolve(PretrainJob, _with_site(PretrainJob, args), "bd3 launch pretrain")
     run = Path(config.run).absolute()
+    if not options.dry_run:
+        _check_slurm(options)
     fitting = _check(config, options)
     name = "single_node" if options.nodes == "1" else "multi_node"
     launch = _Launch(run, options)
@@ -118,7 +120,6 @@ def pretrain(args: list[str]) -> None:
     if options.dry_run:
         print(text, end="")
         return
-    _check_slurm(options)
     _check_idle(run)
     with launch.written(text, {"config.yaml": config}):
         previous: list[int] = []
@@ -143,6 +144,8 @@ def sweep(args: list[str]) -> None:
     args = _with_site(SweepJob, args)
     config, options = resolve(SweepJob, args, "bd3 launch sweep")
     folder = Path(config.run).absolute()
+    if not options.dry_run:
+        _check_slurm(options)
     runs: dict[Path, RunConfig] = {}
     for words, name in _combinations(options.grid):
         run = folder / name
@@ -168,7 +171,6 @@ def sweep(args: list[str]) -> None:
     if options.dry_run:
         print(text, end="")
         return
-    _check_slurm(options)
     _check_idle(folder)
     with launch.written(text, {"runs.txt": "".join(f"{run}\n" for run in runs)}):
         for number in left:
@@ -307,21 +309,26 @@ def _check_slurm(options: SubmitOptions) -> None:
     Raises:
         ConfigError, SlurmError: one line.
     """
+    if shutil.which("sbatch") is None:
+        client.call("sbatch")  # says what to do
     there = client.partitions()
     name = options.partition or next((p for p, found in there.items() if found.get("Default") == "YES"), None)
     if options.partition is not None and options.partition not in there:
         raise ConfigError(f"partition={options.partition}: there is none of this name; use {', '.join(there)}")
     if name is None:
         return
+    limits = there[name]
     least = options.node_counts[0] if isinstance(options, PretrainJob | SweepJob) else 1
     total, most = (
-        int(there[name].get(key, "0")) if there[name].get(key, "").isdecimal() else 0
-        for key in ("TotalNodes", "MaxNodes")
+        int(limits.get(key, "")) if limits.get(key, "").isdecimal() else None for key in ("TotalNodes", "MaxNodes")
     )
-    if total and least > total:
+    if total is not None and least > total:
         raise ConfigError(f"nodes={options.nodes}: partition {name} has {total} node(s); use at most {total}")
-    if most and least > most:
+    if most is not None and least > most:
         raise ConfigError(f"nodes={options.nodes}: partition {name} gives a job {most} node(s) at most; use {most}")
+    longest = limits.get("MaxTime", "")
+    if options.time and longest[:1].isdecimal() and seconds_of(options.time) > seconds_of(longest):
+        raise ConfigError(f"time={options.time}: the limit of partition {name} is {longest}; use that or less")
 
 
 def _check_idle(root: Path) -> None:
@@ -397,10 +404,11 @@ def _array(numbers: Sequence[int], at_once: int | None) -> str:
 
 def _prep_words(args: list[str]) -> list[str]:
     """The words of a command line of bd3 launch prep that are for bd3 prep."""
-    words = []
-    for path, values in scan_options(PrepJob, args).items():
+    given = scan_options(PrepJob, args)
+    words = given.pop("inputs")
+    for path, values in given.items():
         if path in PrepConfig.model_fields and path not in ("part", "workers"):
-            words += values if path == "inputs" else [f"--{path.replace('_', '-')}", *values]
+            words += [f"--{path.replace('_', '-')}", *values]
     return words
 
 

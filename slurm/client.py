@@ -33,9 +33,7 @@ def call(program: str, *args: str, timeout: float = TIMEOUT) -> str:
             f"or look at the script with --dry-run"
         ) from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(
-            f"{program}: no answer within {timeout:.0f} s; is the controller up (scontrol ping)?"
-        ) from None
+        raise SlurmError(f"{program}: no answer within {timeout:g} s; is the controller up (scontrol ping)?") from None
     if "configuration source" in done.stderr:
         raise SlurmError(f"{program}: no cluster is configured here; use a login node, or set SLURM_CONF")
     if done.returncode:

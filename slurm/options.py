@@ -45,14 +45,14 @@ class JobOptions(BaseModel):
     def _nodes(cls, value: str) -> str:
         low, high = node_range(value)
         if not 1 <= low <= high:
-            raise ValueError("not a number of nodes or a range of them such as 2-4")
+            raise ValueError(f"nodes={value}: not a number of nodes or a range of them such as 2-4")
         return value
 
     @field_validator("time")
     @classmethod
     def _time(cls, value: str | None) -> str | None:
         if value is not None and not _TIME.fullmatch(value):
-            raise ValueError("not a time; use minutes (90), H:MM:SS or D-HH:MM:SS")
+            raise ValueError(f"time={value}: not a time; use minutes (90), H:MM:SS or D-HH:MM:SS")
         return value
 
     @field_validator("env")
@@ -60,7 +60,7 @@ class JobOptions(BaseModel):
     def _env(cls, value: dict[str, str]) -> dict[str, str]:
         for name in value:
             if not _NAME.fullmatch(name):
-                raise ValueError(f"{name} is not the name of a variable")
+                raise ValueError(f"env={name}: not the name of a variable")
         return value
 
     @property
