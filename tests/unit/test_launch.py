@@ -222,6 +222,7 @@ def test_without_sbatch_and_without_a_writable_folder(slurm, args, monkeypatch, 
     with pytest.raises(client.SlurmError, match=r"^sbatch: not found; "):
         launch.main(["pretrain", *args])
     assert not Path("run").exists()
+    slurm.answers("sbatch", "echo 12")
     Path("file").write_text("")
     with pytest.raises(OSError, match="file/run"):
         launch.main(["pretrain", *args, "--run", "file/run"])
@@ -336,5 +337,5 @@ def test_what_slurm_says_of_jobs_is_read(slurm):
     slurm.answers("scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
     assert client.job(7) is None
     slurm.answers("scontrol", "sleep 5")
-    with pytest.raises(client.SlurmError, match="no answer within 0.5 s"):
+    with pytest.raises(client.SlurmError, match=r"no answer within 0\.5 s"):
         client.call("scontrol", timeout=0.5)
