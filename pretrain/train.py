@@ -188,6 +188,7 @@ class Trainer:
             self._say(f"{self.folder}: already at step {self.step} of {steps}; raise train.steps to go on")
         else:
             on_first(lambda: events.record(self.folder, "started", step=self.step, ranks=self.engine.world.size))
+            self.watch.beat()
             self._say(f"{self.folder}: going on from step {self.step}" if self.step else self._describe())
         if self._evaluation_due() and not on_first(lambda: self.metrics.has("validation", self.step)):
             self._evaluate()
