@@ -217,18 +217,21 @@ def _put_back_by_others(found: Mapping[str, str], job: Job) -> bool:
 
 
 def exclusions(job: Job, ending: Ending, found: Mapping[str, str]) -> list[str]:
-    """Nodes that the job is to keep away from: as before, and the suspects if enough nodes are left without them."""
+    """Nodes that the job is to keep away from: as before, and the suspects if it can go on without them."""
     before = client.hosts(found.get("ExcNodeList"))
-    excluded = sorted({*before, *ending.suspects})
-    least = node_range(found.get("NumNodes", "1"))[0] or 1
-    left = set(client.working_nodes(job.partition)) - set(excluded)
-    if len(left) < least and set(excluded) != set(before):
-        say(
-            f"{', '.join(ending.suspects)}: not excluded, although to blame: partition {job.partition} would have "
-            f"{len(left)} nodes left, and the job needs {least}"
-        )
+    added = set(ending.suspects) - set(before)
+    if not added:
         return before
-    return excluded
+    least = node_range(found.get("NumNodes", "1"))[0] or 1
+    left = set(client.working_nodes(job.partition)) - added - set(before)
+    if added & set(client.hosts(found.get("ReqNodeList"))):
+        reason = "the job asks for it by name"
+    elif len(left) < least:
+        reason = f"partition {job.partition} would have {len(left)} nodes left, and the job needs {least}"
+    else:
+        return sorted(added | set(before))
+    say(f"{', '.join(sorted(added))}: not excluded, although to blame: {reason}")
+    return before
 
 
 class Word(NamedTuple):
