@@ -39,4 +39,5 @@ def job_environment() -> dict[str, str]:
         "PATH": f"{scripts}:{os.environ['PATH']}",
         "PYTHONPATH": f"{Path(__file__).parent / 'site'}:{CHECKOUT}",
         "OMP_NUM_THREADS": "1",
+        "BD3_TEST_EAGER": "1",
     }

@@ -15,8 +15,6 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
 fi
 
 export DEBIAN_FRONTEND=noninteractive
-# The daemons are started by the tests, not by the packages' scripts.
-export RUNLEVEL=1
 install() { apt-get install --yes --quiet --no-install-recommends "${packages[@]}"; }
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT

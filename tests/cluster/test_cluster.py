@@ -126,6 +126,7 @@ assert "torch" not in sys.modules and "pretrain.batches" not in sys.modules
 import torch
 from bd3_megatron.diffusion.batch import Batch
 from pretrain import batches
+assert "torch._inductor" not in sys.modules and torch.compile(len) is len and torch.compile()(len) is len
 def make(rows):
     weight = torch.zeros(1, 64); weight[0, 5] = 2
     return Batch(torch.zeros(1, 64), torch.zeros(1, 64), weight, 64)
@@ -145,6 +146,7 @@ print("changed")
         "PYTHONPATH": f"{Path(__file__).parent / 'site'}:{CHECKOUT}",
         "BD3_TEST_STEP_SECONDS": "0.1",
         "BD3_TEST_NAN_STEPS": "1,7",
+        "BD3_TEST_EAGER": "1",
     }
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout == "changed\n", done.stderr

@@ -1,9 +1,11 @@
 """What the tests change in the ranks inside of jobs: put this folder on PYTHONPATH and set
 
 - ``BD3_TEST_STEP_SECONDS=0.2``: every batch takes so long to make;
-- ``BD3_TEST_NAN_STEPS=7,9``: a prediction of each rank in these steps (0 is the first) has the weight NaN.
+- ``BD3_TEST_NAN_STEPS=7,9``: a prediction of each rank in these steps (0 is the first) has the weight NaN;
+- ``BD3_TEST_EAGER=1``: ``torch.compile`` leaves functions as they are. Megatron-core decorates some with it, none of
+  which the small runs of the tests call, and its import is a third of all that a rank imports.
 
-The module that makes batches is changed when the program imports it, so that nothing is imported earlier than usual.
+Modules are changed when the program imports them, so that nothing is imported earlier than usual.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import time
 
 STEP_SECONDS = float(os.environ.get("BD3_TEST_STEP_SECONDS") or 0)
+EAGER = os.environ.get("BD3_TEST_EAGER") == "1"
 NAN_STEPS = {int(step) for step in os.environ.get("BD3_TEST_NAN_STEPS", "").split(",") if step}
 
 
@@ -33,7 +36,15 @@ def change_batches(module) -> None:
     module.Batches.at = at
 
 
-CHANGES = {"pretrain.batches": change_batches}
+def change_torch(module) -> None:
+    module.compile = lambda function=None, **options: (lambda decorated: decorated) if function is None else function
+
+
+CHANGES = {}
+if STEP_SECONDS or NAN_STEPS:
+    CHANGES["pretrain.batches"] = change_batches
+if EAGER:
+    CHANGES["torch"] = change_torch
 
 
 class Finder(importlib.abc.MetaPathFinder):
@@ -54,5 +65,5 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if STEP_SECONDS or NAN_STEPS:
+if CHANGES:
     sys.meta_path.insert(0, Finder())
