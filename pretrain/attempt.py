@@ -58,7 +58,10 @@ class AttemptOptions(Section):
     run: Annotated[str, tyro.conf.Positional] = Field(description="run folder")
     restarts: int = Field(3, ge=0, description="starts without a new checkpoint after which to end")
     steps: int | None = Field(None, ge=1, description="do nothing where there is a checkpoint of this step or a later")
-    fits: list[int] = Field([], description="numbers of nodes that the layout fits; of more nodes, some are left out")
+    fits: list[int] = Field(
+        [],
+        description="numbers of nodes that the layout fits, if the job may get several: of others some are left out",
+    )
 
 
 @dataclass(frozen=True)
@@ -146,23 +149,12 @@ def attempt(run: Path, job: Job, options: AttemptOptions, command: Sequence[str]
     """One start of the command; its exit code, and whether it is to be started again."""
     begun = len(events.read(run))
     before = newest_step(run)
-    events.record(run, "attempt", job=job.number, restart=job.restart, nodes=job.nodes, step=before, **_lineage(job))
+    events.record(
+        run, "attempt", job=job.number, restart=job.restart, nodes=job.nodes, step=before, lineage=job.lineage
+    )
     code, words = execute(fit(command, job, options.fits), run)
     ending = judge(code, words, events.read(run)[begun:], preflight_suspects(run, code), last_word(command))
-    after = newest_step(run)
-    events.record(
-        run,
-        "ended",
-        job=job.number,
-        restart=job.restart,
-        code=code,
-        kind=ending.kind,
-        cause=ending.cause,
-        suspects=ending.suspects,
-        before=before,
-        step=after,
-        **_lineage(job),
-    )
+    _record_end(run, job.number, job.restart, job.lineage, ending, before, code)
     if not ending.again:
         if ending.kind == "mistake":
             say(f"{run}: {ending.cause}; not started again, because it would end the same way")
@@ -174,27 +166,27 @@ def attempt(run: Path, job: Job, options: AttemptOptions, command: Sequence[str]
         return code or FAILED, False
     if not job.number:
         again = ending.kind != "asked"
-        say(f"{run}: {ending.cause}; {'started again' if again else 'ended'} at step {after}")
+        say(f"{run}: {ending.cause}; {'started again' if again else 'ended'} at step {newest_step(run)}")
         return code, again
-    return put_back(run, job, ending, code), True
+    return put_back(run, job, ending, code, options.fits), True
 
 
-def put_back(run: Path, job: Job, ending: Ending, code: int) -> int:
+def put_back(run: Path, job: Job, ending: Ending, code: int, fits: Sequence[int] = ()) -> int:
     """Put the job back into the queue, unless somebody has done it or has ended the job; this job's exit code."""
     # Slurm ends the job's processes as soon as it is put back; the command that tells it the rest has to live on.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         found = client.job(job.number) or {}
         state, reason = found.get("JobState", "unknown"), found.get("Reason", "")
-        if state != "RUNNING" and reason != "TimeLimit":
+        if state not in client.RUNNING and reason != "TimeLimit":
             say(f"{run}: {ending.cause}; job {job.number} is {state}, and stays so")
             if _put_back_by_others(found, job) and ending.suspects:
-                client.exclude(job.number, exclusions(job, ending, found))
+                client.exclude(job.number, exclusions(job, ending, found, fits))
             return code
         if ending.kind == "asked" and job.has_successor:
             say(f"{run}: {ending.cause}; the next job of the chain goes on")
             return 0
-        excluded = exclusions(job, ending, found)
+        excluded = exclusions(job, ending, found, fits)
         added = sorted(set(ending.suspects) & set(excluded))
         without = f" without {', '.join(added)}" if added else ""
         say(f"{run}: {ending.cause}; job {job.number} goes back into the queue{without}, at step {newest_step(run)}")
@@ -216,13 +208,13 @@ def _put_back_by_others(found: Mapping[str, str], job: Job) -> bool:
     return int(found.get("Restarts", "0")) > job.restart
 
 
-def exclusions(job: Job, ending: Ending, found: Mapping[str, str]) -> list[str]:
+def exclusions(job: Job, ending: Ending, found: Mapping[str, str], fits: Sequence[int] = ()) -> list[str]:
     """Nodes that the job is to keep away from: as before, and the suspects if it can go on without them."""
     before = client.hosts(found.get("ExcNodeList"))
     added = set(ending.suspects) - set(before)
     if not added:
         return before
-    least = node_range(found.get("NumNodes", "1"))[0] or 1
+    least = min(fits, default=node_range(found.get("NumNodes", "1"))[0] or 1)
     left = set(client.working_nodes(job.partition)) - added - set(before)
     if added & set(client.hosts(found.get("ReqNodeList"))):
         reason = "the job asks for it by name"
@@ -358,33 +350,45 @@ def last_word(command: Sequence[str]) -> str:
 def settle(run: Path, job: Job, restarts: int) -> str | None:
     """Close the record of an earlier attempt that had no chance to, and say why no other should follow, if so."""
     happened = events.read(run)
-    lost = _unended(happened, job)
-    if lost is not None:
-        broken: dict[str, str] = {}
-        if job.number:
-            try:
-                broken = client.broken_nodes(lost.get("nodes", ()))
-            except SlurmError as error:
-                say(str(error))
-        named = ", ".join(f"{node} is {state}" for node, state in broken.items())
-        events.record(
-            run,
-            "ended",
-            job=lost["job"],
-            restart=lost["restart"],
-            kind="failed",
-            cause=f"node failure: {named}" if named else "ended from outside: a node failure, preemption or a kill",
-            suspects=tuple(broken),
-            before=lost["step"],
-            step=newest_step(run),
-            **_lineage(job),
-        )
-    happened = events.read(run)
+    at = next((n for n in reversed(range(len(happened))) if happened[n]["event"] in ("attempt", "ended")), None)
+    if at is not None and happened[at]["event"] == "attempt" and not _goes_on(happened[at]["job"], job):
+        lost = happened[at]
+        ending = _from_outside(lost, happened[at:])
+        _record_end(run, lost["job"], lost["restart"], lost["lineage"], ending, lost["step"])
+        happened = events.read(run)
     fruitless = fruitless_starts(happened, job.lineage)
     if fruitless > restarts:
         causes = [event.get("cause", "") for event in happened if event["event"] == "ended"]
         return given_up(run, fruitless, causes[-1])
     return None
+
+
+def _goes_on(number: str, job: Job) -> bool:
+    """Whether a job that is not this one still does something."""
+    if not number or number == job.number:
+        return False
+    try:
+        return (client.job(number) or {}).get("JobState") in client.ACTIVE
+    except SlurmError as error:
+        say(str(error))
+        return False
+
+
+def _from_outside(lost: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> Ending:
+    """How an attempt ended whose `bd3 attempt` was ended, too."""
+    known = judge(FAILED, [], happened)
+    if known.kind != "failed":
+        return known
+    broken: dict[str, str] = {}
+    if lost["job"]:
+        try:
+            broken = client.broken_nodes(lost.get("nodes", ()))
+        except SlurmError as error:
+            say(str(error))
+    if broken:
+        named = ", ".join(f"{node} is {state}" for node, state in broken.items())
+        return Ending("failed", f"node failure: {named}", tuple(broken))
+    return Ending("failed", "ended from outside: a node failure, preemption or a kill")
 
 
 def fruitless_starts(happened: Sequence[Mapping[str, Any]], lineage: str) -> int:
@@ -445,15 +449,19 @@ def say(text: str) -> None:
     print(f"bd3 attempt: {text}", file=sys.stderr, flush=True)
 
 
-def _lineage(job: Job) -> dict[str, str]:
-    return {"lineage": job.lineage}
-
-
-def _unended(happened: Sequence[Mapping[str, Any]], job: Job) -> Mapping[str, Any] | None:
-    """The newest attempt, if nothing has been recorded of its end and it is not going on in another job."""
-    for event in reversed(happened):
-        if event["event"] == "ended":
-            return None
-        if event["event"] == "attempt":
-            return event if event.get("lineage") == job.lineage else None
-    return None
+def _record_end(
+    run: Path, number: str, restart: int, lineage: str, ending: Ending, before: int, code: int | None = None
+) -> None:
+    events.record(
+        run,
+        "ended",
+        job=number,
+        restart=restart,
+        lineage=lineage,
+        code=code,
+        kind=ending.kind,
+        cause=ending.cause,
+        suspects=ending.suspects,
+        before=before,
+        step=newest_step(run),
+    )

@@ -105,7 +105,7 @@ def pretrain(args: list[str]) -> None:
     name = "single_node" if options.nodes == "1" else "multi_node"
     launch = _Launch(run, options)
     steps = ["--steps", config.train.steps, "--restarts", options.restarts]
-    fits = ["--fits", *fitting] if len(fitting) < len(options.node_counts) else []
+    fits = ["--fits", *fitting] if len(options.node_counts) > 1 else []
     lines = [
         f"RUN={_quote(run)}",
         f'BD3=(bd3 pretrain --config {_quote(launch.folder / "config.yaml")} --run "$RUN")',

@@ -129,10 +129,10 @@ def lines(found: Mapping[str, Any]) -> list[str]:
 
 def _state(found: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> str:
     active = [job["state"] for job in found["jobs"] if job["state"] in client.ACTIVE]
-    if found["steps"] is not None and (found["checkpoint"] or 0) >= found["steps"] and "RUNNING" not in active:
+    if found["steps"] is not None and (found["checkpoint"] or 0) >= found["steps"] and not client.RUNNING & set(active):
         return "finished"
     if active:
-        quiet = found["record_age"] is not None and found["record_age"] > _QUIET and active[0] == "RUNNING"
+        quiet = found["record_age"] is not None and found["record_age"] > _QUIET and active[0] in client.RUNNING
         return active[0].lower() + (f", but no record for {duration(found['record_age'])}" if quiet else "")
     last = next((event for event in reversed(happened) if event["event"] != "launched"), None)
     if last is None:

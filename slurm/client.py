@@ -10,7 +10,9 @@ from pathlib import Path
 from slurm.environment import expand_hosts
 
 TIMEOUT = 60.0  # seconds that a command may take: a busy controller answers late
-ACTIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING"}
+RUNNING = {"RUNNING", "SIGNALING", "STAGE_OUT", "RESIZING"}
+"""states of a job whose processes may go on"""
+ACTIVE = RUNNING | {"PENDING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 """states of a job that may still do something"""
 _WORKING = "idle,allocated,mixed,completing,reserved,planned"
 

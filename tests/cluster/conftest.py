@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.cluster import Cluster, missing
+from tests.cluster.product import Project
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -41,3 +42,9 @@ def job_environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "BD3_TEST_EAGER": "1",
     }
+
+
+@pytest.fixture(scope="session")
+def project(cluster, job_environment, data_set, tmp_path_factory) -> Project:
+    """`bd3` on the cluster's login node, with a data set and a folder for its runs."""
+    return Project(cluster, data_set, tmp_path_factory.mktemp("runs"), job_environment)

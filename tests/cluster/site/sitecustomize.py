@@ -37,7 +37,15 @@ def change_batches(module) -> None:
 
 
 def change_torch(module) -> None:
-    module.compile = lambda function=None, **options: (lambda decorated: decorated) if function is None else function
+    module.compile = undecorated
+
+
+def change_torch_compile(module) -> None:
+    module._disable_dynamo = undecorated
+
+
+def undecorated(function=None, *args, **options):
+    return (lambda decorated: decorated) if function is None else function
 
 
 CHANGES = {}
@@ -45,6 +53,7 @@ if STEP_SECONDS or NAN_STEPS:
     CHANGES["pretrain.batches"] = change_batches
 if EAGER:
     CHANGES["torch"] = change_torch
+    CHANGES["torch._compile"] = change_torch_compile
 
 
 class Finder(importlib.abc.MetaPathFinder):
