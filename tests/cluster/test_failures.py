@@ -110,7 +110,7 @@ def test_a_run_that_loses_a_node_goes_on_with_fewer_ranks_over_the_same_rows(out
 
 
 def test_a_node_whose_ranks_were_killed_is_excluded(outcomes):
-    assert outcomes["ranks_killed"].job["ExcNodeList"] == "node[1-2,4]"
+    assert outcomes["ranks_killed"].job["ExcNodeList"] == "node1,node2,node4"
     assert outcomes["ranks_killed"].run.events("attempt")[1]["nodes"] == ["node3"]
 
 
