@@ -18,7 +18,7 @@ from pretrain.load import load_saved
 # What may change when a run goes on: how long, where and how it is watched. (A decaying learning rate follows
 # train.steps, so a longer run has another rate from here on.) All kernels compute one function up to rounding, and the
 # next machine may not have those of the last; FP8 rounds more.
-_FREE = ("run", "parallel", "zero", "kernels", "fp8", "log", "profile", "eval", "checkpoint")
+_FREE = ("run", "parallel", "zero", "kernels", "fp8", "log", "profile", "preflight", "eval", "checkpoint")
 _FREE += ("train.steps", "train.micro_batch", "data.path", "data.cache", "data.cache_gb", "data.verify_gb")
 
 
