@@ -161,7 +161,8 @@ def gpus(reports: Sequence[Report], free_share: float) -> list[Finding]:
                 occupied.append(f"{_device(reports, rank)} has {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free")
         if occupied:
             line = f"{host}: {_some(occupied)} (preflight.free_gpu_memory={free_share:g}); another job's process may "
-            found.append(Finding(f"{line}be left there: nvidia-smi shows it", (host,)))
+            full = any(reports[rank].gpu and reports[rank].matmul == 0 for rank in ranks)
+            found.append(Finding(f"{line}be left there: nvidia-smi shows it", (host,), fatal=full))
     return found
 
 

@@ -23,6 +23,7 @@ from bd3_megatron.parallel import World
 from data_prep.stream import RowStream
 from pretrain import findings, probes, runs, signals
 from pretrain.agree import alike, everywhere, lost_ranks, on_each, on_first, outcomes, together
+from pretrain.attempt import BAD_NODE, SUSPECTS
 from pretrain.checkpoint_files import folders as checkpoint_folders
 from pretrain.cli import user_line
 from pretrain.config import RunConfig, check_run
@@ -32,10 +33,7 @@ from pretrain.findings import Clock, Finding, Report
 from pretrain.load import load_run_config
 from pretrain.watchdog import Watchdog
 
-BAD_NODE = 76
-"""exit code of every rank of a run that would go better on other nodes (``preflight.strict``)"""
-
-REPORT, SUSPECTS = "preflight.json", "suspects.json"
+REPORT = "preflight.json"
 _LINES = 4  # findings in a message
 
 Opened = tuple[RunConfig, RowStream, RowStream]
@@ -78,7 +76,7 @@ def check(config: RunConfig) -> None:
 
 
 class BadNodes(SystemExit):
-    """The run is to be started again without the nodes in :data:`SUSPECTS`; ``code`` is the exit code."""
+    """The run would go better without the nodes in :data:`SUSPECTS`; all ranks exit with :data:`BAD_NODE`."""
 
 
 class Preflight:
@@ -204,6 +202,8 @@ class Preflight:
         self.watch.tick("in the preflight of the links")
         self.all_reduce = probes.all_reduce_rate(device)
         measured = probes.link_rates(reports, self.world.rank, device, within=device.type == "cuda")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         self.links = on_each(lambda: measured)
         for between in (False, True):
             found += findings.links(self.links, reports, options.slowest, between)

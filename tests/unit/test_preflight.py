@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import fsspec
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from data_prep.errors import DataError
 from pretrain import findings, probes
 from pretrain.findings import GIB, Clock, Gpu, Place, Report, flops, gigabytes, links, partners, rates, spread
 from tests.unit.commands import bd3
@@ -165,7 +168,7 @@ def test_gpus_that_are_occupied_or_of_another_kind_or_too_few():
 def test_a_gpu_without_memory_for_a_matmul_is_named_once():
     reports = cluster(3, 2)
     reports[2] = replace(reports[2], gpu=H100._replace(free=GIB // 4), matmul=0.0)
-    assert [found.hosts for found in findings.gpus(reports, 0.0)] == [("node2",)]
+    assert [(found.hosts, found.fatal) for found in findings.gpus(reports, 0.0)] == [(("node2",), True)]
     assert rates({rank: r.matmul for rank, r in enumerate(reports)}, reports, 0.7, "matmul", flops) == []
 
 
@@ -278,6 +281,24 @@ def test_marks_of_killed_jobs_go_with_the_next_one(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [name]
         assert probes.place(tmp_path, name).sees
     assert list(tmp_path.iterdir()) == []
+
+
+def test_remote_shards_are_looked_up(fresh_fsspec):
+    files = fsspec.filesystem("memory")
+    shards = [SimpleNamespace(name=f"train-{n}.tar", bytes=n + 1) for n in range(6)]
+    for shard in shards:
+        files.pipe(f"/data/train/{shard.name}", b"x" * shard.bytes)
+    reader = SimpleNamespace(remote=True, folder="memory://data", split="train", shards=shards)
+    stream = SimpleNamespace(readers=[reader])
+    probes.look_up_shards(stream, 1, 3)
+    files.rm("/data/train/train-4.tar")
+    probes.look_up_shards(stream, 0, 3)
+    with pytest.raises(DataError, match=r"memory://data/train/train-4\.tar: no such file"):
+        probes.look_up_shards(stream, 1, 3)
+    files.pipe("/data/train/train-2.tar", b"cut")
+    reader.shards[2].bytes = 100
+    with pytest.raises(DataError, match=r"train-2\.tar: 3 bytes, the manifest says 100;"):
+        probes.look_up_shards(stream, 2, 3)
 
 
 def test_the_command_checks_and_starts_nothing(tmp_path, data_set):
