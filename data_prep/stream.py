@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -192,6 +192,23 @@ class RowStream:
             if here.any():
                 out[here] = reader.documents(own) + self._first_document[number]
         return out
+
+    def locate(self, numbers: np.ndarray) -> list[dict[str, Any]]:
+        """Where rows ``[n]`` are stored, for a person: ``data`` (path or URL), ``row`` (of its split), ``shard`` (file
+        name) and ``row_in_shard`` of each."""
+        found: list[dict[str, Any]] = [{}] * len(numbers)
+        for reader, here, own in self._owners(numbers):
+            ends = np.cumsum(reader.shard_rows())
+            shards = np.searchsorted(ends, own, side="right")
+            for place, row, shard in zip(np.flatnonzero(here).tolist(), own.tolist(), shards.tolist()):
+                first = int(ends[shard]) - reader.shards[shard].rows
+                found[place] = {
+                    "data": str(reader.folder),
+                    "row": row,
+                    "shard": reader.shards[shard].name,
+                    "row_in_shard": row - first,
+                }
+        return found
 
     def prefetch(self, numbers: np.ndarray) -> None:
         """Fetch what rows ``[n]`` need of remote data sets in the background, in their order."""

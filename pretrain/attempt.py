@@ -16,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from pydantic import Field
 from bd3_megatron.config import ConfigError, Section
 from pretrain import events, signals
 from pretrain.checkpoint_files import COMPLETE, folders, step_of
+from pretrain.heartbeat import Listener
 from pretrain.options import parse_options
 from slurm import client
 from slurm.client import SlurmError
@@ -40,6 +42,7 @@ SUSPECTS = "suspects.json"  # what the preflight wrote before it ended with BAD_
 _TASKS = re.compile(r"^srun: error: (?P<hosts>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)$")
 _NODE = re.compile(r"^srun: error: Node failure on (?P<hosts>\S+)$")
 _ABORTED = re.compile(r"Job step aborted|CANCELLED AT|_step_signal: Terminating")
+_LISTEN, _FORCE = 1.0, 60.0  # seconds between looks at the heartbeat, and until a hung command is killed
 _KILLS_AFTER = 3.0  # seconds, less than Slurm's KillWait
 _HARDWARE = ("Killed", "Bus error")  # of a task that no other task has harmed
 
@@ -144,7 +147,7 @@ def attempt(run: Path, job: Job, options: AttemptOptions, command: Sequence[str]
     begun = len(events.read(run))
     before = newest_step(run)
     events.record(run, "attempt", job=job.number, restart=job.restart, nodes=job.nodes, step=before, **_lineage(job))
-    code, words = execute(fit(command, job, options.fits))
+    code, words = execute(fit(command, job, options.fits), run)
     ending = judge(code, words, events.read(run)[begun:], preflight_suspects(run, code), last_word(command))
     after = newest_step(run)
     events.record(
@@ -214,18 +217,21 @@ def _put_back_by_others(found: Mapping[str, str], job: Job) -> bool:
 
 
 def exclusions(job: Job, ending: Ending, found: Mapping[str, str]) -> list[str]:
-    """Nodes that the job is to keep away from: as before, and the suspects if enough nodes are left without them."""
+    """Nodes that the job is to keep away from: as before, and the suspects if it can go on without them."""
     before = client.hosts(found.get("ExcNodeList"))
-    excluded = sorted({*before, *ending.suspects})
-    least = node_range(found.get("NumNodes", "1"))[0] or 1
-    left = set(client.working_nodes(job.partition)) - set(excluded)
-    if len(left) < least and set(excluded) != set(before):
-        say(
-            f"{', '.join(ending.suspects)}: not excluded, although to blame: partition {job.partition} would have "
-            f"{len(left)} nodes left, and the job needs {least}"
-        )
+    added = set(ending.suspects) - set(before)
+    if not added:
         return before
-    return excluded
+    least = node_range(found.get("NumNodes", "1"))[0] or 1
+    left = set(client.working_nodes(job.partition)) - added - set(before)
+    if added & set(client.hosts(found.get("ReqNodeList"))):
+        reason = "the job asks for it by name"
+    elif len(left) < least:
+        reason = f"partition {job.partition} would have {len(left)} nodes left, and the job needs {least}"
+    else:
+        return sorted(added | set(before))
+    say(f"{', '.join(sorted(added))}: not excluded, although to blame: {reason}")
+    return before
 
 
 class Word(NamedTuple):
@@ -235,19 +241,37 @@ class Word(NamedTuple):
     line: str
 
 
-def execute(command: Sequence[str]) -> tuple[int, list[Word]]:
-    """Run a command to its end; its exit code (128 + signal, as of a shell), and what it wrote to stderr."""
-    begin = time.monotonic()
+def execute(command: Sequence[str], run: Path) -> tuple[int, list[Word]]:
+    """Run a command to its end, or end it when the run's heart has stopped.
+
+    Returns:
+        its exit code (128 + signal, as of a shell), and what it wrote to stderr.
+    """
+    begin, words, over = time.monotonic(), [], threading.Event()
+    listener = Listener(run)
     try:
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
     except OSError as error:
         raise ConfigError(f"{command[0]}: {error.strerror}; give the command that starts the run after --") from None
-    words = []
+
+    def listen() -> None:
+        while not over.wait(_LISTEN):
+            if (trouble := listener.trouble(time.monotonic())) is not None:
+                events.record(run, "hang", text=trouble, hosts=[])
+                process.terminate()  # srun ends all tasks, those that do not heed it by force
+                if not over.wait(_FORCE):
+                    process.kill()
+                return
+
+    watcher = threading.Thread(target=listen, daemon=True)
+    watcher.start()
     for line in process.stderr:
         sys.stderr.write(line)
         sys.stderr.flush()
         words = [*words[-999:], Word(time.monotonic() - begin, line.rstrip("\n"))]
     code = process.wait()
+    over.set()
+    watcher.join()
     return (128 - code if code < 0 else code), words
 
 

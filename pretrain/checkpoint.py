@@ -53,14 +53,22 @@ def newest(run: Path, warn: Callable[[str], None] = lambda _: None) -> Checkpoin
     return None
 
 
-def newest_together(run: Path, world: World, warn: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
+def newest_together(
+    run: Path,
+    world: World,
+    warn: Callable[[str], None] = lambda _: None,
+    usable: Callable[[int, dict[str, Any]], bool] = lambda *_: True,
+) -> Checkpoint | None:
     """:func:`newest` with the work shared: each rank checks a part of the files, and all come to the same verdict.
 
     Args:
         warn: called on the first rank.
+        usable: says of a checkpoint's step and meta whether it is wanted; others are passed over without a word.
     """
     for path in reversed(on_first(lambda: folders(run))):
         found = on_first(partial(read_listing, path))
+        if isinstance(found, dict) and not usable(found["step"], found["meta"]):
+            continue
         if isinstance(found, dict):
             stamps = found["files"]
             order = sorted(stamps, key=lambda name: (-stamps[name]["bytes"], name))
@@ -105,6 +113,7 @@ def find(run: Path, step: int | None = None) -> Checkpoint:
 def restore(checkpoint: Checkpoint, engine: Engine, say: Callable[[str], None] = lambda _: None) -> None:
     """Fill the engine's state from a checkpoint, in place.
 
+    Adam goes on counting from ``updates`` of the checkpoint's meta; where there is none, every step was one.
     FP8 scales that the checkpoint lacks, because it was written in bf16 or with another recipe, start anew.
 
     Args:
@@ -120,7 +129,7 @@ def restore(checkpoint: Checkpoint, engine: Engine, say: Callable[[str], None] =
         say(f"{checkpoint.path}: holds no FP8 scales of this recipe and history; they start anew")
     on_each(lambda: _check(checkpoint, state))  # stages hold different tensors
     _load(checkpoint, state)
-    engine.loaded(checkpoint.step)
+    engine.loaded(checkpoint.meta.get("updates", checkpoint.step))
 
 
 def read_weights(checkpoint: Checkpoint, averaged: bool = True) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -22,6 +23,8 @@ from bd3_megatron.config import (
     divisors,
 )
 from bd3_megatron.fp8 import check_fp8
+
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 class DataConfig(Section):
@@ -105,6 +108,42 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(True, description="write while training goes on")
 
 
+class GuardConfig(Section):
+    """What happens to steps that go wrong: a loss that is not finite, and a loss that jumps."""
+
+    nonfinite: int = Field(
+        3, ge=1, description="so many steps without a finite loss and gradient within guard.window end the run"
+    )
+    window: int = Field(1000, ge=1, description="steps over which they are counted")
+    skip: tuple[str, ...] = Field((), description="steps whose batches are left out, as in 120-170 300")
+    spike: float | None = Field(
+        None,
+        gt=0,
+        description="robust standard deviations (1.4826 times the median absolute deviation) above the median of the "
+        "last losses at which a loss counts as a spike; null: spikes are not looked for",
+    )
+    spike_window: int = Field(100, ge=2, description="losses that median and deviation are taken of")
+    spike_patience: int = Field(3, ge=1, description="steps in a row that must be so high")
+    spike_before: int = Field(0, ge=0, description="steps before the first of them that are left out too")
+    spike_after: int = Field(50, ge=0, description="steps after the last of them that are left out too")
+    spike_limit: int = Field(3, ge=0, description="times that a run goes back; after so many a spike ends it")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> GuardConfig:
+        for text in self.skip:
+            found = _RANGE.fullmatch(text)
+            if found is None or not 1 <= int(found[1]) <= int(found[2] or found[1]):
+                raise ValueError(
+                    f"guard.skip={text}: not a range of steps; write FIRST-LAST as in 120-170, or one step"
+                )
+        return self
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """First and last step of each range of ``skip``."""
+        found = [_RANGE.fullmatch(text) for text in self.skip]
+        return [(int(match[1]), int(match[2] or match[1])) for match in found]
+
+
 class LogConfig(Section):
     """What is written while training."""
 
@@ -168,6 +207,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
     profile: ProfileConfig = ProfileConfig()
     preflight: PreflightConfig = PreflightConfig()
@@ -182,7 +222,19 @@ def check_run(config: RunConfig, world_size: int) -> int:
     data_size = check_layout(config.model, config.diffusion, config.parallel, world_size, config.zero)
     check_kernels(config.kernels, Demand.of(config.model, config.diffusion, config.parallel, config.train.precision))
     check_fp8(config.fp8, config.model, config.kernels, config.parallel, config.zero, config.train)
+    _check_guard(config.guard, config.checkpoint)
     return data_size
+
+
+def _check_guard(guard: GuardConfig, checkpoint: CheckpointConfig) -> None:
+    """A spike is known at its last step: a checkpoint from before its first one must be there still."""
+    back = guard.spike_patience - 1 + guard.spike_before
+    if guard.spike is not None and checkpoint.every and (checkpoint.keep - 1) * checkpoint.every < back:
+        raise ConfigError(
+            f"checkpoint.keep={checkpoint.keep}: with one every {checkpoint.every} steps none may be left from {back} "
+            f"steps ago, before a spike of guard.spike_patience={guard.spike_patience} steps; "
+            f"use {1 - (-back // checkpoint.every)} or more"
+        )
 
 
 def check_batches(train: TrainConfig, parallel: ParallelConfig, data_size: int) -> None:

@@ -87,8 +87,8 @@ class Progress:
             self._bar, self._task = _bar(self._stream, total_steps, start_step)
 
     def update(self, step: int, fields: Mapping[str, Any]) -> None:
-        """Show that ``step`` is done. Known fields: loss, grad_norm, lr, seconds_per_step, tokens_per_second,
-        mfu and mfu_6nd; those that are missing are not shown."""
+        """Show that ``step`` is done. Known fields: loss, grad_norm, lr, steps_skipped, seconds_per_step,
+        tokens_per_second, mfu and mfu_6nd; those that are missing are not shown."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=describe(step, self._total, fields))
         elif step % self._every == 0 or step in (self._start + 1, self._total):
@@ -119,6 +119,8 @@ def describe(step: int, total: int, fields: Mapping[str, Any]) -> str:
     for name, key, form in (("loss", "loss", ".4g"), ("grad", "grad_norm", ".3g"), ("lr", "lr", ".1e")):
         if fields.get(key) is not None:
             parts.append(f"{name} {fields[key]:{form}}")
+    if fields.get("steps_skipped"):
+        parts.append(f"skipped {fields['steps_skipped']}")
     if fields.get("tokens_per_second") is not None:
         parts.append(f"{si(fields['tokens_per_second'])} tok/s")
     shares = [

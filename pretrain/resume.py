@@ -10,16 +10,17 @@ from typing import Any
 from bd3_megatron.config import ConfigError
 from bd3_megatron.parallel import World
 from data_prep.stream import RowStream
-from pretrain import checkpoint, runs
+from pretrain import checkpoint, guard, runs
 from pretrain.agree import everywhere, on_first
 from pretrain.config import RunConfig
 from pretrain.load import load_saved
 
 # What may change when a run goes on: how long, where and how it is watched. (A decaying learning rate follows
 # train.steps, so a longer run has another rate from here on.) All kernels compute one function up to rounding, and the
-# next machine may not have those of the last; FP8 rounds more.
+# next machine may not have those of the last; FP8 rounds more. guard.skip changes what is trained, but of steps to come
+# only (pretrain.guard.check_skips).
 _FREE = ("run", "parallel", "zero", "kernels", "fp8", "log", "profile", "preflight", "eval", "checkpoint")
-_FREE += ("train.steps", "train.micro_batch", "data.path", "data.cache", "data.cache_gb", "data.verify_gb")
+_FREE += ("guard", "train.steps", "train.micro_batch", "data.path", "data.cache", "data.cache_gb", "data.verify_gb")
 
 
 def check_same_run(run: Path, config: RunConfig) -> None:
@@ -79,7 +80,13 @@ def _named(config: RunConfig) -> str:
 
 def checkpoint_to_resume(run: Path, config: RunConfig, stream: RowStream, world: World) -> checkpoint.Checkpoint | None:
     """The newest good checkpoint, or None for a new run; refuses to go on from another position or with other data."""
-    found = checkpoint.newest_together(run, world, warn=lambda text: print(text, file=sys.stderr, flush=True))
+    left_out = on_first(lambda: guard.read_ranges(run))
+    found = checkpoint.newest_together(
+        run,
+        world,
+        warn=lambda text: print(text, file=sys.stderr, flush=True),
+        usable=lambda step, meta: not guard.undone(left_out, step, meta),
+    )
     if found is None:
         if on_first(lambda: checkpoint.exists(run)):
             raise everywhere(
@@ -102,4 +109,5 @@ def checkpoint_to_resume(run: Path, config: RunConfig, stream: RowStream, world:
                     f"use the configuration the run was started with"
                 )
             )
+    on_first(lambda: guard.check_skips(run, config.guard, found.step))
     return found

@@ -12,7 +12,7 @@ import tyro
 from pydantic import Field
 
 from bd3_megatron.config import ConfigError, Section
-from pretrain import events
+from pretrain import events, heartbeat
 from pretrain.attempt import newest_step
 from pretrain.checkpoint_files import COMPLETE, folders, step_of
 from pretrain.load import load_saved
@@ -67,6 +67,7 @@ def status(run: Path) -> dict[str, Any]:
     checkpoint = newest_step(run)
     step = max(train["step"] if train else 0, checkpoint)
     left = None if steps is None or not speed else max(0, steps - step) * speed["seconds_per_step"]
+    beat = heartbeat.read(run)
     jobs, trouble = _jobs(run, happened)
     found = {
         "run": str(run),
@@ -81,6 +82,7 @@ def status(run: Path) -> dict[str, Any]:
         "record_age": _age(run / METRICS),
         "checkpoint": checkpoint or None,
         "checkpoint_age": _age(_newest(run)),
+        "phase": beat.phase if beat and not beat.left else None,
         "starts": sum(event["event"] == "started" for event in happened),
         "restarts": [_restart(event) for event in happened if event["event"] == "ended" and event["kind"] != "done"],
         "excluded": sorted({host for event in happened for host in event.get("excluded", ())}),
@@ -110,6 +112,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     if found["seconds_left"]:
         parts.append(f"ETA {duration(found['seconds_left'])}")
     out.append("  step        " + " | ".join(parts))
+    if found["phase"] is not None:
+        out.append(f"  now         {found['phase']}")
     if found["checkpoint"] is not None:
         out.append(f"  checkpoint  step {found['checkpoint']}, {duration(found['checkpoint_age'])} ago")
     else:

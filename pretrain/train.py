@@ -16,11 +16,12 @@ from bd3_megatron.engine import build_engine, check_installed
 from bd3_megatron.engine.base import Engine, StepResult
 from data_prep.stream import RowStream
 from pretrain import checkpoint, events, runs, signals
-from pretrain.agree import alike, everywhere, highest, lost_ranks, on_first, together
+from pretrain.agree import alike, highest, lost_ranks, on_first, together
 from pretrain.batches import Batches
 from pretrain.config import RunConfig, TrainConfig, check_batches, check_profile, check_run
 from pretrain.environment import read_ranks, rendezvous
 from pretrain.evaluate import Evaluation, evaluate
+from pretrain.guard import Guard
 from pretrain.hardware import peak_flops
 from pretrain.load import load_run_config, save_config
 from pretrain.metrics import MetricsWriter, read_metrics, series
@@ -145,21 +146,22 @@ class Trainer:
             noise_seed=train.seed,
             document_mask=config.data.document_mask,
         )
-        board = config.log.tensorboard and self.step < train.steps
         self.metrics: MetricsWriter | None = None
-        on_first(lambda: self._open_metrics(self.step, board))
+        on_first(self._open_metrics)
+        self.guard = Guard(config, run, self.batches, engine.world, self._say)
+        self.guard.resume(self.step)
+        self.computed = 0  # steps of this process, those that it did again included
         self.progress = Progress(train.steps, self.step, config.log.every) if self.first else None
         self.profiler = Profiler(config.profile, run, engine.world.rank, self.step, self._say)
         self.throughput = Throughput(
-            self.step,
-            self._tokens(self.step),
             useful_flops=flops.training_flops_per_token(config.model, config.diffusion),
             model_flops=flops.six_n(config.model),
             peak_flops=peak_flops(config.log.peak_tflops, train.precision) * engine.world.size,
         )
 
-    def _open_metrics(self, kept: int, board: bool) -> None:
-        self.metrics = MetricsWriter(self.folder, kept, board)
+    def _open_metrics(self) -> None:
+        board = self.config.log.tensorboard and self.step < self.config.train.steps
+        self.metrics = MetricsWriter(self.folder, self.step, board)
 
     def __enter__(self) -> Trainer:
         return self
@@ -190,6 +192,7 @@ class Trainer:
             self._say(f"{self.folder}: already at step {self.step} of {steps}; raise train.steps to go on")
         else:
             on_first(lambda: events.record(self.folder, "started", step=self.step, ranks=self.engine.world.size))
+            self.watch.beat()
             self._say(f"{self.folder}: going on from step {self.step}" if self.step else self._describe())
         if self._evaluation_due() and not on_first(lambda: self.metrics.has("validation", self.step)):
             self._evaluate()
@@ -198,6 +201,9 @@ class Trainer:
             self.writer.poll()
             with self.profiler.step(self.step + 1):
                 self._train_step()
+            if self.guard.spike is not None:
+                self._go_back()
+                continue
             if self._evaluation_due():
                 self._evaluate()
             if self.step == steps or _due(self.step, self.config.checkpoint.every):
@@ -229,34 +235,40 @@ class Trainer:
     def _train_step(self) -> None:
         train, step = self.config.train, self.step
         # The first step may compile kernels.
-        self.watch.tick(f"in step {step + 1}", patient=step == self.first_step)
-        batches = self.batches.at(step)
-        parallel.seed_dropout(train.seed, step)
-        lr = learning_rate(train, step)
-        result = self.engine.train_step(batches, lr)
+        self.watch.tick(f"in step {step + 1}", patient=self.computed == 0)
+        lr, result = learning_rate(train, step), None
+        if not self.guard.leaves_out(step + 1):
+            batches = self.batches.at(step)
+            parallel.seed_dropout(train.seed, step)
+            result = self.engine.train_step(batches, lr)
+            self.computed += 1
         self.step = step + 1
-        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            raise everywhere(
-                ConfigError(
-                    f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}; "
-                    f"lower train.lr={train.lr:g} and start another --run, or the same one from its last checkpoint"
-                )
-            )
         if self.first:
             self._record(result, lr)
+        self.guard.after(self.step, result, lr)
 
-    def _record(self, result: StepResult, lr: float) -> None:
-        values = {
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
-            "lr": lr,
-            "tokens": self._tokens(self.step),
-        }
-        speed = self.throughput.mark(self.step, self._tokens(self.step))
+    def _record(self, result: StepResult | None, lr: float) -> None:
+        values = self.guard.fields(result)
+        skipped = values.pop("skipped", None)
+        values |= {"lr": lr, "tokens": self._tokens(self.step)} | ({"skipped": skipped} if skipped else {})
+        speed = self.throughput.mark(self.computed, self._tokens(self.computed)) if result is not None else {}
         self.metrics.train(self.step, values)
         if speed:
             self.metrics.throughput(self.step, speed)
-        self.progress.update(self.step, values | speed)
+        self.progress.update(self.step, values | speed | {"steps_skipped": self.guard.skipped + bool(skipped)})
+
+    def _go_back(self) -> None:
+        """Undo the steps from before a spike of the loss on, as a start from the checkpoint before them would."""
+        self.watch.tick(f"going back after step {self.step}", patient=True)
+        with self.throughput.paused():
+            self.writer.wait()
+            found = self.guard.go_back()
+            checkpoint.restore(found, self.engine)
+            self.step = self.saved = found.step
+            if self.first:
+                self.metrics.close()
+            on_first(self._open_metrics)
+            self.guard.resume(self.step)
 
     def _evaluate(self) -> Evaluation:
         config = self.config
@@ -294,6 +306,8 @@ class Trainer:
         meta = position(self.config, self.step, self.stream) | {
             "tokens": self._tokens(self.step),
             "data": runs.data_identity(*self.stream.manifests),
+            "updates": self.engine.updates,
+            "skips": len(self.guard.ranges),
         }
         self.watch.tick(f"in the checkpoint of step {self.step}", patient=True)
         with self.throughput.paused():

@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from pretrain import events
 from pretrain.environment import Ranks
+from pretrain.heartbeat import Heart
 from pretrain.stacks import standing, start_mark, write_stacks, write_state
 from pretrain.verdict import Observer, Process, Report, Verdict, judge, message, stack_file
 
@@ -50,7 +51,7 @@ _NAMED = 4  # processes in the message
 class Watchdog:
     """The watch of one rank, from :func:`bd3_megatron.parallel.start` on; leaving the context says goodbye.
 
-    A world of 1 has nobody to wait for: there the watch does nothing.
+    A world of 1 has nobody to wait for: there the watch only writes the stacks of a main thread that stalls.
 
     Args:
         folder: of the run folder, for stacks, ``rank-00003.txt``.
@@ -67,11 +68,17 @@ class Watchdog:
         self._leaving, self._ending = threading.Event(), threading.Lock()
         self._failure = ""
         self._threads: list[threading.Thread] = []
+        self._heart = Heart(folder.parent, timeout, lambda: self._state[:3], self._alone_stalled)
         if ranks.world_size > 1:
             self._join()
             for loop in (self._beats, self._answers_come):
                 self._threads.append(threading.Thread(target=loop, name=f"watchdog {loop.__name__}", daemon=True))
                 self._threads[-1].start()
+
+    def beat(self) -> None:
+        """From now on the run folder is this job's: the first rank's heartbeat goes there."""
+        if self.ranks.rank == 0:
+            self._heart.start()
 
     def tick(self, phase: str, patient: bool = False) -> None:
         """The main thread has got further.
@@ -98,6 +105,7 @@ class Watchdog:
         if isinstance(error, Exception) and not getattr(error, "everywhere", False):
             self._failure = f"rank {self.ranks.rank} failed ({type(error).__name__})"
         self._leaving.set()
+        self._heart.stop()
         for thread in self._threads[:1]:
             thread.join(min(4 * self.interval, _GOODBYE))
         self._ending.acquire()
@@ -284,6 +292,11 @@ class Watchdog:
             with contextlib.suppress(ProcessLookupError):  # a rank beside this one was faster
                 os.kill(process.pid, signal.SIGKILL)
         os._exit(HUNG)
+
+    def _alone_stalled(self) -> None:
+        """A rank without others shows where it is; whether to end it is left to who started it."""
+        if self.ranks.world_size == 1:
+            self._write_stacks()
 
     def _write_stacks(self) -> None:
         _, phase, _, when = self._state

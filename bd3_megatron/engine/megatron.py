@@ -11,6 +11,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
@@ -28,12 +29,13 @@ from bd3_megatron.engine.base import StepResult
 from bd3_megatron.engine.masters import Master, MasterWeights, OwnsMasters
 from bd3_megatron.engine.scaling import Fp8State
 from bd3_megatron.engine.stage import (
+    agreed_loss,
     build_stage,
     forward_rows,
-    mean_loss,
     named_parameters,
     parameter_spec,
     run_schedule,
+    suspects,
 )
 from bd3_megatron.model import BlockDiffusionModel
 from bd3_megatron.parallel import World
@@ -106,11 +108,18 @@ class MegatronEngine(OwnsMasters):
             group["lr"] = lr * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.optimization.weight_decay * group.get("wd_mult", 1.0)
         with cpu_compat.redirected():
-            _, norm, _ = self.optimizer.step()
-            norm = self.optimizer.get_grad_norm() if norm is None else norm
+            self.optimizer.prepare_grads()
+            norm = float(self.optimizer.get_grad_norm())
+            loss, finite = agreed_loss(outputs, norm, self.world)
+            if finite:
+                self._clip(norm)
+                self.optimizer.step_with_ready_grads()
+        if not finite:
+            self.fp8.forget_overflow()
+            return StepResult(loss, norm, applied=False, suspects=suspects(outputs))
         self.updates += 1
         self.masters.update_ema(self.updates)
-        return StepResult(mean_loss(outputs, self.world), float(norm))
+        return StepResult(loss, norm)
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> list[Tensor]:
@@ -119,12 +128,12 @@ class MegatronEngine(OwnsMasters):
         with self.fp8.untouched():
             return forward_rows(self.chunks, self.modules[-1].context, batches)
 
-    def loaded(self, steps: int) -> None:
-        self.updates = steps
+    def loaded(self, updates: int) -> None:
+        self.updates = updates
         for part in self._parts():
             for slots in part.optimizer.state.values():
-                slots["step"].fill_(steps)
-            _count(part.optimizer, steps)
+                slots["step"].fill_(updates)
+            _count(part.optimizer, updates)
         self._publish()
 
     @torch.no_grad()
@@ -134,6 +143,12 @@ class MegatronEngine(OwnsMasters):
             return
         for name, parameter, module in named_parameters(self.modules):
             held(parameter, parameter_spec(name, parameter, module)).fill(weights[name])
+
+    def _clip(self, norm: float) -> None:
+        """Scale the prepared gradients down to ``clip_norm``, as Megatron's own ``step`` does between its halves."""
+        if self.optimization.clip_norm > 0:
+            for part in self._parts():
+                clip_grad_by_total_norm_fp32(part.get_parameters(), self.optimization.clip_norm, norm)
 
     def _parts(self) -> list:
         """Megatron's optimizers, one per kind of parameters, without those that have none on this rank."""
@@ -191,11 +206,11 @@ class MegatronEngine(OwnsMasters):
                     parameter.copy_(master)
 
 
-def _count(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Tell Adam how many steps were taken. torch's counts by parameter; Transformer Engine's, which Megatron takes
+def _count(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Tell Adam how many updates were made. torch's counts by parameter; Transformer Engine's, which Megatron takes
     where it is installed, and Apex's count by group."""
     for group in optimizer.param_groups:
-        group["step"] = steps
+        group["step"] = updates
 
 
 def _optimizer_config(optimization: OptimizationConfig, bf16: bool, sharded: bool) -> OptimizerConfig:

@@ -46,6 +46,17 @@ class Fp8State:
         for module in self._modules:
             module.set_is_first_microbatch()
 
+    @torch.no_grad()
+    def forget_overflow(self) -> None:
+        """Take out of the histories what is not finite, after a step that was not applied.
+
+        Transformer Engine keeps a scale while the largest value of its history is not finite: one such value would
+        freeze it for as long as the history remembers. Finite values of such a step stay, however large.
+        """
+        for name, tensor in self.tensors.items():
+            if name.endswith("/amax_history"):
+                tensor.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
         """Context of an evaluation, which leaves largest values behind that training has not seen."""

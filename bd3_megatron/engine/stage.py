@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
@@ -111,20 +112,31 @@ def forward_rows(chunks: Sequence[torch.nn.Module], context: ContextShard, batch
     return outputs
 
 
-def mean_loss(outputs: Sequence[Tensor], world: World) -> float:
-    """Loss of the global batch, known to every rank, from what the schedule returned on each.
+def agreed_loss(outputs: Sequence[Tensor], norm: float, world: World) -> tuple[float, bool]:
+    """(loss of the global batch, whether it and the gradient norm are finite), the same on every rank.
 
     Context-parallel ranks hold the parts of a sum, data-parallel ranks those of a mean; the last stage has them.
+
+    Args:
+        outputs: what the schedule returned on this rank.
+        norm: of the gradient, equal over the ranks that share a replica of the model. Replicas may round it
+            differently, and must not part over one that is just finite, so the verdict travels with the loss.
     """
     loss = torch.stack(list(outputs)).double().mean() if outputs else torch.zeros((), dtype=torch.float64)
-    loss = loss.to(world.device)
-    dist.all_reduce(loss, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    numbers = torch.stack([loss, loss.new_tensor(0.0 if math.isfinite(norm) else 1.0)]).to(world.device)
+    dist.all_reduce(numbers, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     dist.broadcast(
-        loss,
+        numbers,
         parallel_state.get_pipeline_model_parallel_last_rank(),
         parallel_state.get_pipeline_model_parallel_group(),
     )
-    return loss.item() / world.data_size
+    total, overflows = numbers.tolist()
+    return total / world.data_size, math.isfinite(total) and overflows == 0
+
+
+def suspects(outputs: Sequence[Tensor]) -> tuple[int, ...]:
+    """Which of the micro-batches have a loss that is not finite."""
+    return tuple(number for number, loss in enumerate(outputs) if not math.isfinite(loss.item()))
 
 
 def forward_step(forward_only: bool, data_iterator: Iterator[Batch], model: torch.nn.Module):
@@ -137,6 +149,9 @@ def forward_step(forward_only: bool, data_iterator: Iterator[Batch], model: torc
             return output.sum(), output
         mean = output / batch.tokens
         # The schedule divides the loss in place, so what is reported is a copy.
-        return mean, mean.detach().clone()
+        reported = mean.detach().clone()
+        # A loss that is not finite has no gradient, so that the norm alone decides where a library asks for no more.
+        output.register_hook(lambda gradient: torch.where(reported.isfinite(), gradient, torch.nan))
+        return mean, reported
 
     return model(batch, total=not forward_only), loss

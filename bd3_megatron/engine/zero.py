@@ -27,13 +27,14 @@ from bd3_megatron.engine.base import StepResult
 from bd3_megatron.engine.masters import Master, MasterWeights, OwnsMasters
 from bd3_megatron.engine.scaling import Fp8State
 from bd3_megatron.engine.stage import (
+    agreed_loss,
     build_stage,
     forward_rows,
     forward_step,
-    mean_loss,
     named_parameters,
     parameter_spec,
     run_schedule,
+    suspects,
 )
 from bd3_megatron.model import BlockDiffusionModel
 from bd3_megatron.parallel import World
@@ -104,12 +105,19 @@ class ZeroEngine(OwnsMasters):
                 losses = run_schedule([self.module], batches, forward_only=False)
             else:
                 losses = self._accumulate(batches)
-            self.engine.step()
+            self.engine.step()  # which leaves all as it is where the norm is not finite
         norm = float(self.engine.get_global_grad_norm())
+        norm = norm if norm >= 0 else float("inf")  # DeepSpeed's word for a norm that is not finite may be -1
+        loss, finite = agreed_loss(losses, norm, self.world)
+        if finite != self.engine.was_step_applied():
+            raise RuntimeError(f"loss {loss}, gradient norm {norm}: DeepSpeed decided otherwise about the update")
+        if not finite:
+            self._clear_up()
+            self.fp8.forget_overflow()
+            return StepResult(loss, norm, applied=False, suspects=suspects(losses))
         self.updates += 1
         self.masters.update_ema(self.updates)
-        # DeepSpeed's word for a norm that is not finite is -1.
-        return StepResult(mean_loss(losses, self.world), norm if norm >= 0 else float("inf"))
+        return StepResult(loss, norm)
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> list[Tensor]:
@@ -117,10 +125,10 @@ class ZeroEngine(OwnsMasters):
         with self._local_rank(), self.fp8.untouched():
             return forward_rows([self.module], self.module.context, batches)
 
-    def loaded(self, steps: int) -> None:
-        self.updates = steps
+    def loaded(self, updates: int) -> None:
+        self.updates = updates
         for slots in self.adam.state.values():
-            slots["step"] = self._count(steps)
+            slots["step"] = self._count(updates)
         self._publish()
 
     @torch.no_grad()
@@ -158,9 +166,9 @@ class ZeroEngine(OwnsMasters):
         slots["exp_avg"] = torch.zeros_like(flat, requires_grad=False)
         slots["exp_avg_sq"] = torch.zeros_like(flat, requires_grad=False)
 
-    def _count(self, steps: int) -> Tensor | int:
+    def _count(self, updates: int) -> Tensor | int:
         """Adam's step counter: torch keeps a tensor, DeepSpeed an int."""
-        return steps if self.zero.offload else torch.tensor(float(steps))
+        return updates if self.zero.offload else torch.tensor(float(updates))
 
     def _masters(self) -> dict[str, Master]:
         """The range of every parameter that lies in this rank's partitions, padding left out."""
@@ -194,7 +202,17 @@ class ZeroEngine(OwnsMasters):
         self.optimizer._partition_all_parameters()
         for group in range(len(self.optimizer.fp16_groups)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        small = self.optimizer.persistent_parameters  # stage 3 keeps these whole on every rank
+        self._gather_small()
+
+    def _clear_up(self) -> None:
+        """After a step that DeepSpeed did not apply: what it does after an update only."""
+        self._gather_small()  # stage 3 has released them
+        if self.zero.stage == 2:  # with offloading the sums that are not finite would stay, and be added to
+            self.optimizer.averaged_gradients.update(dict.fromkeys(self.optimizer.averaged_gradients))
+
+    def _gather_small(self) -> None:
+        """Let every rank have the parameters that stage 3 does not partition for good."""
+        small = self.optimizer.persistent_parameters if self.zero.stage == 3 else []
         if small:
             small[0].all_gather(small)
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from bd3_megatron import parallel
+from bd3_megatron.engine.base import Engine, StepResult
+from bd3_megatron.shards import Held
 from data_prep.reader import RowReader
 from pretrain import checkpoint
 from pretrain.bench import parity
@@ -76,3 +81,56 @@ def evaluate_each(
         finally:
             parallel.stop()
     return found
+
+
+@dataclass(frozen=True)
+class Skipping:
+    """Of a training in which one micro-batch of one step was spoiled, on one rank.
+
+    Attributes:
+        results: of every step.
+        unchanged: whether all of this rank's state was bit for bit the same after that step, model weights included.
+        updates: that the engine counts in the end.
+        state: this rank's boxes in the end.
+    """
+
+    results: list[StepResult]
+    unchanged: bool
+    updates: int
+    state: dict[str, Held]
+
+
+def train_spoiled(
+    rank: int, size: int, store: dist.Store, runs: list[tuple[str, Layout, Task]], spoiled: int
+) -> list[Skipping]:
+    """Train each of the named ``runs``; the last micro-batch of step ``spoiled`` has a weight that is NaN."""
+    found = []
+    for name, layout, task in runs:
+        world = parallel.start(layout.parallel, rank, size, rank, dist.PrefixStore(name, store))
+        try:
+            engine, results, unchanged = make_engine(world, layout, task), [], False
+            for step in range(task.steps):
+                made = batches(world, task, step)
+                if step == spoiled and world.data_rank == world.data_size - 1:
+                    weight = made[-1].weight
+                    weight.view(-1)[weight.flatten().nonzero()[0]] = math.nan
+                before = _all_of(engine, task, world) if step == spoiled else {}
+                parallel.seed_dropout(0, step)
+                results.append(engine.train_step(made, lr=1e-3))
+                if step == spoiled:
+                    after = _all_of(engine, task, world)
+                    unchanged = before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+            found.append(Skipping(results, unchanged, engine.updates, parity.copied(engine.state())))
+        finally:
+            parallel.stop()
+    return found
+
+
+def _all_of(engine: Engine, task: Task, world: parallel.World) -> dict[str, torch.Tensor]:
+    """This rank's boxes, and what the model computes with its own copy of the weights."""
+    found = {
+        f"{name} {piece.offsets}": piece.data.detach().clone()
+        for name, held in engine.state().items()
+        for piece in held.pieces
+    }
+    return found | {"nll": torch.cat(engine.forward(batches(world, task, task.steps)))}

@@ -208,3 +208,15 @@ def test_unigram_perplexity_of_a_mix_is_weighted_by_tokens(folders, tmp_path):
     tokens = [manifest.splits["validation"].tokens for manifest in manifests]
     stream = RowStream([RowReader(tmp_path / str(number), "validation") for number in range(2)])
     assert stream.unigram_perplexity == pytest.approx(np.exp((tokens[0] + 2 * tokens[1]) / sum(tokens)))
+
+
+@pytest.mark.parametrize("kind", ["global", "mix"])
+def test_a_row_is_found_where_it_is_stored(folders, kind):
+    stream = streams(folders)[kind]
+    numbers = np.random.default_rng(0).permutation(len(stream))
+    for number, place in zip(numbers, stream.locate(numbers)):
+        reader = RowReader(place["data"], "train")
+        assert np.array_equal(reader.rows(np.array([place["row"]])), stream.rows(np.array([number])))
+        shard = [shard.name for shard in reader.shards].index(place["shard"])
+        assert 0 <= place["row_in_shard"] < reader.shards[shard].rows
+        assert place["row"] == sum(shard.rows for shard in reader.shards[:shard]) + place["row_in_shard"]

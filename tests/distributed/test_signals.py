@@ -1,0 +1,48 @@
+"""Jobs of two ranks of which one alone gets a signal: they stop together and go on as if nothing had been."""
+
+from __future__ import annotations
+
+import functools
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain import checkpoint, events
+from tests.distributed.launch import Job
+from tests.unit.test_signals import RECIPE, at_evaluation, at_step
+
+LAYOUTS = {"DP2": (), "TP2": ("--parallel.tensor", 2), "PP2": ("--parallel.pipeline", 2)}
+ASKED = {
+    "in a step": functools.partial(at_step, 8, signal.SIGUSR1),
+    "in an evaluation": functools.partial(at_evaluation, 2, signal.SIGTERM),
+}
+
+
+class Run:
+    def __init__(self, folder: Path, data_set: Path, layout: str):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.run, config = folder, folder / "run", folder / "recipe.yaml"
+        config.write_text(RECIPE.replace("layers: 1", "layers: 2"))
+        self.args = ("pretrain", "--config", config, "--data.path", data_set, "--run", self.run, *LAYOUTS[layout])
+
+    def codes(self, **options) -> list[int]:
+        done = Job(self.args, 2, self.folder, **options).finish()
+        assert not any("Traceback" in rank.err for rank in done), [rank.err for rank in done]
+        return [rank.code for rank in done]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_signal_to_one_rank_stops_all(tmp_path, data_set, layout):
+    expected = Run(tmp_path / "expected", data_set, layout)
+    assert expected.codes() == [0, 0]
+    for number, (place, before) in enumerate(ASKED.items()):
+        run = Run(tmp_path / str(number), data_set, layout)
+        assert run.codes(before={1: before}) == [75, 75], place
+        (stopped,) = [event for event in events.read(run.run) if event["event"] == "stopped"]
+        assert stopped["step"] == checkpoint.newest(run.run).step == {"in a step": 8, "in an evaluation": 5}[place]
+        assert run.codes() == [0, 0]
+        assert (run.run / "metrics.jsonl").read_bytes() == (expected.run / "metrics.jsonl").read_bytes()
+        ours, theirs = (checkpoint.read_weights(checkpoint.find(r.run)) for r in (run, expected))
+        assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
