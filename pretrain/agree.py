@@ -75,9 +75,16 @@ def on_first(function: Callable[[], T], group: dist.ProcessGroup | None = None) 
 
 def on_each(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
     """Results of ``function`` by rank, on every rank; the first failing rank's error is raised on every rank."""
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, _outcome(function), group=group)
-    return [_result(outcome) for outcome in outcomes]
+    return [_result(outcome) for outcome in outcomes(function, group)]
+
+
+def outcomes(
+    function: Callable[[], T], group: dist.ProcessGroup | None = None
+) -> list[tuple[T | None, Exception | None]]:
+    """(result, error) of ``function`` by rank, on every rank; nothing is raised."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, _outcome(function), group=group)
+    return found
 
 
 def together(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:

@@ -20,6 +20,7 @@ COMMANDS = {
     "prep": ("pretrain.prepare:main", "tokenize and pack text into a data set of shards"),
     "check": ("pretrain.check:main", "verify a data set and show what is in it"),
     "pretrain": ("pretrain.train:main", "train a model, or continue a run"),
+    "preflight": ("pretrain.preflight:main", "check nodes, links, folders and data before a run, and start nothing"),
     "eval": ("pretrain.evaluate:main", "evaluate a run's checkpoint on the validation split"),
     "sample": ("pretrain.generate:main", "generate text block by block"),
     "convert": ("pretrain.convert:main", "export to and import from Hugging Face folders"),

@@ -177,6 +177,22 @@ class ProfileConfig(Section):
     )
 
 
+class PreflightConfig(Section):
+    """What is checked on all nodes before the first step, at every start. Nothing here changes what is computed."""
+
+    enabled: bool = Field(True, description="check the nodes, their links, the folders and the data")
+    strict: bool = Field(
+        False,
+        description="slow ranks and links, wrong clocks and occupied GPUs end the run with exit code 76 and are "
+        "named in suspects.json, instead of a warning",
+    )
+    slowest: float = Field(
+        0.7, gt=0, lt=1, description="part of the median over ranks below which a rate of matmuls or of a link is slow"
+    )
+    free_gpu_memory: float = Field(0.9, ge=0, le=1, description="part of a GPU's memory that must be free")
+    clock_skew: float = Field(5.0, gt=0, description="seconds that the clocks of two nodes may differ")
+
+
 class RunConfig(Section):
     """Everything that defines a training run."""
 
@@ -194,6 +210,7 @@ class RunConfig(Section):
     guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
     profile: ProfileConfig = ProfileConfig()
+    preflight: PreflightConfig = PreflightConfig()
 
 
 def check_run(config: RunConfig, world_size: int) -> int:

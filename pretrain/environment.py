@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from bd3_megatron.config import ConfigError
 from slurm.environment import slurm_task
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -48,6 +51,22 @@ def read_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
     host = environ.get("MASTER_ADDR") or task.host
     port = _number(environ, "MASTER_PORT") if environ.get("MASTER_PORT") else task.port
     return Ranks(task.rank, task.world_size, task.local_rank, host, port, "slurm")
+
+
+def rendezvous(ranks: Ranks) -> dist.Store | None:
+    """The store at which all ranks meet; None for a world of 1."""
+    import torch.distributed as dist
+
+    if ranks.world_size == 1:
+        return None
+    store = dist.TCPStore(
+        ranks.master_addr,
+        ranks.master_port,
+        ranks.world_size,
+        is_master=ranks.rank == 0 and not ranks.store_served,
+    )
+    # torchrun starts ranks again with the same store, where those before them have left their addresses.
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _torchrun(environ: Mapping[str, str]) -> Ranks:

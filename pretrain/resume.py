@@ -19,8 +19,8 @@ from pretrain.load import load_saved
 # train.steps, so a longer run has another rate from here on.) All kernels compute one function up to rounding, and the
 # next machine may not have those of the last; FP8 rounds more. guard.skip changes what is trained, but of steps to come
 # only (pretrain.guard.check_skips).
-_FREE = ("run", "parallel", "zero", "kernels", "fp8", "log", "profile", "eval", "checkpoint", "guard")
-_FREE += ("train.steps", "train.micro_batch", "data.path", "data.cache", "data.cache_gb", "data.verify_gb")
+_FREE = ("run", "parallel", "zero", "kernels", "fp8", "log", "profile", "preflight", "eval", "checkpoint")
+_FREE += ("guard", "train.steps", "train.micro_batch", "data.path", "data.cache", "data.cache_gb", "data.verify_gb")
 
 
 def check_same_run(run: Path, config: RunConfig) -> None:

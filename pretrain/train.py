@@ -10,8 +10,6 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import torch.distributed as dist
-
 from bd3_megatron import flops, parallel
 from bd3_megatron.config import ConfigError
 from bd3_megatron.engine import build_engine, check_installed
@@ -21,13 +19,14 @@ from pretrain import checkpoint, events, runs, signals
 from pretrain.agree import alike, highest, lost_ranks, on_first, together
 from pretrain.batches import Batches
 from pretrain.config import RunConfig, TrainConfig, check_batches, check_profile, check_run
-from pretrain.environment import Ranks, read_ranks
+from pretrain.environment import read_ranks, rendezvous
 from pretrain.evaluate import Evaluation, evaluate
 from pretrain.guard import Guard
 from pretrain.hardware import peak_flops
 from pretrain.load import load_run_config, save_config
 from pretrain.metrics import MetricsWriter, read_metrics, series
 from pretrain.plots import ascii_curve, plot_curves
+from pretrain.preflight import Preflight
 from pretrain.profiling import Profiler, out_of_memory, record_allocations
 from pretrain.progress import Progress, Throughput
 from pretrain.resume import check_same_run, checkpoint_to_resume, order_seed, position
@@ -64,17 +63,20 @@ def train(config: RunConfig) -> Path:
             lost_ranks(ranks.rank, lambda: f"at step {trainer.step + 1}" if trainer else "before the first step"),
             out_of_memory(config, ranks.rank, lambda: watch.phase if watch else "at the start"),
         ):
-            store = _store(ranks, config)
+            store = rendezvous(ranks)
             world = parallel.start(config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, store)
             record_allocations(config.profile)
             watch = Watchdog(ranks, config.parallel.timeout_minutes, Path(config.run) / "hang")
             # From here on what may fail on one rank alone is agreed on by all.
             together(lambda: check_installed(config.zero, config.kernels, config.fp8))
-            config, stream, validation = together(lambda: _open_data(config, world))
+            preflight = Preflight(config, ranks, world, watch)
+            preflight.nodes()
+            config, stream, validation = preflight.data(lambda: open_data(config, world))
             run = Path(config.run)
             on_first(lambda: check_same_run(run, config))
             found = checkpoint_to_resume(run, config, stream, world)
             lock = on_first(lambda: _prepare_folder(run, config, stream))
+            preflight.folders(config)
             engine = build_engine(
                 config.model,
                 config.diffusion,
@@ -375,7 +377,7 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _open_data(config: RunConfig, world: parallel.World) -> tuple[RunConfig, RowStream, RowStream]:
+def open_data(config: RunConfig, world: parallel.World) -> tuple[RunConfig, RowStream, RowStream]:
     """The configuration with what the data sets decide, and both splits, verified by all ranks together."""
     stream, validation = (
         runs.open_stream(config.data, split, config.model, order_seed(config)) for split in ("train", "validation")
@@ -409,17 +411,3 @@ def _prepare_folder(run: Path, config: RunConfig, stream: RowStream) -> int:
     (run / "versions.txt").write_text("\n".join(lines) + "\n")
     save_config(config, run / runs.CONFIG)
     return lock
-
-
-def _store(ranks: Ranks, config: RunConfig) -> dist.Store | None:
-    """Rendezvous of the launcher; None for a world of 1."""
-    if ranks.world_size == 1:
-        return None
-    store = dist.TCPStore(
-        ranks.master_addr,
-        ranks.master_port,
-        ranks.world_size,
-        is_master=ranks.rank == 0 and not ranks.store_served,
-    )
-    # torchrun starts ranks again with the same store, where those before them have left their addresses.
-    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)

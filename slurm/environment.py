@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import product
 from typing import NamedTuple
 
@@ -95,3 +95,28 @@ def _numbers(ranges: str, hosts: str) -> list[str]:
             raise ValueError(f"{hosts}: [{ranges}] is not a list of numbers and ranges")
         words += [f"{value:0{len(low)}d}" for value in range(int(low), int(high or low) + 1)]
     return words
+
+
+def compress_hosts(hosts: Iterable[str]) -> str:
+    """The Slurm host list of these names, each once: ``["n01", "n02", "n03", "n7"] -> "n[01-03,7]"``.
+
+    What :func:`expand_hosts` undoes; numbers other than a name's last one are left as they are.
+    """
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for host in hosts:
+        head, digits, tail = re.fullmatch(r"(.*?)([0-9]*)([^0-9]*)", host).groups()
+        groups.setdefault((head, tail) if digits else (host,), []).append(digits)
+    return ",".join(head + _ranges(digits) + "".join(tail) for (head, *tail), digits in groups.items())
+
+
+def _ranges(numbers: Iterable[str]) -> str:
+    """``["01", "02", "03", "7"] -> "[01-03,7]"``, and a single one without brackets."""
+    ranges: list[tuple[str, str]] = []
+    for digits in sorted(set(numbers), key=lambda digits: (int(digits or 0), len(digits))):
+        low, high = ranges[-1] if ranges else ("", "")
+        if low and digits == f"{int(high) + 1:0{len(low)}d}":
+            ranges[-1] = (low, digits)
+        else:
+            ranges.append((digits, digits))
+    words = [low if low == high else f"{low}-{high}" for low, high in ranges]
+    return words[0] if len(words) == 1 and "-" not in words[0] else f"[{','.join(words)}]"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bd3_megatron.config import ConfigError
 from pretrain.environment import Ranks, read_ranks
-from slurm.environment import expand_hosts
+from slurm.environment import compress_hosts, expand_hosts
 
 TORCHRUN = {
     "RANK": "5",
@@ -132,3 +132,27 @@ def test_garbled_host_lists(hosts: str) -> None:
 def test_ranges_keep_their_width(low: int, extra: int, width: int) -> None:
     names = expand_hosts(f"n[{low:0{width}d}-{low + extra}]")
     assert names == [f"n{value:0{max(width, len(str(low)))}d}" for value in range(low, low + extra + 1)]
+
+
+@pytest.mark.parametrize(
+    ("names", "hosts"),
+    [
+        (["n01", "n02", "n03", "n7", "login"], "n[01-03,7],login"),
+        (["n9", "n10", "n11"], "n[9-11]"),
+        (["n2", "n1", "n1"], "n[1-2]"),
+        (["a1-ib", "a2-ib", "b"], "a[1-2]-ib,b"),
+        (["r1n3.site", "r1n4.site", "r2n3.site"], "r1n[3-4].site,r2n3.site"),
+        (["n", "1n", "2n"], "n,[1-2]n"),
+        (["n1", "n02", "n2"], "n[1-2,02]"),
+        ([], ""),
+    ],
+)
+def test_names_become_a_host_list(names: list[str], hosts: str) -> None:
+    assert compress_hosts(names) == hosts
+
+
+@settings(deadline=None)
+@given(st.lists(st.from_regex(r"[ab]?-?[0-9]{0,3}[ab]?\.?[0-9]{0,2}c?", fullmatch=True).filter(bool), min_size=1))
+def test_a_host_list_stands_for_its_names(names: list[str]) -> None:
+    found = expand_hosts(compress_hosts(names))
+    assert sorted(found) == sorted(set(names))

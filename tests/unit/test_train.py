@@ -151,7 +151,9 @@ class Recipe:
         return checkpoint.read_weights(checkpoint.find(self.run))
 
     def files(self) -> dict[str, bytes]:
-        return {str(p.relative_to(self.run)): p.read_bytes() for p in self.run.rglob("*") if p.is_file()}
+        """What is there, but for what every start measures."""
+        found = (path for path in self.run.rglob("*") if path.is_file() and path.name != "preflight.json")
+        return {str(path.relative_to(self.run)): path.read_bytes() for path in found}
 
 
 @pytest.fixture(scope="module")
