@@ -261,7 +261,7 @@ def read_ranges(run: Path) -> list[Range]:
     """
     try:
         return [Range(**found) for found in json.loads((run / RANGES).read_text())["ranges"]]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{run / RANGES}: not a list of ranges of steps; put back what bd3 pretrain wrote") from None

@@ -118,15 +118,6 @@ def hosts(text: str | None) -> list[str]:
     return expand_hosts(text) if text and text != "(null)" else []
 
 
-def compact(nodes: Sequence[str]) -> str:
-    """A host list as Slurm writes it: ``["n1", "n2"] -> "n[1-2]"``.
-
-    Raises:
-        SlurmError: as :func:`call`.
-    """
-    return call("scontrol", "show", "hostlist", ",".join(nodes)).strip() if nodes else ""
-
-
 def _records(kind: str, *names: str) -> list[dict[str, str]]:
     try:
         text = call("scontrol", "show", kind, "--oneliner", *names)

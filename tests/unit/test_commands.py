@@ -157,7 +157,8 @@ def test_commands_leave_what_they_promise_and_no_more(loop):
     assert {path.name for path in loop.folder.iterdir()} == names
     files = {"config.yaml", "tokenizer.json", "checkpoints"}
     assert {path.name for path in (loop.folder / "imported").iterdir()} == files
-    watched = {"metrics.jsonl", "throughput.jsonl", "curves.png", "versions.txt", "events.jsonl", "preflight.json"}
+    watched = {"metrics.jsonl", "throughput.jsonl", "curves.png", "versions.txt"}
+    watched |= {"events.jsonl", "heartbeat.json", "preflight.json"}
     assert {path.name for path in loop.run.iterdir()} == files | watched
 
 
