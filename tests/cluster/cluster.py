@@ -33,7 +33,8 @@ DONE = frozenset({"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "
 
 # TaskPlugin, ProctrackType: without cgroups. ReturnToService, the timeouts and intervals: a node that is lost or comes
 # back is noticed in seconds, not minutes. cred_expire: a requeued job is held back until its credential has expired.
-# SlurmdParameters, CPUs: nodes may claim more cores than there are. MinJobAge: jobs can be asked about to the end.
+# MessageTimeout: a message that is given up on a busy machine is sent again a minute later, to end a step that another
+# start of the job has by then. SlurmdParameters, CPUs: nodes may claim more cores than there are. MinJobAge: jobs can be asked about to the end.
 CONFIG = """\
 ClusterName=test
 SlurmctldHost=head({network}.2)
@@ -58,7 +59,7 @@ ReturnToService=2
 SlurmdTimeout=10
 BatchStartTimeout=10
 KillWait=10
-MessageTimeout=5
+MessageTimeout=30
 MinJobAge=3600
 JobRequeue=1
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0,sched_min_interval=0

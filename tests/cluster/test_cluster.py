@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from tests.cluster.cluster import Cluster, ClusterError, until
 from tests.cluster.conftest import CHECKOUT
 
 HELLO = "srun --label bash -c 'echo $(hostname) $SLURM_LOCALID $CUDA_VISIBLE_DEVICES'\n"
-BEAT = "trap '' TERM; while :; do date +%s.%N > beat; sleep 0.1; done\n"
 
 
 def alive(pids) -> list[int]:
@@ -56,25 +54,6 @@ def test_an_ordinary_user_may_submit_and_errors_tell_what_was_run(cluster):
     failed = cluster.sbatch("--output", out, script="echo it broke; exit 3\n")
     with pytest.raises(ClusterError, match=r"(?s)is not COMPLETED but JobState=FAILED .*ExitCode=3:0.*it broke"):
         cluster.wait_for(failed, "COMPLETED")
-
-
-@pytest.mark.slow
-def test_a_node_loses_its_power_and_slurm_starts_its_job_on_another(cluster, tmp_path):
-    beat = tmp_path / "beat"
-    job = cluster.sbatch(script=BEAT, cwd=tmp_path)
-    until(beat.exists, 30, "the job runs")
-    (lost,) = [name for name in cluster.nodes if any("slurm_script" in line for line in cluster.processes(name))]
-    cluster.power_off(lost)
-    last = beat.read_text()
-    time.sleep(0.5)
-    assert beat.read_text() == last
-    again = cluster.wait_for(job, lambda seen: seen["Restarts"] == "1" and seen["JobState"] == "RUNNING")
-    assert again["NodeList"] != lost
-    assert cluster.node_state(lost) == "down"
-    until(lambda: beat.read_text() > last, 20, "the job beats again")
-    cluster.power_on(lost)
-    assert cluster.node_state(lost) == "idle"
-    assert cluster.processes(lost) == []
 
 
 def test_programs_outside_reach_the_cluster_by_its_environment(cluster):
