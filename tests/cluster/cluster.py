@@ -31,10 +31,11 @@ PREFIX = "bd3-cluster-"
 
 DONE = frozenset({"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"})
 
-# TaskPlugin, ProctrackType: without cgroups. ReturnToService, the timeouts and intervals: a node that is lost or comes
+# TaskPlugin, ProctrackType: without cgroups. ReturnToService, SlurmdTimeout and intervals: a node that is lost or comes
 # back is noticed in seconds, not minutes. cred_expire: a requeued job is held back until its credential has expired.
-# MessageTimeout: a message that is given up on a busy machine is sent again a minute later, to end a step that another
-# start of the job has by then. SlurmdParameters, CPUs: nodes may claim more cores than there are. MinJobAge: jobs can be asked about to the end.
+# MessageTimeout: a message that a busy machine does not answer in time is sent again a minute later, when it may end a
+# step of the job's next start. SlurmdParameters, CPUs: nodes may claim more cores than there are. MinJobAge: jobs can
+# be asked about to the end.
 CONFIG = """\
 ClusterName=test
 SlurmctldHost=head({network}.2)

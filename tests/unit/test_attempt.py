@@ -122,6 +122,15 @@ def test_of_more_nodes_than_the_layout_fits_some_stay_idle(capsys):
     assert fit(command, job, []) == fit(command, job, [3]) == fit(command, job, [4]) == command
 
 
+def test_a_warning_that_comes_to_it_alone_is_passed_on(tmp_path):
+    run = tmp_path / "run"
+    program = "import os, signal, sys; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75)); "
+    program += "os.kill(os.getppid(), signal.SIGUSR1); signal.pause()"
+    done = run_attempt(run, program=program)
+    assert done.returncode == 75, done.stderr
+    assert [event["kind"] for event in events.read(run) if event["event"] == "ended"] == ["asked"]
+
+
 def checkpoint(run: Path, step: int) -> None:
     path = run / "checkpoints" / f"step-{step:08d}"
     path.mkdir(parents=True)
