@@ -19,9 +19,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VEN
 demo: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" bash scripts/demo.sh
 
+# What happens on the test cluster is waited for more than computed, so that unit tests fill the time.
 test: lint $(VENV)/.installed-zero
-	$(BIN)/python -m pytest -n 2 tests/unit $(PYTEST_ARGS)
-	$(BIN)/python -m pytest tests --ignore tests/unit $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadgroup tests/cluster tests/unit $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests --ignore tests/unit --ignore tests/cluster $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
