@@ -19,9 +19,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VEN
 demo: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" bash scripts/demo.sh
 
-# What happens on the test cluster is waited for more than computed, so that unit tests fill the time.
+# What happens on the test cluster is waited for more than computed; unit tests fill the time.
 test: lint $(VENV)/.installed-zero
-	$(BIN)/python -m pytest -n 3 --dist loadgroup tests/cluster tests/unit $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS) > $(VENV)/cluster.log 2>&1 & cluster=$$!; \
+	$(BIN)/python -m pytest -n 2 tests/unit $(PYTEST_ARGS); unit=$$?; \
+	wait $$cluster; code=$$?; echo "tests/cluster:"; cat $(VENV)/cluster.log; [ $$unit = 0 ] && [ $$code = 0 ]
 	$(BIN)/python -m pytest tests --ignore tests/unit --ignore tests/cluster $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev

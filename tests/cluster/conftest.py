@@ -16,13 +16,6 @@ from tests.cluster.scenarios import FAILED, INTERRUPTED, LONG, Outcome
 CHECKOUT = Path(__file__).parents[2]
 
 
-def pytest_collection_modifyitems(items):
-    """One of several processes takes all tests of this folder: they share a cluster."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("cluster"))
-
-
 @pytest.fixture(scope="session")
 def cluster():
     """Eight nodes with two fake GPUs each."""
