@@ -12,7 +12,8 @@ import pytest
 
 from bd3_megatron.config import ConfigError
 from pretrain import attempt, events
-from pretrain.attempt import Ending, Job, Word, first_failure, fit, fruitless_starts, judge
+from pretrain.attempt import Job, fit
+from pretrain.ending import Ending, Word, first_failure, fruitless_starts, judge
 from tests.unit.slurm_fakes import FakeSlurm
 
 ABORT = "srun: launch/slurm: _step_signal: Terminating StepId=17.0"
