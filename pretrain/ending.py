@@ -79,7 +79,7 @@ def judge(
     for event in failed:
         if event.get("mistake"):
             return Ending("mistake", event.get("text", ""))
-    if first == MISTAKE or (first is None and code == MISTAKE):
+    if not failed and (first == MISTAKE or (first is None and code == MISTAKE)):  # before there was a run folder
         return Ending("mistake", last_word or "exit code 2")
     if signals.AGAIN in (first, code):  # asked before there was a run folder to say so
         return Ending("asked", "stopped by a signal")
@@ -128,8 +128,8 @@ def last_word(command: Sequence[str]) -> str:
 def fruitless_starts(happened: Sequence[Mapping[str, Any]], lineage: str) -> int:
     """Starts of this lineage in a row, the last ones, that ended without a new checkpoint.
 
-    What a signal ended early is not counted, except a warning of the time limit: a limit that leaves no time for one
-    step would go on for ever.
+    What was preempted or interrupted is not counted. A warning of the time limit is: a limit that leaves no time for
+    one step would go on for ever.
     """
     count = 0
     for event in reversed(happened):
@@ -138,5 +138,5 @@ def fruitless_starts(happened: Sequence[Mapping[str, Any]], lineage: str) -> int
         progress = event.get("kind") == "done" or event.get("step", 0) > event.get("before", 0)
         if progress or event.get("lineage") != lineage:
             break
-        count += event.get("kind") != "asked" or str(event.get("cause", "")).startswith("SIGUSR1")
+        count += event.get("kind") != "asked" or not str(event.get("cause", "")).startswith(("SIGTERM", "SIGINT"))
     return count
