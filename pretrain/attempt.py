@@ -10,18 +10,17 @@ started again in place.
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any
 
 import tyro
 from pydantic import Field
@@ -29,24 +28,20 @@ from pydantic import Field
 from bd3_megatron.config import ConfigError, Section
 from pretrain import events, signals
 from pretrain.checkpoint_files import COMPLETE, folders, step_of
+from pretrain.ending import FAILED, MISTAKE, Ending, Word, fruitless_starts, judge, last_word
 from pretrain.heartbeat import Listener
 from pretrain.options import parse_options
 from slurm import client
 from slurm.client import SlurmError
 from slurm.options import node_range
 
-FAILED, MISTAKE, BAD_NODE, HUNG = 1, 2, 76, 124  # exit codes of bd3 pretrain beside signals.AGAIN
 SUSPECTS = "suspects.json"  # what the preflight wrote before it ended with BAD_NODE
 
-# srun's words on tasks that ended badly, and the word after which it ends the others itself.
-_TASKS = re.compile(r"^srun: error: (?P<hosts>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)$")
-_NODE = re.compile(r"^srun: error: Node failure on (?P<hosts>\S+)$")
-_ABORTED = re.compile(r"Job step aborted|CANCELLED AT|_step_signal: Terminating")
+_STARTED = f"{os.getpid()} {time.time():.0f}"
 _LISTEN, _FORCE = 1.0, 60.0  # seconds between looks at the heartbeat, and until a hung command is killed
-_KILLS_AFTER = 3.0  # seconds, less than Slurm's KillWait
-_HARDWARE = ("Killed", "Bus error")  # of a task that no other task has harmed
-
-Kind = Literal["done", "asked", "mistake", "bad node", "hang", "failed"]
+_LEFT_OPEN = 5.0  # seconds that a command's stderr is read on after its end: what it left running may hold it open
+_WORDS = 10_000  # lines of Slurm's that are kept
+_CONTROLLER = 600.0  # seconds that a controller may be away before a job is not put back
 
 
 class AttemptOptions(Section):
@@ -65,22 +60,12 @@ class AttemptOptions(Section):
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How an attempt ended, and the hosts to blame for it."""
-
-    kind: Kind
-    cause: str
-    suspects: tuple[str, ...] = ()
-
-    @property
-    def again(self) -> bool:
-        """Whether another start may help."""
-        return self.kind not in ("done", "mistake")
-
-
-@dataclass(frozen=True)
 class Job:
-    """This job, by Slurm's variables; ``number`` is empty outside of Slurm."""
+    """This job, by Slurm's variables; ``number`` is empty outside of Slurm.
+
+    A task of a job array is ``12_3``: the last one has the array's own number in SLURM_JOB_ID, by which scontrol would
+    show, and requeue, all of them.
+    """
 
     number: str = ""
     restart: int = 0
@@ -88,15 +73,15 @@ class Job:
     partition: str | None = None
     chain: str = ""
     """``<launch> <link> <links>`` in a chain of jobs"""
-    environ: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(environ: Mapping[str, str]) -> Job:
         number = environ.get("SLURM_JOB_ID", "")
         if not number:
             return Job()
+        array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
         return Job(
-            number,
+            f"{array}_{task}" if array and task else number,
             int(environ.get("SLURM_RESTART_COUNT") or 0),
             tuple(client.hosts(environ.get("SLURM_JOB_NODELIST"))),
             environ.get("SLURM_JOB_PARTITION"),
@@ -105,8 +90,8 @@ class Job:
 
     @property
     def lineage(self) -> str:
-        """What the starts are counted in: a job with its restarts, or a chain of jobs."""
-        return self.chain.split()[0] if self.chain else self.number
+        """What starts are counted in: a job with its restarts, a chain of jobs, or outside of Slurm this process."""
+        return self.chain.split()[0] if self.chain else self.number or f"{socket.gethostname()} {_STARTED}"
 
     @property
     def has_successor(self) -> bool:
@@ -129,30 +114,57 @@ def main(args: list[str]) -> int:
         raise ConfigError("bd3 attempt: nothing after --; give the command that starts the run")
     run = Path(options.run)
     run.mkdir(parents=True, exist_ok=True)
-    # Slurm tells the ranks to end; this process lives until they have.
-    for number in signals.SIGNALS:
-        signal.signal(number, lambda *_: None)
+    asked = Asked(in_job="SLURM_JOB_ID" in os.environ)
     while True:
         job = Job.of(os.environ)
-        if options.steps is not None and newest_step(run) >= options.steps:
+        if options.steps is not None and finished(run, options.steps):
             say(f"{run}: already at step {newest_step(run)}: nothing to do")
             return 0
         if (refusal := settle(run, job, options.restarts)) is not None:
             say(refusal)
             return FAILED
-        code, again = attempt(run, job, options, command)
+        code, again = attempt(run, job, options, command, asked)
         if not again or job.number:
             return code
 
 
-def attempt(run: Path, job: Job, options: AttemptOptions, command: Sequence[str]) -> tuple[int, bool]:
+class Asked:
+    """The signals that this process gets. It lives until the command has ended, whatever they are.
+
+    Slurm tells the ranks of a job itself, but SIGUSR1 may be meant for the batch script (``--signal=B:USR1@300``): srun
+    passes it on, while SIGTERM would let it kill them. Outside of a job SIGTERM is passed on, too; Ctrl-C is not,
+    because a terminal sends it to all.
+    """
+
+    def __init__(self, in_job: bool):
+        self.signals: set[int] = set()
+        self.process: subprocess.Popen | None = None
+        self._passed_on = {signal.SIGUSR1} if in_job else {signal.SIGUSR1, signal.SIGTERM}
+        for number in signals.SIGNALS:
+            signal.signal(number, self._note)
+
+    @property
+    def to_end(self) -> bool:
+        """Whether somebody wants this to be over."""
+        return bool(self.signals & {signal.SIGTERM, signal.SIGINT})
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signals.add(number)
+        if self.process is not None and number in self._passed_on:
+            self.process.send_signal(number)
+
+
+def attempt(
+    run: Path, job: Job, options: AttemptOptions, command: Sequence[str], asked: Asked | None = None
+) -> tuple[int, bool]:
     """One start of the command; its exit code, and whether it is to be started again."""
+    preflight_suspects(run, 0)  # of a `bd3 preflight` by hand, or of an attempt that was killed
     begun = len(events.read(run))
     before = newest_step(run)
     events.record(
         run, "attempt", job=job.number, restart=job.restart, nodes=job.nodes, step=before, lineage=job.lineage
     )
-    code, words = execute(fit(command, job, options.fits), run)
+    code, words = execute(fit(command, job, options.fits), run, asked)
     ending = judge(code, words, events.read(run)[begun:], preflight_suspects(run, code), last_word(command))
     _record_end(run, job.number, job.restart, job.lineage, ending, before, code)
     if not ending.again:
@@ -165,7 +177,7 @@ def attempt(run: Path, job: Job, options: AttemptOptions, command: Sequence[str]
         say(given_up(run, fruitless, ending.cause))
         return code or FAILED, False
     if not job.number:
-        again = ending.kind != "asked"
+        again = ending.kind != "asked" and not (asked and asked.to_end)
         say(f"{run}: {ending.cause}; {'started again' if again else 'ended'} at step {newest_step(run)}")
         return code, again
     return put_back(run, job, ending, code, options.fits), True
@@ -176,32 +188,40 @@ def put_back(run: Path, job: Job, ending: Ending, code: int, fits: Sequence[int]
     # Slurm ends the job's processes as soon as it is put back; the command that tells it the rest has to live on.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        found = client.job(job.number) or {}
+        found = client.patiently(lambda: client.job(job.number), _CONTROLLER, say) or {}
         state, reason = found.get("JobState", "unknown"), found.get("Reason", "")
         if state not in client.RUNNING and reason != "TimeLimit":
             say(f"{run}: {ending.cause}; job {job.number} is {state}, and stays so")
-            if _put_back_by_others(found, job) and ending.suspects:
-                client.exclude(job.number, exclusions(job, ending, found, fits))
+            if _put_back_by_others(found, job):
+                _requeued(run, job, exclusions(job, ending, found, fits), found)
             return code
         if ending.kind == "asked" and job.has_successor:
             say(f"{run}: {ending.cause}; the next job of the chain goes on")
             return 0
-        excluded = exclusions(job, ending, found, fits)
-        added = sorted(set(ending.suspects) & set(excluded))
+        added = exclusions(job, ending, found, fits)
         without = f" without {', '.join(added)}" if added else ""
         say(f"{run}: {ending.cause}; job {job.number} goes back into the queue{without}, at step {newest_step(run)}")
-        events.record(run, "requeued", job=job.number, excluded=added)
         try:
-            client.requeue(job.number)
+            client.patiently(lambda: client.requeue(job.number), _CONTROLLER, say)
         except SlurmError:
             if not _put_back_by_others(client.job(job.number) or {}, job):  # done, though the command was ended by it
                 raise
-        if added:
-            client.exclude(job.number, excluded)
     except SlurmError as error:
         say(f"{run}: {ending.cause}; cannot put job {job.number} back: {error}; submit its script again")
         return code or FAILED
+    _requeued(run, job, added, found)
     return code
+
+
+def _requeued(run: Path, job: Job, added: Sequence[str], found: Mapping[str, str]) -> None:
+    """The job is back in the queue: keep it away from further nodes, which Slurm takes of pending jobs only."""
+    try:
+        if added:
+            client.exclude(job.number, sorted({*added, *client.hosts(found.get("ExcNodeList"))}))
+    except SlurmError as error:
+        say(f"{', '.join(added)}: not excluded, although to blame: {error}")
+        added = ()
+    events.record(run, "requeued", job=job.number, excluded=added)
 
 
 def _put_back_by_others(found: Mapping[str, str], job: Job) -> bool:
@@ -209,35 +229,33 @@ def _put_back_by_others(found: Mapping[str, str], job: Job) -> bool:
 
 
 def exclusions(job: Job, ending: Ending, found: Mapping[str, str], fits: Sequence[int] = ()) -> list[str]:
-    """Nodes that the job is to keep away from: as before, and the suspects if it can go on without them."""
-    before = client.hosts(found.get("ExcNodeList"))
-    added = set(ending.suspects) - set(before)
+    """Nodes that the job is to keep away from from now on: the suspects, if it can go on without them."""
+    before = set(client.hosts(found.get("ExcNodeList")))
+    # Hosts may call themselves otherwise than Slurm does, by a whole domain name most often.
+    suspects = {node for host in ending.suspects for node in (host, host.partition(".")[0]) if node in job.nodes}
+    added = suspects - before
     if not added:
-        return before
+        return []
     least = min(fits, default=node_range(found.get("NumNodes", "1"))[0] or 1)
-    left = set(client.working_nodes(job.partition)) - added - set(before)
+    try:
+        left = set(client.working_nodes(job.partition)) - added - before
+    except SlurmError as error:
+        left, reason = set(), str(error)
+    else:
+        reason = f"partition {job.partition} would have {len(left)} nodes left, and the job needs {least}"
     if added & set(client.hosts(found.get("ReqNodeList"))):
         reason = "the job asks for it by name"
-    elif len(left) < least:
-        reason = f"partition {job.partition} would have {len(left)} nodes left, and the job needs {least}"
-    else:
-        return sorted(added | set(before))
+    elif len(left) >= least:
+        return sorted(added)
     say(f"{', '.join(sorted(added))}: not excluded, although to blame: {reason}")
-    return before
+    return []
 
 
-class Word(NamedTuple):
-    """A line of stderr, ``seconds`` after the start of what wrote it."""
-
-    seconds: float
-    line: str
-
-
-def execute(command: Sequence[str], run: Path) -> tuple[int, list[Word]]:
+def execute(command: Sequence[str], run: Path, asked: Asked | None = None) -> tuple[int, list[Word]]:
     """Run a command to its end, or end it when the run's heart has stopped.
 
     Returns:
-        its exit code (128 + signal, as of a shell), and what it wrote to stderr.
+        its exit code (128 + signal, as of a shell), and what Slurm's programs wrote to its stderr.
     """
     begin, words, over = time.monotonic(), [], threading.Event()
     listener = Listener(run)
@@ -258,107 +276,40 @@ def execute(command: Sequence[str], run: Path) -> tuple[int, list[Word]]:
                     process.kill()
                 return
 
-    watcher = threading.Thread(target=listen, daemon=True)
+    def read() -> None:
+        for line in process.stderr:
+            sys.stderr.write(line)
+            sys.stderr.flush()
+            if line.startswith(("srun:", "slurmstepd")) and len(words) < _WORDS:
+                words.append(Word(time.monotonic() - begin, line.rstrip("\n")))
+
+    if asked is not None:
+        asked.process = process
+    watcher, reader = (threading.Thread(target=function, daemon=True) for function in (listen, read))
     watcher.start()
-    for line in process.stderr:
-        sys.stderr.write(line)
-        sys.stderr.flush()
-        words = [*words[-999:], Word(time.monotonic() - begin, line.rstrip("\n"))]
+    reader.start()
     code = process.wait()
     over.set()
     watcher.join()
-    return (128 - code if code < 0 else code), words
-
-
-def judge(
-    code: int,
-    words: Sequence[Word],
-    happened: Sequence[Mapping[str, Any]],
-    preflight: Mapping[str, str] | None = None,
-    last_word: str = "",
-) -> Ending:
-    """How an attempt ended.
-
-    Args:
-        code: of its command. srun's is the highest of all tasks', and it may have ended some itself.
-        words: what the command wrote to stderr.
-        happened: the run's events since its start.
-        preflight: reason by host, when it found bad ones.
-        last_word: the last line in the first rank's log.
-    """
-    last = {event["event"]: event for event in happened}
-    first, killed, broken = first_failure(words)
-    if code == 0:
-        return Ending("done", "finished")
-    if "stopped" in last:
-        return Ending("asked", f"{last['stopped'].get('signal')}: stopped at step {last['stopped'].get('step')}")
-    if broken:
-        return Ending("failed", f"node failure: {', '.join(broken)}", broken)
-    if "hang" in last:
-        text = str(last["hang"].get("text", "a rank hung")).partition(": the job ends")[0]
-        return Ending("hang", text, tuple(last["hang"].get("hosts", ())))
-    if preflight or first == BAD_NODE or code == BAD_NODE:
-        named = "; ".join(f"{host}: {why}" for host, why in (preflight or {}).items())
-        return Ending("bad node", f"preflight: {named or 'a bad node'}", tuple(preflight or ()))
-    failed = [event for event in happened if event["event"] == "failed"]
-    for event in failed:
-        if event.get("mistake"):
-            return Ending("mistake", event.get("text", ""))
-    if first == MISTAKE or (first is None and code == MISTAKE):
-        return Ending("mistake", last_word or "exit code 2")
-    if signals.AGAIN in (first, code):  # asked before there was a run folder to say so
-        return Ending("asked", "stopped by a signal")
-    if killed:
-        return Ending("failed", f"tasks on {', '.join(killed)} were killed", killed)
-    if failed:
-        return Ending("failed", f"rank {failed[0].get('rank')} failed: {failed[0].get('text')}")
-    if code == HUNG:
-        return Ending("hang", "a rank hung")
-    return Ending("failed", f"exit code {first or code}")
-
-
-def first_failure(words: Sequence[Word]) -> tuple[int | None, tuple[str, ...], tuple[str, ...]]:
-    """What srun tells of tasks that ended badly by themselves, not because it ended them.
-
-    Returns:
-        the first exit code, hosts whose tasks were killed, and hosts that have failed.
-    """
-    code, killed, failed, aborted = None, {}, {}, math.inf
-    for seconds, line in words:
-        if node := _NODE.match(line):
-            failed |= dict.fromkeys(client.hosts(node["hosts"]))
-        elif _ABORTED.search(line):
-            aborted = min(aborted, seconds)
-        elif found := _TASKS.match(line):
-            exited = re.match(r"Exited with exit code (\d+)", found["how"])
-            if exited and aborted == math.inf:
-                code = int(exited[1]) if code is None else code
-            # Those that feel another's death may be faster to end; srun kills what does not heed SIGTERM, but later.
-            elif found["how"].startswith(_HARDWARE) and seconds < aborted + _KILLS_AFTER:
-                killed |= dict.fromkeys(client.hosts(found["hosts"]))
-    return code, tuple(killed), tuple(failed)
-
-
-def last_word(command: Sequence[str]) -> str:
-    """The last line in the first rank's log, where srun's ``--output`` says that ranks have logs of their own."""
-    path = next((word.partition("=")[2] for word in command if word.startswith("--output=")), "")
-    path = re.sub(r"%(\d*)t", lambda found: "0".zfill(int(found[1] or 1)), path)
-    try:
-        lines = Path(path).read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    return lines[-1].strip() if lines else ""
+    reader.join(_LEFT_OPEN)
+    if asked is not None:
+        asked.process = None
+    return (128 - code if code < 0 else code), list(words)
 
 
 def settle(run: Path, job: Job, restarts: int) -> str | None:
     """Close the record of an earlier attempt that had no chance to, and say why no other should follow, if so."""
     happened = events.read(run)
     at = next((n for n in reversed(range(len(happened))) if happened[n]["event"] in ("attempt", "ended")), None)
-    if at is not None and happened[at]["event"] == "attempt" and not _goes_on(happened[at]["job"], job):
+    if at is not None and happened[at]["event"] == "attempt":
         lost = happened[at]
-        ending = _from_outside(lost, happened[at:])
-        _record_end(run, lost["job"], lost["restart"], lost["lineage"], ending, lost["step"])
-        happened = events.read(run)
+        state = _state_of(lost["job"], job)
+        if state in client.RUNNING:
+            return f"{run}: job {lost['job']} is {state} in it; wait for it, or end it with: scancel {lost['job']}"
+        if state not in client.ACTIVE:
+            ending = _from_outside(lost, happened[at:])
+            _record_end(run, lost["job"], lost["restart"], lost["lineage"], ending, lost["step"])
+            happened = events.read(run)
     fruitless = fruitless_starts(happened, job.lineage)
     if fruitless > restarts:
         causes = [event.get("cause", "") for event in happened if event["event"] == "ended"]
@@ -366,15 +317,15 @@ def settle(run: Path, job: Job, restarts: int) -> str | None:
     return None
 
 
-def _goes_on(number: str, job: Job) -> bool:
-    """Whether a job that is not this one still does something."""
+def _state_of(number: str, job: Job) -> str | None:
+    """State of a job that is not this one."""
     if not number or number == job.number:
-        return False
+        return None
     try:
-        return (client.job(number) or {}).get("JobState") in client.ACTIVE
+        return (client.job(number) or {}).get("JobState")
     except SlurmError as error:
         say(str(error))
-        return False
+        return None
 
 
 def _from_outside(lost: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> Ending:
@@ -392,23 +343,6 @@ def _from_outside(lost: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]
         named = ", ".join(f"{node} is {state}" for node, state in broken.items())
         return Ending("failed", f"node failure: {named}", tuple(broken))
     return Ending("failed", "ended from outside: a node failure, preemption or a kill")
-
-
-def fruitless_starts(happened: Sequence[Mapping[str, Any]], lineage: str) -> int:
-    """Starts of this lineage in a row, the last ones, that ended without a new checkpoint.
-
-    What a signal ended early is not counted, except a warning of the time limit: a limit that leaves no time for one
-    step would go on for ever.
-    """
-    count = 0
-    for event in reversed(happened):
-        if event["event"] != "ended":
-            continue
-        progress = event.get("kind") == "done" or event.get("step", 0) > event.get("before", 0)
-        if progress or event.get("lineage") != lineage:
-            break
-        count += event.get("kind") != "asked" or str(event.get("cause", "")).startswith("SIGUSR1")
-    return count
 
 
 def given_up(run: Path, starts: int, cause: str) -> str:
@@ -431,6 +365,14 @@ def fit(command: Sequence[str], job: Job, fits: Sequence[int]) -> list[str]:
 def newest_step(run: Path) -> int:
     """Step of the newest complete checkpoint; 0 if there is none."""
     return max((step_of(path) for path in folders(run) if (path / COMPLETE).is_file()), default=0)
+
+
+def finished(run: Path, steps: int) -> bool:
+    """Whether a run has nothing left to do. One that was stopped in its last evaluation has that."""
+    if newest_step(run) < steps:
+        return False
+    ends = [e for e in events.read(run) if e["event"] in ("stopped", "finished") or e.get("kind") == "done"]
+    return not ends or ends[-1]["event"] != "stopped"
 
 
 def preflight_suspects(run: Path, code: int) -> dict[str, str] | None:

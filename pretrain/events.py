@@ -6,6 +6,7 @@ What a run computes is in its metrics, which are the same whatever happens; here
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -19,6 +20,17 @@ from data_prep.errors import DataError
 from pretrain.environment import Ranks
 
 EVENTS = "events.jsonl"
+# Of files that will not be better at the next start; others, as EIO and ESTALE, may.
+_LASTING = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+}
 
 
 def record(run: Path, event: str, **fields: Any) -> None:
@@ -56,7 +68,7 @@ def failures(run: Path, ranks: Ranks, begun: Callable[[], bool]) -> Iterator[Non
                     rank=ranks.rank,
                     host=socket.gethostname(),
                     text=" ".join(str(error).split())[:500] or type(error).__name__,
-                    mistake=isinstance(error, ConfigError | DataError),
+                    mistake=isinstance(error, ConfigError | DataError) or getattr(error, "errno", None) in _LASTING,
                 )
         raise
 

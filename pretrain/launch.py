@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import itertools
 import os
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import distributions
 from pathlib import Path
 
 import yaml
@@ -23,21 +16,17 @@ from data_prep.manifest import load_manifest
 from data_prep.plan import PrepConfig
 from data_prep.remote import is_remote
 from pretrain import events
-from pretrain.attempt import newest_step
+from pretrain.attempt import finished
 from pretrain.config import RunConfig, check_batches, check_run
-from pretrain.load import RunOptions, resolve, save_config
+from pretrain.launch_folder import LaunchFolder, quote
+from pretrain.load import RunOptions, resolve
 from pretrain.options import did_you_mean, leaves, parse_options, scan_options, show
 from pretrain.prepare import PrepOptions
 from pretrain.verdict import spans
 from slurm import client, script
 from slurm.options import JobOptions, seconds_of
 
-FOLDER = "launch"
 CHAIN = "BD3_CHAIN"
-_ROOMS = ("bd3_megatron", "pretrain", "data_prep", "slurm")
-# Variables that change how a job computes or talks, kept for whoever wonders later.
-_TELLING = ("CUDA_", "NCCL_", "UCX_", "FI_", "OMP_", "MKL_", "NVTE_", "TORCH", "PYTHON", "MASTER_", "SLURM_", "BD3_")
-_TELLING += ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "LOADEDMODULES")
 
 
 class SubmitOptions(JobOptions):
@@ -72,6 +61,7 @@ class SweepJob(RunOptions, SubmitOptions):
 class PrepJob(PrepOptions, SubmitOptions):
     """Submit the preparation of a data set as a job array. All options of bd3 prep, and those of the job."""
 
+    dry_run: bool = SubmitOptions.model_fields["dry_run"]  # not that of bd3 prep, which estimates
     tasks: int = Field(8, ge=1, description="shares of the input, each a task of the array")
     at_once: int | None = Field(None, ge=1, description="tasks at a time; null: as many as Slurm starts")
 
@@ -91,6 +81,7 @@ def main(args: list[str]) -> int:
         return 0 if args else 2
     if args[0] not in kinds:
         raise ConfigError(f"launch {show(args[0])}: unknown kind of job; use {', '.join(kinds)}")
+    os.environ.pop(CHAIN, None)  # of the job that this is called in, if any
     kinds[args[0]](args[1:])
     return 0
 
@@ -103,14 +94,14 @@ def pretrain(args: list[str]) -> None:
         _check_slurm(options)
     fitting = _check(config, options)
     name = "single_node" if options.nodes == "1" else "multi_node"
-    launch = _Launch(run, options)
+    launch = LaunchFolder(run, options)
     steps = ["--steps", config.train.steps, "--restarts", options.restarts]
     fits = ["--fits", *fitting] if len(options.node_counts) > 1 else []
     lines = [
-        f"RUN={_quote(run)}",
-        f'BD3=(bd3 pretrain --config {_quote(launch.folder / "config.yaml")} --run "$RUN")',
+        f"RUN={quote(run)}",
+        f'BD3=(bd3 pretrain --config {quote(launch.folder / "config.yaml")} --run "$RUN")',
         f"TASKS={options.ranks}",
-        f"ATTEMPT=({_quote(*steps, *fits)})",
+        f"ATTEMPT=({quote(*steps, *fits)})",
         *launch.environment(),
     ]
     directives = options.directives() | {"output": run / "logs" / "%x-%j.log"}
@@ -122,21 +113,14 @@ def pretrain(args: list[str]) -> None:
         return
     _check_idle(run)
     with launch.written(text, {"config.yaml": config}):
-        previous: list[int] = []
         for link in range(1, options.chain + 1):
-            after = [f"--dependency=afterany:{previous[-1]}"] if previous else []
+            after = [f"--dependency=afterany:{launch.jobs[-1]}"] if launch.jobs else []
             export = [f"--export=ALL,{CHAIN}={launch.name} {link} {options.chain}"] if options.chain > 1 else []
-            try:
-                previous.append(client.submit(launch.script, *after, *export))
-            except client.SlurmError:
-                for number in previous:
-                    client.call("scancel", str(number))
-                raise
-        launch.submitted(previous)
+            launch.submit(*after, *export)
     size = f"{options.nodes} node(s) x {options.ranks} task(s)"
-    jobs = " ".join(map(str, previous))
+    jobs = " ".join(map(str, launch.jobs))
     print(f"job {jobs.replace(' ', ', ')}: {size}, {launch.script}")
-    print(f"follow it with: bd3 status {config.run}    stop it with: scancel {jobs}")
+    print(f"follow it with: bd3 status {quote(run)}    stop it with: scancel {jobs}")
 
 
 def sweep(args: list[str]) -> None:
@@ -149,14 +133,16 @@ def sweep(args: list[str]) -> None:
     runs: dict[Path, RunConfig] = {}
     for words, name in _combinations(options.grid):
         run = folder / name
+        if run in runs:
+            raise ConfigError(f"grid: two combinations would train in {run}; submit one of them in a folder of its own")
         runs[run] = resolve(SweepJob, [*args, *words, f"--run={run}"], "bd3 launch sweep")[0]
         _check(runs[run], options)
-    left = [number for number, (run, found) in enumerate(runs.items()) if newest_step(run) < found.train.steps]
-    launch = _Launch(folder, options)
+    left = [number for number, (run, found) in enumerate(runs.items()) if not finished(run, found.train.steps)]
+    launch = LaunchFolder(folder, options)
     lines = [
-        f"RUNS={_quote(launch.folder / 'runs.txt')}",
+        f"RUNS={quote(launch.folder / 'runs.txt')}",
         f"TASKS={options.ranks}",
-        f"ATTEMPT=({_quote('--restarts', options.restarts)})",
+        f"ATTEMPT=({quote('--restarts', options.restarts)})",
         *launch.environment(),
     ]
     directives = options.directives() | {
@@ -172,16 +158,12 @@ def sweep(args: list[str]) -> None:
         print(text, end="")
         return
     _check_idle(folder)
-    with launch.written(text, {"runs.txt": "".join(f"{run}\n" for run in runs)}):
-        for number in left:
-            run = list(runs)[number]
-            run.mkdir(parents=True, exist_ok=True)
-            save_config(runs[run], run / "sweep.yaml")
-        number = client.submit(launch.script)
-        launch.submitted([number])
+    configs = {str(run / "sweep.yaml"): runs[run] for number, run in enumerate(runs) if number in left}
+    with launch.written(text, {"runs.txt": "".join(f"{run}\n" for run in runs)} | configs):
+        number = launch.submit()
     at_once = f", {options.at_once} at a time" if options.at_once else ""
     print(f"job {number}: {len(left)} of {len(runs)} runs{at_once}, {launch.script}")
-    print(f"follow it with: bd3 status {folder}    stop it with: scancel {number}")
+    print(f"follow it with: bd3 status {quote(folder)}    stop it with: scancel {number}")
 
 
 def prep(args: list[str]) -> None:
@@ -191,18 +173,22 @@ def prep(args: list[str]) -> None:
     config = PrepConfig(**options.model_dump(include=fields))
     if options.part is not None:
         raise ConfigError(f"--part={options.part}: set by the array; give --tasks, the number of shares")
+    if options.workers is not None:
+        raise ConfigError(f"--workers={options.workers}: one for each core of a task; give --cpus-per-task")
     out = Path(options.out).absolute()
-    if os.path.lexists(out) and not options.overwrite and not options.dry_run:
+    if options.overwrite:
+        raise ConfigError(f"overwrite=true: each task of the array would begin anew; remove {out} first")
+    if os.path.lexists(out) and not options.dry_run:
         from data_prep.prep import prep as check
 
         check(config, print)  # says that it is there, or what it differs in
         return
-    launch = _Launch(out.with_name(out.name + ".launch"), options)
+    launch = LaunchFolder(out.with_name(out.name + ".launch"), options)
     words = _prep_words(args)
     lines = [
         f"SHARES={options.tasks}",
-        f"PREP=(bd3 prep {_quote(*words)})",
-        f"cd {_quote(os.getcwd())}",
+        f"PREP=(bd3 prep {quote(*words)})",
+        f"cd {quote(os.getcwd())}",
         *[line for line in launch.environment() if not line.startswith("CONTAINER=")],
     ]
     directives = options.task_directives() | {
@@ -217,66 +203,9 @@ def prep(args: list[str]) -> None:
     _check_slurm(options)
     _check_idle(launch.root)
     with launch.written(text, {}):
-        number = client.submit(launch.script)
-        launch.submitted([number])
+        number = launch.submit()
     print(f"job {number}: {options.tasks} tasks, {launch.script}")
     print(f"logs: {launch.root / 'logs'}    stop it with: scancel {number}")
-
-
-class _Launch:
-    """The folder ``<root>/launch/<number>``: code, configuration, environment and script of what was submitted."""
-
-    def __init__(self, root: Path, options: SubmitOptions):
-        self.root, self.options = root, options
-        taken = [int(path.name) for path in (root / FOLDER).glob("[0-9]*") if path.name.isdecimal()]
-        self.name = f"{max(taken, default=-1) + 1:03d}"
-        self.folder = root / FOLDER / self.name
-        self.script = self.folder / "job.sbatch"
-
-    def environment(self) -> list[str]:
-        """Lines of the shell: what the site needs, then this interpreter and the copy of the code."""
-        options = self.options
-        binaries = os.path.dirname(sys.executable)
-        if not os.access(os.path.join(binaries, "bd3"), os.X_OK):
-            raise ConfigError(f"{binaries}/bd3: not there; install the project for {sys.executable}: pip install -e .")
-        container = [f"--{word.lstrip('-')}" for word in options.srun]
-        threads = [] if "OMP_NUM_THREADS" in options.env else ["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}"]
-        return [
-            f"CONTAINER=({_quote(*container)})",
-            *options.setup,
-            *(f"export {name}={_quote(value)}" for name, value in options.env.items()),
-            *threads,
-            f"export PATH={_quote(binaries)}:$PATH",
-            f"export PYTHONPATH={_quote(self.folder / 'code')}${{PYTHONPATH:+:$PYTHONPATH}}",
-        ]
-
-    @contextlib.contextmanager
-    def written(self, text: str, files: Mapping[str, RunConfig | str]) -> Iterator[None]:
-        """Write the folder; what was written goes again if the context fails."""
-        made = [path for path in (self.root, *self.root.parents) if not path.exists()]
-        try:
-            for folder in (self.folder, self.root / "logs"):
-                folder.mkdir(parents=True, exist_ok=True)
-            for room in _ROOMS:
-                source = Path(importlib.util.find_spec(room).origin).parent
-                shutil.copytree(source, self.folder / "code" / room, ignore=shutil.ignore_patterns("__pycache__"))
-            for name, content in files.items():
-                if isinstance(content, str):
-                    (self.folder / name).write_text(content)
-                else:
-                    save_config(content, self.folder / name)
-            (self.folder / "environment.txt").write_text(_environment_text())
-            self.script.write_text(text)
-            yield
-        except BaseException:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            for folder in (self.folder.parent, self.root / "logs", *made):
-                with contextlib.suppress(OSError):
-                    folder.rmdir()  # if it is empty
-            raise
-
-    def submitted(self, jobs: Sequence[int]) -> None:
-        events.record(self.root, "launched", jobs=list(map(str, jobs)), launch=self.name)
 
 
 def _check(config: RunConfig, options: SubmitOptions) -> list[int]:
@@ -313,9 +242,10 @@ def _check_slurm(options: SubmitOptions) -> None:
         client.call("sbatch")  # says what to do
     there = client.partitions()
     name = options.partition or next((p for p, found in there.items() if found.get("Default") == "YES"), None)
-    if options.partition is not None and options.partition not in there:
-        raise ConfigError(f"partition={options.partition}: there is none of this name; use {', '.join(there)}")
-    if name is None:
+    for part in options.partition.split(",") if options.partition is not None else ():
+        if part not in there:
+            raise ConfigError(f"partition={part}: there is none of this name; use {', '.join(there)}")
+    if name not in there:  # no default, or several to choose from
         return
     limits = there[name]
     least = options.node_counts[0] if isinstance(options, PretrainJob | SweepJob) else 1
@@ -350,7 +280,8 @@ def _with_site(cls: type[SubmitOptions], args: list[str]) -> list[str]:
     if not path:
         return args
     try:
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
+        # Values stay as they are written: YAML reads 1:30:00 as 5400, and yes as a truth.
+        values = yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader)
     except FileNotFoundError:
         raise ConfigError(f"site={path}: no such file; give a YAML file with options of the job") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -361,14 +292,17 @@ def _with_site(cls: type[SubmitOptions], args: list[str]) -> list[str]:
     for key, value in values.items():
         if key not in JobOptions.model_fields:
             raise ConfigError(f"site={path}: {key}: unknown option{did_you_mean(str(key), JobOptions.model_fields)}")
+        words = [word for pair in value.items() for word in pair] if isinstance(value, dict) else value
         flag = f"--{key.replace('_', '-')}"
-        if isinstance(value, dict):
-            first += [flag, *(str(word) for pair in value.items() for word in pair)]
-        elif isinstance(value, list):
-            first += [flag, *map(str, value)]
-        elif value is not None:
-            first.append(f"{flag}={value}")
-    return [*first, *args]
+        if not isinstance(value, dict | list):
+            if value and value.lower() not in ("null", "~"):
+                first.append(f"{flag}={value}")
+            continue
+        if not all(isinstance(word, str) for word in words):
+            raise ConfigError(f"site={path}: {key}: a list in a list; write plain values")
+        first += [flag, *(word.lstrip("-") if key in ("sbatch", "srun") else word for word in words)]
+    # The last of them ends a list, which would take the words that follow.
+    return [*first, f"--site={path}", *args]
 
 
 def _combinations(grid: Mapping[str, str]) -> Iterator[tuple[list[str], str]]:
@@ -407,30 +341,6 @@ def _prep_words(args: list[str]) -> list[str]:
     given = scan_options(PrepJob, args)
     words = given.pop("inputs")
     for path, values in given.items():
-        if path in PrepConfig.model_fields and path not in ("part", "workers"):
+        if path in PrepConfig.model_fields and path not in ("part", "workers", "overwrite"):
             words += [f"--{path.replace('_', '-')}", *values]
     return words
-
-
-def _environment_text() -> str:
-    lines = [f"python {platform.python_version()} {sys.executable}", *_git_state(), ""]
-    lines += [*sorted(f"{found.name}=={found.version}" for found in distributions() if found.name), ""]
-    lines += sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(_TELLING))
-    return "\n".join(lines) + "\n"
-
-
-def _git_state() -> list[str]:
-    """Commit of the code and what differs from it, where it lies in a checkout."""
-    folder = Path(__file__).parent
-    try:
-        answers = [
-            subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, timeout=20, check=True).stdout
-            for words in (("rev-parse", "HEAD"), ("status", "--short", "--untracked-files=no"))
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return ["not in a git checkout"]
-    return [f"commit {answers[0].strip()}", *(f"changed {line.strip()}" for line in answers[1].splitlines())]
-
-
-def _quote(*words: object) -> str:
-    return " ".join(shlex.quote(str(word)) for word in words)

@@ -23,10 +23,11 @@ from bd3_megatron.parallel import World
 from data_prep.stream import RowStream
 from pretrain import findings, probes, runs, signals
 from pretrain.agree import alike, everywhere, lost_ranks, on_each, on_first, outcomes, together
-from pretrain.attempt import BAD_NODE, SUSPECTS
+from pretrain.attempt import SUSPECTS
 from pretrain.checkpoint_files import folders as checkpoint_folders
 from pretrain.cli import user_line
 from pretrain.config import RunConfig, check_run
+from pretrain.ending import BAD_NODE
 from pretrain.environment import Ranks, read_ranks, rendezvous
 from pretrain.files import replace_file
 from pretrain.findings import Clock, Finding, Report

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from slurm.environment import expand_hosts
 
@@ -17,8 +19,31 @@ ACTIVE = RUNNING | {"PENDING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEU
 _WORKING = "idle,allocated,mixed,completing,reserved,planned"
 
 
+_AWAY = re.compile(r"Unable to contact slurm controller|no answer within|Unexpected message received|timed out", re.I)
+_PAUSE = 15.0  # seconds between calls to a controller that is away
+
+T = TypeVar("T")
+
+
 class SlurmError(Exception):
     """One line: which command failed, and why."""
+
+
+def patiently(function: Callable[[], T], seconds: float, say: Callable[[str], None]) -> T:
+    """The result of a function that asks the controller, which may be away for a while, as when it is started again.
+
+    Raises:
+        SlurmError: it is away for longer, or answers that it will not.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return function()
+        except SlurmError as error:
+            if not _AWAY.search(str(error)) or time.monotonic() > end:
+                raise
+            say(f"{error}; tried again for {end - time.monotonic():.0f} s")
+            time.sleep(_PAUSE)
 
 
 def call(program: str, *args: str, timeout: float = TIMEOUT) -> str:

@@ -49,4 +49,7 @@ def fill(text: str, directives: Mapping[str, str | int | None], lines: Sequence[
 
 
 def _directive(name: str, value: str | int) -> str:
-    return f"#SBATCH --{name}" + ("" if value == "" else f"={value}")
+    text = str(value)
+    if re.search(r"[\s\"'\\#]", text):  # sbatch splits at spaces, takes quotes and backslashes, and # as a comment
+        text = '"' + re.sub(r'(["\\])', r"\\\1", text) + '"'
+    return f"#SBATCH --{name}" + ("" if text == "" else f"={text}")

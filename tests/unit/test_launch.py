@@ -192,6 +192,7 @@ REFUSED = [
     (["--data.path", "nowhere"], "nowhere: "),
     (["--site", "none.yaml"], "site=none.yaml: no such file; give a YAML file with options of the job"),
     (["--env", "1A", "x"], "env=1A: not the name of a variable"),
+    (["--partition", "main,gpu"], "partition=gpu: there is none of this name; use main, small"),
 ]
 
 
@@ -298,6 +299,87 @@ def test_a_data_set_is_prepared_by_an_array_that_is_not_repeated(slurm, corpus, 
     capsys.readouterr()
     launch.main([*args, "--tasks", "4"])
     assert not Path("data.launch/launch/001").exists()
+
+
+def test_a_sweep_that_slurm_refuses_leaves_nothing(slurm, args):
+    slurm.answers("sbatch", "echo 'sbatch: error: Invalid job array specification' >&2; exit 1")
+    grid = ["--grid", "train.lr", "1e-3,3e-3"]
+    with pytest.raises(client.SlurmError, match="Invalid job array"):
+        launch.main(["sweep", *args, *grid])
+    assert not Path("run").exists()
+
+
+def test_a_chain_of_which_a_later_job_is_refused_is_cancelled(slurm, args):
+    slurm.answers("sbatch", 'case "$*" in *afterany*) echo "sbatch: error: no" >&2; exit 1;; esac; echo 12')
+    slurm.answers("scancel", "")
+    with pytest.raises(client.SlurmError, match="no"):
+        launch.main(["pretrain", *args, "--chain", "3"])
+    assert [call for call in slurm.called() if "scancel" in call] == ["scancel 12"]
+    assert not Path("run").exists()
+
+
+def test_a_launch_leaves_that_of_another_alone(slurm, args, monkeypatch):
+    launch.main(["pretrain", *args])
+    monkeypatch.setattr(launch.Path, "glob", lambda *_: iter(()))  # both have looked before one was there
+    with pytest.raises(ConfigError, match="launch/000: another bd3 launch is making it"):
+        launch.main(["pretrain", *args])
+    assert submitted(Path("run"))
+
+
+def test_names_with_spaces_and_quotes_reach_slurm_and_the_shell_whole(slurm, args):
+    run = Path("it's a $run #1").absolute()
+    more = ["--sbatch", 'comment=say "a b"', "--env", "A", "x 'y' $z", "--run", str(run)]
+    launch.main(["pretrain", *args[:-2], *more])
+    text = submitted(run)
+    lines = dict(
+        line.removeprefix("#SBATCH --").split("=", 1) for line in text.splitlines() if "SBATCH" in line and "=" in line
+    )
+    assert lines["output"] == f'"{run}/logs/%x-%j.log"'
+    assert lines["job-name"] == f'"{run.name}"'
+    assert lines["comment"] == r'"say \"a b\""'
+    body = text[text.index(script.BEGIN) : text.index("echo ")]
+    show = f'{body}\nprintf "%s\\n" "$RUN" "$A" "${{BD3[@]: -2}}"'
+    done = subprocess.run(["bash", "-c", show], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str(run), "x 'y' $z", "--run", str(run)]
+
+
+def test_what_slurm_would_replace_in_a_path_is_refused(slurm, args):
+    with pytest.raises(ConfigError, match="50%: holds '%', which Slurm replaces"):
+        launch.main(["pretrain", *args[:-2], "--run", "50%"])
+
+
+def test_a_site_file_is_taken_as_written_and_leaves_positional_words_alone(slurm, corpus, args, capsys):
+    site = "time: 1:30:00\naccount: null\nqos:\nsbatch: [--exclusive]\nenv: {A: yes, B: '1'}\nsetup: [module load a]\n"
+    Path("site.yaml").write_text(site)
+    prep = [str(corpus), "--out", "data", "--length", "32", "--tokenizer", "bpe:300"]
+    launch.main(["prep", "--site", "site.yaml", "--dry-run", *prep])
+    launch.main(["prep", *prep, "--site", "site.yaml", "--dry-run"])
+    first, second = capsys.readouterr().out.split("#!/bin/bash")[1:]
+    assert first == second
+    found = directives(first)
+    assert (found["time"], "exclusive" in found) == ("1:30:00", True)
+    assert not {"account", "qos"} & set(found)
+    assert "\nmodule load a\nexport A=yes\nexport B=1\n" in first
+    assert f"PREP=(bd3 prep {corpus} --out data" in first
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["--overwrite"], "overwrite=true: each task of the array would begin anew; remove "),
+        (["--workers", "3"], "--workers=3: one for each core of a task; give --cpus-per-task"),
+        (["--part", "0/2"], "--part=0/2: set by the array"),
+    ],
+)
+def test_options_of_prep_that_an_array_cannot_have(slurm, corpus, more, line):
+    with pytest.raises(ConfigError, match=line):
+        launch.main(["prep", str(corpus), "--out", "data", *more])
+    assert not Path("data.launch").exists()
+
+
+def test_two_combinations_in_one_folder_are_refused(slurm, args):
+    with pytest.raises(ConfigError, match="grid: two combinations would train in"):
+        launch.main(["sweep", *args, "--grid", "data.path", f"{args[3]},{args[3].replace('/', '_')}"])
 
 
 def test_the_kinds_of_job(capsys):
