@@ -264,9 +264,6 @@ def execute(command: Sequence[str], run: Path, asked: Asked | None = None) -> tu
     except OSError as error:
         raise ConfigError(f"{command[0]}: {error.strerror}; give the command that starts the run after --") from None
 
-    # With --signal=B:USR1@... the warning comes here alone; srun passes it on to the ranks.
-    signal.signal(signal.SIGUSR1, lambda number, _: process.send_signal(number))
-
     def listen() -> None:
         while not over.wait(_LISTEN):
             if (trouble := listener.trouble(time.monotonic())) is not None:

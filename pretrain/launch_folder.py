@@ -35,7 +35,8 @@ class LaunchFolder:
     def __init__(self, root: Path, options: JobOptions):
         if found := re.search(r"[%\\\n]", str(root)):
             raise ConfigError(
-                f"{' '.join(str(root).split())}: holds {found[0]!r}, which Slurm replaces in names of logs; use another name"
+                f"{' '.join(str(root).split())}: holds {found[0]!r}, which Slurm replaces in names of logs; "
+                "use another name"
             )
         self.root, self.options = root, options
         taken = [int(path.name) for path in (root / FOLDER).glob("[0-9]*") if path.name.isdecimal()]
