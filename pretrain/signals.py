@@ -2,7 +2,8 @@
 
 Slurm sends SIGUSR1 before the time limit (``--signal``) and SIGTERM for preemption, requeue and cancel; a person sends
 SIGINT. The first one is noted. A second one ends the process at once, wherever its main thread is: Python calls
-handlers between two instructions of that thread only, which may wait in a collective, so a thread does the work.
+handlers between two instructions of that thread only, which may wait in a collective, so a thread does the work. The
+SIGTERM of the time limit itself is no second one after its warning: Slurm leaves KillWait for what is being written.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _TOGETHER = 1.0  # seconds: Slurm and srun may both pass on what is one signal
 
 _asked = 0  # the first signal
 _ignored = False
+_catching = False
 
 
 class Stopped(SystemExit):
@@ -34,11 +36,11 @@ def caught() -> Iterator[None]:
 
     Does nothing in another thread than the main one.
     """
-    global _asked, _ignored
+    global _asked, _ignored, _catching
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _asked, _ignored = 0, False
+    _asked, _ignored, _catching = 0, False, True
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     threading.Thread(target=_listen, args=(reading,), name="signals", daemon=True).start()
@@ -47,6 +49,7 @@ def caught() -> Iterator[None]:
     try:
         yield
     finally:
+        _catching = False
         for number, handler in handlers.items() if not _ignored else ():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
@@ -86,17 +89,31 @@ def _nothing(number: int, frame: object) -> None:
     """What Python calls in the main thread; the thread has been told before."""
 
 
+def _forked() -> None:
+    """A process forked from a rank (by a library; the project's own are spawned) is no rank: signals end it."""
+    if _catching:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 def _listen(reading: int) -> None:
     global _asked
-    since = 0.0
+    since, warned = 0.0, False
     while numbers := os.read(reading, 64):
         for number in numbers:
             if number not in SIGNALS:
                 continue
             now = time.monotonic()
             if not _asked:
-                _asked, since = number, now
+                _asked, since, warned = number, now, number == signal.SIGUSR1
                 _say(f"{name_of(number)}: stops after this step with a checkpoint; the next signal ends it at once")
+            elif warned and number == signal.SIGTERM:
+                since, warned = now, False
+                _say(f"{name_of(number)}: the checkpoint is still to be written; the next signal ends it at once")
             elif now - since > _TOGETHER:
                 name = signal.Signals(number).name
                 _say(f"{name}: the second signal, ends at once; the run goes on from its last checkpoint")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import checkpoint, events
+from pretrain import checkpoint, events, signals
+from pretrain.spawn import FORKS
 from tests.unit import commands
 from tests.unit.commands import Done
 
@@ -156,3 +157,57 @@ def stuck_at(step: int) -> None:
         return original(self, number)
 
     Batches.at = at
+
+
+def waiting(run: Path) -> tuple[object, Path]:
+    """A process in :func:`signals.caught` that waits; it and a file with what it says."""
+    out = run / "out"
+    process = FORKS.Process(target=_caught, args=(str(out),), daemon=True)
+    process.start()
+    until(lambda: out.exists() and "ready" in out.read_text())
+    return process, out
+
+
+def _caught(out: str) -> None:
+    file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 2)
+    with signals.caught():
+        os.write(2, b"ready\n")
+        while True:
+            time.sleep(0.05)
+
+
+def until(condition) -> None:
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
+
+
+def test_the_time_limit_after_its_warning_is_no_second_signal(tmp_path):
+    process, out = waiting(tmp_path)
+    os.kill(process.pid, signal.SIGUSR1)
+    until(lambda: "stops after this step" in out.read_text())
+    time.sleep(1.2)
+    for _ in range(2):  # Slurm sends it twice
+        os.kill(process.pid, signal.SIGTERM)
+        until(lambda: "the checkpoint is still to be written" in out.read_text())
+    time.sleep(1.2)
+    assert process.is_alive()
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(10)
+    assert process.exitcode == 128 + signal.SIGTERM
+
+
+def test_a_signal_to_a_forked_process_is_its_own():
+    with signals.caught():
+        child = os.fork()
+        if not child:
+            while True:
+                time.sleep(0.05)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+        time.sleep(0.1)
+        assert os.WTERMSIG(status) == signal.SIGTERM
+        assert signals.asked() == 0
