@@ -33,11 +33,9 @@ class LaunchFolder:
     """The folder ``<root>/launch/<number>``: code, configuration, environment and script of what was submitted."""
 
     def __init__(self, root: Path, options: JobOptions):
+        name = " ".join(str(root).split())
         if found := re.search(r"[%\\\n]", str(root)):
-            raise ConfigError(
-                f"{' '.join(str(root).split())}: holds {found[0]!r}, which Slurm replaces in names of logs; "
-                "use another name"
-            )
+            raise ConfigError(f"{name}: holds {found[0]!r}, which Slurm replaces in names of logs; use another name")
         self.root, self.options = root, options
         taken = [int(path.name) for path in (root / FOLDER).glob("[0-9]*") if path.name.isdecimal()]
         self.name = f"{max(taken, default=-1) + 1:03d}"

@@ -22,6 +22,7 @@ _TOGETHER = 1.0  # seconds: Slurm and srun may both pass on what is one signal
 
 _asked = 0  # the first signal
 _ignored = False
+_catching = False
 
 
 class Stopped(SystemExit):
@@ -34,11 +35,11 @@ def caught() -> Iterator[None]:
 
     Does nothing in another thread than the main one.
     """
-    global _asked, _ignored
+    global _asked, _ignored, _catching
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _asked, _ignored = 0, False
+    _asked, _ignored, _catching = 0, False, True
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     threading.Thread(target=_listen, args=(reading,), name="signals", daemon=True).start()
@@ -47,6 +48,7 @@ def caught() -> Iterator[None]:
     try:
         yield
     finally:
+        _catching = False
         for number, handler in handlers.items() if not _ignored else ():
             signal.signal(number, handler)
         signal.set_wakeup_fd(wakeup)
@@ -84,6 +86,17 @@ def exit_code(number: int) -> int:
 
 def _nothing(number: int, frame: object) -> None:
     """What Python calls in the main thread; the thread has been told before."""
+
+
+def _forked() -> None:
+    """A process forked from a rank (by a library; the project's own are spawned) is no rank: signals end it."""
+    if _catching:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forked)
 
 
 def _listen(reading: int) -> None:

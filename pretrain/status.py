@@ -22,7 +22,7 @@ from pretrain.progress import duration, si
 from slurm import client
 from slurm.client import SlurmError
 
-_TAIL = 1 << 16  # bytes of a file's end that hold its newest records
+_TAILS = (1 << 16, 1 << 20, 1 << 24)  # bytes of a file's end that are searched for its newest records
 _QUIET = 600.0  # seconds without a record after which it is worth a word
 
 
@@ -60,19 +60,24 @@ def main(args: list[str]) -> None:
 def status(run: Path) -> dict[str, Any]:
     """What is known of a run, as plain values; None where nothing is."""
     config = next((run / name for name in ("config.yaml", "sweep.yaml") if (run / name).is_file()), None)
-    steps = load_saved(config).train.steps if config else None
+    try:
+        steps, unread = load_saved(config).train.steps if config else None, None
+    except ConfigError as error:  # written by another version, or not by bd3
+        steps, unread = None, str(error)
     happened = events.read(run)
     train, validation = _last(run / METRICS, "train"), _last(run / METRICS, "validation")
     speed = _last(run / THROUGHPUT, "throughput")
     checkpoint = newest_step(run)
     step = max(train["step"] if train else 0, checkpoint)
-    left = None if steps is None or not speed else max(0, steps - step) * speed["seconds_per_step"]
+    pace = speed and speed.get("seconds_per_step")
+    left = None if steps is None or not pace else max(0, steps - step) * pace
     beat = heartbeat.read(run)
     jobs, trouble = _jobs(run, happened)
     found = {
         "run": str(run),
         "jobs": jobs,
         "slurm": trouble,
+        "config": unread,
         "step": step,
         "steps": steps,
         "loss": train and train.get("loss"),
@@ -84,7 +89,9 @@ def status(run: Path) -> dict[str, Any]:
         "checkpoint_age": _age(_newest(run)),
         "phase": beat.phase if beat and not beat.left else None,
         "starts": sum(event["event"] == "started" for event in happened),
-        "restarts": [_restart(event) for event in happened if event["event"] == "ended" and event["kind"] != "done"],
+        "restarts": [
+            _restart(event) for event in happened if event["event"] == "ended" and event.get("kind") != "done"
+        ],
         "excluded": sorted({host for event in happened for host in event.get("excluded", ())}),
     }
     return found | {"state": _state(found, happened)}
@@ -95,6 +102,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     out = [found["run"], f"  state       {found['state']}"]
     if found["slurm"]:
         out.append(f"  Slurm       {found['slurm']}")
+    if found["config"]:
+        out.append(f"  config      {found['config']}")
     for job in found["jobs"]:
         where = f" on {job['nodes']}" if job["nodes"] else ""
         why = f" ({job['reason']})" if job["reason"] else ""
@@ -155,7 +164,7 @@ def _jobs(run: Path, happened: Sequence[Mapping[str, Any]]) -> tuple[list[dict[s
         for task in found or client.accounted(number):
             jobs[_name(task)] = {
                 "job": _name(task),
-                "state": task.get("JobState", "").split()[0],
+                "state": (task.get("JobState") or "UNKNOWN").split()[0],
                 "reason": "" if task.get("Reason", "None") == "None" else task["Reason"],
                 "restarts": int(task.get("Restarts", "0")),
                 "nodes": "" if task.get("NodeList") in (None, "(null)") else task["NodeList"],
@@ -177,14 +186,27 @@ def _restart(event: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _last(path: Path, split: str) -> dict[str, Any] | None:
-    """The newest record of a split near the file's end."""
+    """The newest record of a split near the file's end: evaluations may be thousands of steps apart."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL))
-            tail = file.read().splitlines()
+        size = path.stat().st_size
+        for number, bytes_ in enumerate(_TAILS):
+            if number and size <= _TAILS[number - 1]:
+                break
+            with path.open("rb") as file:
+                file.seek(max(0, size - bytes_))
+                tail = file.read(bytes_)
+            if (found := _newest_of(split, tail.splitlines())) is not None:
+                return found
     except FileNotFoundError:
-        return None
-    for line in reversed(tail):
+        pass
+    return None
+
+
+def _newest_of(split: str, lines: Sequence[bytes]) -> dict[str, Any] | None:
+    word = split.encode()
+    for line in reversed(lines):
+        if word not in line:  # most lines are steps
+            continue
         try:
             record = json.loads(line)
         except ValueError:

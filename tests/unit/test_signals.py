@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import checkpoint, events
+from pretrain import checkpoint, events, signals
 from tests.unit import commands
 from tests.unit.commands import Done
 
@@ -156,3 +156,17 @@ def stuck_at(step: int) -> None:
         return original(self, number)
 
     Batches.at = at
+
+
+def test_a_signal_to_a_forked_process_is_its_own():
+    with signals.caught():
+        child = os.fork()
+        if not child:
+            while True:
+                time.sleep(0.05)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGTERM)
+        _, status = os.waitpid(child, 0)
+        time.sleep(0.1)
+        assert os.WTERMSIG(status) == signal.SIGTERM
+        assert signals.asked() == 0

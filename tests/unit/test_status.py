@@ -141,3 +141,25 @@ def test_a_sweep_is_shown_run_by_run(tmp_path, slurm, capsys):
 def test_another_folder_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="not a run folder"):
         status.main([str(tmp_path)])
+
+
+def test_an_evaluation_of_long_ago_is_found(tmp_path, slurm):
+    run = make_run(tmp_path / "run")
+    trained(run, 20, 15)
+    steps = "".join(json.dumps({"step": n, "split": "train", "loss": 3.0}) + "\n" for n in range(20, 5000))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + steps)
+    assert (run / "metrics.jsonl").stat().st_size > 1 << 17
+    found = status.status(run)
+    assert (found["step"], found["perplexity"]) == (4999, 33.25)
+
+
+def test_a_configuration_that_cannot_be_read_hides_nothing_else(tmp_path, slurm, capsys):
+    run = make_run(tmp_path / "run")
+    trained(run, 20, 15)
+    (run / "config.yaml").write_text("later: 1\n")
+    events.record(run, "ended", step=15)  # without the rest
+    status.main([str(run)])
+    out = capsys.readouterr().out
+    assert "config      config.yaml: later: unknown key" in out
+    assert "checkpoint  step 15" in out
