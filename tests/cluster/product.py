@@ -22,7 +22,7 @@ eval: {every: 20, rows: 8}
 checkpoint: {every: 10, keep: 2}
 log: {tensorboard: false}
 """
-START = 90.0  # seconds that ranks may take to come up on a machine that does many things at once
+START = 240.0  # seconds that ranks may take to come up on a machine that does many things at once
 
 
 @dataclass

@@ -20,7 +20,7 @@ LONG = (
 )
 SHORT = RECIPE.replace("steps: 30", "steps: 80").replace("every: 20,", "every: 0,")
 TIMEOUT = 20  # seconds after which a run hangs
-END = 4 * START
+END = 2 * START
 
 ONE = ("--nodes", 1, "--tasks-per-node", 1)
 TWO = ("--nodes", 2, "--tasks-per-node", 1)
