@@ -13,7 +13,7 @@ from pretrain import checkpoint, events
 from tests.distributed.launch import Job
 from tests.unit.test_signals import RECIPE, at_evaluation, at_step
 
-LAYOUTS = {"DP2": (), "TP2": ("--parallel.tensor", 2), "PP2": ("--parallel.pipeline", 2)}
+LAYOUTS = {"DP2": (), "PP2": ("--parallel.pipeline", 2)}
 ASKED = {
     "in a step": functools.partial(at_step, 8, signal.SIGUSR1),
     "in an evaluation": functools.partial(at_evaluation, 2, signal.SIGTERM),
