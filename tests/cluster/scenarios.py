@@ -12,13 +12,13 @@ from tests.cluster.product import RECIPE, START, Project, Run
 
 # Each step waits, so that there is time to interrupt it and work for other runs.
 SLOW = {"BD3_TEST_STEP_SECONDS": "0.25"}
-STEPS = 160
+STEPS, FEWER = 100, 50
 LONG = (
     RECIPE.replace("steps: 30", f"steps: {STEPS}")
     .replace("every: 10,", "every: 50,")
     .replace("every: 20,", "every: 80,")
 )
-SHORT = RECIPE.replace("steps: 30", "steps: 80").replace("every: 20,", "every: 0,")
+SHORT = RECIPE.replace("steps: 30", f"steps: {FEWER}").replace("every: 20,", "every: 0,")
 TIMEOUT = 20  # seconds after which a run hangs
 END = 2 * START
 
@@ -45,7 +45,7 @@ class Outcome:
 
 def time_limit(project: Project) -> Outcome:
     run = project.run("limit", *TWO, *TOGETHER, "--time", 30, "--warn-seconds", 120, recipe=LONG,
-                      BD3_TEST_STEP_SECONDS="0.4")  # fmt: skip
+                      BD3_TEST_STEP_SECONDS="0.6")  # fmt: skip
     run.reaches(20)
     cluster, job = project.cluster, run.jobs[0]
     # How long it takes to come up is not known beforehand: the limit is set so that the warning is due by now.
@@ -57,7 +57,7 @@ def time_limit(project: Project) -> Outcome:
 
 
 def requeued(project: Project) -> Outcome:
-    run = project.run("requeued", *TWO, *TOGETHER, recipe=LONG, **SLOW)
+    run = project.run("requeued", *ONE, *TOGETHER, recipe=LONG, **SLOW)
     run.reaches(20)
     project.cluster.scontrol("requeue", run.jobs[0])
     return Outcome(run, run.finishes(END))

@@ -6,6 +6,7 @@ import pytest
 
 from pretrain.metrics import read_metrics, series
 from tests.cluster.product import Run
+from tests.cluster.scenarios import FEWER
 
 
 def losses(run: Run) -> list[float]:
@@ -24,8 +25,8 @@ def test_a_run_that_loses_a_node_goes_on_with_fewer_ranks_over_the_same_rows(out
     assert [event["ranks"] for event in (first, second)] == [2, 1]
     assert second["step"] >= 10
     # The same rows with the same noise give the same losses; their order in the sum is another.
-    assert len(losses(run)) == 80
-    assert losses(run) == pytest.approx(losses(undisturbed[1])[:80], rel=1e-5)
+    assert len(losses(run)) == FEWER
+    assert losses(run) == pytest.approx(losses(undisturbed[1])[:FEWER], rel=1e-5)
     (ended, done) = run.events("ended")
     assert (ended["kind"], done["kind"]) == ("failed", "done")
     (bad,) = {"node5", "node6"} - set(run.events("attempt")[1]["nodes"]) if name == "node_lost" else {"node8"}
@@ -46,7 +47,7 @@ def test_a_stopped_rank_is_found_and_the_job_started_again(outcomes, undisturbed
     (hang,) = run.events("hang")
     assert hang["hosts"] == ["node2"]
     assert "given no sign of life" in hang["text"]
-    assert losses(run) == pytest.approx(losses(undisturbed[1])[:80], rel=1e-5)
+    assert losses(run) == pytest.approx(losses(undisturbed[1])[:FEWER], rel=1e-5)
     stacks = {path.name: path.read_text() for path in (run.path / "hang").iterdir()}
     assert set(stacks) == {"rank-00000.txt"}  # a stopped process cannot tell its own
     assert "distributed_c10d.py" in stacks["rank-00000.txt"]
