@@ -25,7 +25,7 @@ checkpoint: {every: 1, keep: 2, keep_every: 20}
 log: {tensorboard: false}
 """
 LAYOUTS = {"DP2": (), "TP2": ("--parallel.tensor", 2)}
-KILLS = 10  # in each run
+KILLS = 6  # in each run
 LOST = re.compile(
     r"rank (\d): lost another rank (at step \d+|before the first step) \((Connection|Broken|Timed out).*\); "
     r"start the job again to go on from its last checkpoint"
