@@ -27,7 +27,7 @@ from pydantic import Field
 
 from bd3_megatron.config import ConfigError, Section
 from pretrain import events, signals
-from pretrain.checkpoint_files import COMPLETE, folders, step_of
+from pretrain.checkpoint_files import newest_complete, step_of
 from pretrain.ending import FAILED, MISTAKE, Ending, Word, fruitless_starts, judge, last_word
 from pretrain.heartbeat import Listener
 from pretrain.options import parse_options
@@ -154,9 +154,7 @@ class Asked:
             self.process.send_signal(number)
 
 
-def attempt(
-    run: Path, job: Job, options: AttemptOptions, command: Sequence[str], asked: Asked | None = None
-) -> tuple[int, bool]:
+def attempt(run: Path, job: Job, options: AttemptOptions, command: Sequence[str], asked: Asked) -> tuple[int, bool]:
     """One start of the command; its exit code, and whether it is to be started again."""
     preflight_suspects(run, 0)  # of a `bd3 preflight` by hand, or of an attempt that was killed
     begun = len(events.read(run))
@@ -177,7 +175,7 @@ def attempt(
         say(given_up(run, fruitless, ending.cause))
         return code or FAILED, False
     if not job.number:
-        again = ending.kind != "asked" and not (asked and asked.to_end)
+        again = ending.kind != "asked" and not asked.to_end
         say(f"{run}: {ending.cause}; {'started again' if again else 'ended'} at step {newest_step(run)}")
         return code, again
     return put_back(run, job, ending, code, options.fits), True
@@ -361,7 +359,8 @@ def fit(command: Sequence[str], job: Job, fits: Sequence[int]) -> list[str]:
 
 def newest_step(run: Path) -> int:
     """Step of the newest complete checkpoint; 0 if there is none."""
-    return max((step_of(path) for path in folders(run) if (path / COMPLETE).is_file()), default=0)
+    found = newest_complete(run)
+    return step_of(found) if found else 0
 
 
 def finished(run: Path, steps: int) -> bool:

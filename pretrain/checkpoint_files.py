@@ -41,6 +41,11 @@ def folders(run: Path) -> list[Path]:
     return sorted((path for path in found if path.name.removeprefix(_PREFIX).isdecimal()), key=step_of)
 
 
+def newest_complete(run: Path) -> Path | None:
+    """Folder of the newest checkpoint that was written to its end; whether its files are whole is not looked at."""
+    return next((path for path in reversed(folders(run)) if (path / COMPLETE).is_file()), None)
+
+
 def step_of(path: Path) -> int:
     """The step in a checkpoint folder's name."""
     return int(path.name.removeprefix(_PREFIX))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
 
+from pretrain.verdict import spans
 from slurm.environment import compress_hosts
 
 GIB = 2**30
@@ -316,8 +317,7 @@ def _place(reports: Sequence[Report], rank: int) -> str:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    numbers = compress_hosts(map(str, ranks)).strip("[]")
-    return f"rank{'s' if len(ranks) > 1 else ''} {numbers}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks).replace(' ', '')}"
 
 
 def _some(words: Sequence[str], most: int = 4) -> str:

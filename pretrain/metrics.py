@@ -41,7 +41,8 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, resume_step: int = 0, tensorboard: bool = False) -> None:
         paths = [run_dir / METRICS, run_dir / THROUGHPUT]
-        self._kept, _ = (_truncate(path, resume_step) for path in paths)
+        kept, _ = (_truncate(path, resume_step) for path in paths)
+        self._newest = kept[-2:]  # a step has one of training and one of validation
         self._metrics, self._throughput = (path.open("ab", buffering=0) for path in paths)
         self._board = None
         if tensorboard:
@@ -51,7 +52,7 @@ class MetricsWriter:
 
     def has(self, split: str, step: int) -> bool:
         """Whether the run had a record of this split and step when it was opened."""
-        return any(record["split"] == split and record["step"] == step for record in self._kept[-2:])
+        return any(record["split"] == split and record["step"] == step for record in self._newest)
 
     def train(self, step: int, fields: Mapping[str, Any]) -> None:
         """Record an optimizer step: loss, grad_norm, lr, tokens, ... (numbers only)."""

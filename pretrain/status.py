@@ -13,8 +13,7 @@ from pydantic import Field
 
 from bd3_megatron.config import ConfigError, Section
 from pretrain import events, heartbeat
-from pretrain.attempt import newest_step
-from pretrain.checkpoint_files import COMPLETE, folders, step_of
+from pretrain.checkpoint_files import COMPLETE, newest_complete, step_of
 from pretrain.load import load_saved
 from pretrain.metrics import METRICS, THROUGHPUT
 from pretrain.options import parse_options
@@ -67,7 +66,8 @@ def status(run: Path) -> dict[str, Any]:
     happened = events.read(run)
     train, validation = _last(run / METRICS, "train"), _last(run / METRICS, "validation")
     speed = _last(run / THROUGHPUT, "throughput")
-    checkpoint = newest_step(run)
+    newest = newest_complete(run)
+    checkpoint = step_of(newest) if newest else 0
     step = max(train["step"] if train else 0, checkpoint)
     pace = speed and speed.get("seconds_per_step")
     left = None if steps is None or not pace else max(0, steps - step) * pace
@@ -86,7 +86,7 @@ def status(run: Path) -> dict[str, Any]:
         "seconds_left": left,
         "record_age": _age(run / METRICS),
         "checkpoint": checkpoint or None,
-        "checkpoint_age": _age(_newest(run)),
+        "checkpoint_age": newest and _age(newest / COMPLETE),
         "phase": beat.phase if beat and not beat.left else None,
         "starts": sum(event["event"] == "started" for event in happened),
         "restarts": [
@@ -214,11 +214,6 @@ def _newest_of(split: str, lines: Sequence[bytes]) -> dict[str, Any] | None:
         if isinstance(record, dict) and record.get("split") == split and isinstance(record.get("step"), int):
             return record
     return None
-
-
-def _newest(run: Path) -> Path:
-    whole = [path for path in folders(run) if (path / COMPLETE).is_file()]
-    return max(whole, key=step_of) / COMPLETE if whole else run / "checkpoints" / COMPLETE
 
 
 def _age(path: Path) -> float | None:

@@ -29,16 +29,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pretrain import events
+from pretrain import ending, events
 from pretrain.environment import Ranks
 from pretrain.heartbeat import Heart
 from pretrain.stacks import standing, start_mark, write_stacks, write_state
 from pretrain.verdict import Observer, Process, Report, Verdict, judge, message, stack_file
 
-FAILED = 1
+FAILED = ending.FAILED
 """exit code of a rank that ends because another one failed"""
 
-HUNG = 124
+HUNG = ending.HUNG
 """exit code of every rank of a job that is ended because it hangs, as of timeout(1)"""
 
 # Shares of the timeout: to judge a rank leaves time to publish it, to write stacks and to exit.

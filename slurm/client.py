@@ -88,8 +88,7 @@ def job(number: int | str) -> dict[str, str] | None:
     Raises:
         SlurmError: as :func:`call`.
     """
-    found = _records("job", str(number))
-    return found[0] if found else None
+    return next(iter(tasks(number)), None)
 
 
 def tasks(number: int | str) -> list[dict[str, str]]:

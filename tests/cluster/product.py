@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,7 +136,7 @@ class Run:
     def weights(self) -> Mapping[str, Any]:
         return checkpoint.read_weights(checkpoint.find(self.path))
 
-    def pids(self, node: str, of: Callable[[str], bool] = lambda line: True) -> list[int]:
+    def pids(self, node: str) -> list[int]:
         """Numbers, seen from here, of the ranks' processes on a node."""
         found = []
         for path in Path("/proc").glob("[0-9]*"):
@@ -147,6 +147,6 @@ class Run:
                 continue
             line = " ".join(words)
             mine = "pretrain" in words and str(self.path) in line and "srun" not in line and "attempt" not in words
-            if mine and f"SLURMD_NODENAME={node}" in environ and of(line):
+            if mine and f"SLURMD_NODENAME={node}" in environ:
                 found.append(int(path.name))
         return sorted(found)
