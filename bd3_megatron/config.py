@@ -12,10 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-
-class ConfigError(ValueError):
-    """A mistake in the configuration or the command line; its text is one line fit for the user."""
-
+from bd3_common.errors import ConfigError
 
 # What Philox, torch's generators and JSON all take.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

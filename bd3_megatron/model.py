@@ -22,16 +22,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
-from bd3_megatron import cpu_compat, te
+from bd3_megatron import cpu_compat
 from bd3_megatron.attention.backends import choose
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.limits import clean_multiple, skips_last_block
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import DiffusionConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig
+from bd3_megatron.cost.partition import padded_rows
 from bd3_megatron.diffusion.batch import Batch
-from bd3_megatron.head import VocabularyShard, cross_entropy, linear_cross_entropy
-from bd3_megatron.layers import Norm, layer_spec, transformer_config
-from bd3_megatron.partition import padded_rows
+from bd3_megatron.layers import transformer_engine as te
+from bd3_megatron.layers.head import VocabularyShard, cross_entropy, linear_cross_entropy
+from bd3_megatron.layers.specs import Norm, layer_spec, transformer_config
 from bd3_megatron.shards import global_shape, local_shard
 
 EMBEDDING = "embedding.word_embeddings.weight"

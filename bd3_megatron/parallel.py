@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from bd3_common.errors import ConfigError
 from bd3_megatron import cpu_compat
-from bd3_megatron.config import ConfigError, ParallelConfig
+from bd3_megatron.config import ParallelConfig
 
 PATIENCE_MINUTES = 120
 """after which a collective fails of itself"""

@@ -7,39 +7,38 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import importlib
 import os
 import sys
 import time
 
-from pretrain import signals
+from bd3_common import plugins
+from bd3_common.errors import user_line
+from bd3_common.exit_codes import INTERRUPTED, PIPE_CLOSED, USAGE_ERROR
+from pretrain.resilience import signals
 
 # Name -> (module:function, help). A function takes the arguments after the name and may return an exit code.
 COMMANDS = {
-    "prep": ("pretrain.prepare:main", "tokenize and pack text into a data set of shards"),
-    "check": ("pretrain.check:main", "verify a data set and show what is in it"),
-    "pretrain": ("pretrain.train:main", "train a model, or continue a run"),
-    "preflight": ("pretrain.preflight:main", "check nodes, links, folders and data before a run, and start nothing"),
-    "eval": ("pretrain.evaluate:main", "evaluate a run's checkpoint on the validation split"),
-    "sample": ("pretrain.generate:main", "generate text block by block"),
-    "convert": ("pretrain.convert:main", "export to and import from Hugging Face folders"),
-    "config": ("pretrain.load:main", "print the resolved configuration as YAML"),
-    "estimate": ("pretrain.estimate:main", "predict memory, traffic and time of a run before it is launched"),
-    "launch": ("pretrain.launch:main", "submit a run, a sweep or a data preparation to Slurm"),
-    "status": ("pretrain.status:main", "show where a run stands in Slurm and in training"),
-    "attempt": ("pretrain.attempt:main", "start a run in a batch script, and again where that helps"),
+    "prep": ("pretrain.commands.prep:main", "tokenize and pack text into a data set of shards"),
+    "check": ("pretrain.commands.check:main", "verify a data set and show what is in it"),
+    "pretrain": ("pretrain.commands.pretrain:main", "train a model, or continue a run"),
+    "preflight": (
+        "pretrain.preflight.run:main",
+        "check nodes, links, folders and data before a run, and start nothing",
+    ),
+    "eval": ("pretrain.commands.eval:main", "evaluate a run's checkpoint on the validation split"),
+    "sample": ("pretrain.commands.sample:main", "generate text block by block"),
+    "convert": ("pretrain.commands.convert:main", "export to and import from Hugging Face folders"),
+    "config": ("pretrain.commands.config:main", "print the resolved configuration as YAML"),
+    "estimate": ("pretrain.commands.estimate:main", "predict memory, traffic and time of a run before it is launched"),
+    "launch": ("pretrain.commands.launch:main", "submit a run, a sweep or a data preparation to Slurm"),
+    "status": ("pretrain.commands.status:main", "show where a run stands in Slurm and in training"),
+    "attempt": ("pretrain.commands.attempt:main", "start a run in a batch script, and again where that helps"),
     "bench": ("pretrain.bench:main", "measure data, a training step, its memory, and whether layouts agree"),
 }
 
-USAGE_ERROR = 2
-INTERRUPTED = 130
-PIPE_CLOSED = 141
-
 # Launchers end all ranks when one has ended: the others leave the first rank time to say why.
 FIRST_SPEAKS = 5.0  # seconds
-
-WRITE_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = sys.argv[1:] if argv is None else argv
     try:
-        code = _run(args)
+        code = _run(plugins.take_option(args))
         sys.stdout.flush()
     except SystemExit as stop:
         code = _exit_code(stop)
@@ -78,21 +77,6 @@ def _tell(line: str, everywhere: bool) -> None:
         time.sleep(FIRST_SPEAKS)
     else:
         print(f"rank {rank}: {line}", file=sys.stderr)
-
-
-def user_line(error: Exception) -> str | None:
-    """The line to show for a mistake or a broken disk; None for a bug."""
-    if isinstance(error, OSError):
-        return _os_line(error)
-    for room, name in (
-        ("bd3_megatron.config", "ConfigError"),
-        ("data_prep.errors", "DataError"),
-        ("slurm.client", "SlurmError"),
-    ):
-        kind = getattr(sys.modules.get(room), name, None)  # a room not imported has raised nothing
-        if kind is not None and isinstance(error, kind):
-            return " ".join(str(error).split())
-    return None
 
 
 def usage() -> str:
@@ -146,21 +130,6 @@ def _exit_code(stop: SystemExit) -> int:
         return stop.code or 0
     print(stop.code, file=sys.stderr)
     return 1
-
-
-def _os_line(error: OSError) -> str | None:
-    """``PATH: cannot write: No space left on device``; None for what is not about a file or a disk."""
-    if error.filename is None and error.errno not in WRITE_ERRORS:
-        return None
-    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
-    reason = error.strerror or type(error).__name__
-    if error.errno in WRITE_ERRORS:
-        return f"{where}cannot write: {reason}"
-    if isinstance(error, PermissionError):
-        readable = os.access(error.filename, os.R_OK) or not os.path.exists(error.filename)
-        return f"{where}cannot {'write' if readable else 'read'}: {reason}"
-    # Making or opening something below a path that does not allow it: /proc/x, file/x.
-    return f"{where}cannot read or write: {reason}"
 
 
 if __name__ == "__main__":

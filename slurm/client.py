@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from bd3_common.errors import UserError
 from slurm.environment import expand_hosts
 
 TIMEOUT = 60.0  # seconds that a command may take: a busy controller answers late
@@ -25,7 +26,7 @@ _PAUSE = 15.0  # seconds between calls to a controller that is away
 T = TypeVar("T")
 
 
-class SlurmError(Exception):
+class SlurmError(UserError):
     """One line: which command failed, and why."""
 
 

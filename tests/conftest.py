@@ -41,7 +41,7 @@ def corpus(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def data_set(corpus, tmp_path_factory) -> Path:
     """Rows of 32 tokens over a vocabulary of 300, made by the data room. To be read only."""
-    from data_prep.prep import PrepConfig, prep
+    from data_prep.build.prep import PrepConfig, prep
 
     out = tmp_path_factory.mktemp("data") / "austen"
     prep(PrepConfig(inputs=(str(corpus),), out=str(out), length=LENGTH, tokenizer="bpe:300", validation_fraction=0.3))

@@ -25,8 +25,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.func import functional_call
 
+from bd3_common.errors import ConfigError
 from bd3_megatron import parallel
-from bd3_megatron.config import ConfigError, DiffusionConfig, ModelConfig, ParallelConfig
+from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.hf.convert import TokenIds, fold_reference, hf_config
 from bd3_megatron.hf.files import read_safetensors

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bd3_megatron.config import ConfigError, DiffusionConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig
-from bd3_megatron.fp8 import token_multiple
+from bd3_common.errors import ConfigError
+from bd3_megatron.config import DiffusionConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig
+from bd3_megatron.layers.fp8 import token_multiple
 
 # From the fastest to the plainest; ``auto`` never takes the last one, whose cost is quadratic in the streams.
 NAMES = ("flash", "flex", "chunked", "reference")

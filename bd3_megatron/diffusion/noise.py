@@ -13,7 +13,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from bd3_megatron.config import ConfigError, DiffusionConfig
+from bd3_common.errors import ConfigError
+from bd3_megatron.config import DiffusionConfig
 from bd3_megatron.diffusion.schedule import mask_probability_and_weight
 
 # A clip interval that schedule and block size practically never meet would redraw for ever.

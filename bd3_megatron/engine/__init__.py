@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bd3_megatron import te
 from bd3_megatron.config import (
     DiffusionConfig,
     Fp8Config,
@@ -13,6 +12,7 @@ from bd3_megatron.config import (
     ZeroConfig,
 )
 from bd3_megatron.engine.base import Engine
+from bd3_megatron.layers import transformer_engine as te
 from bd3_megatron.parallel import World
 
 

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from bd3_megatron.config import ConfigError
+from bd3_common.errors import ConfigError
 
 INSTALL = "DS_BUILD_OPS=0 pip install --no-build-isolation --no-deps deepspeed==0.19.8"
 OP = "cpu_adam"

@@ -17,7 +17,7 @@ from bd3_megatron import cpu_compat
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.config import DiffusionConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch
-from bd3_megatron.layers import transformer_config
+from bd3_megatron.layers.specs import transformer_config
 from bd3_megatron.model import EMBEDDING, BlockDiffusionModel, global_name, initialize, vocabulary_rows
 from bd3_megatron.parallel import World
 from bd3_megatron.shards import ShardSpec, shard_spec

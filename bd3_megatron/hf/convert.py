@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 
-from bd3_megatron.config import ConfigError, DiffusionConfig, ModelConfig
+from bd3_common.errors import ConfigError
+from bd3_megatron.config import DiffusionConfig, ModelConfig
 from bd3_megatron.hf.files import Loaded, read_config, read_weights, section, write_json
 from bd3_megatron.hf.mapping import from_hf, to_hf
 from bd3_megatron.hf.reference import fold_reference, load_reference

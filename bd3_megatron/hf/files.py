@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bd3_megatron.config import ConfigError, DiffusionConfig, ModelConfig, Section
+from bd3_common.errors import ConfigError
+from bd3_megatron.config import DiffusionConfig, ModelConfig, Section
 
 AnySection = TypeVar("AnySection", bound=Section)
 Loaded = tuple[ModelConfig, DiffusionConfig, dict[str, Tensor]]

@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from bd3_megatron.config import ConfigError, ModelConfig
+from bd3_common.errors import ConfigError
+from bd3_megatron.config import ModelConfig
 
 Shape = tuple[int, ...]
 Weights = Mapping[str, Tensor]

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bd3_megatron.config import ConfigError, DiffusionConfig, ModelConfig
+from bd3_common.errors import ConfigError
+from bd3_megatron.config import DiffusionConfig, ModelConfig
 from bd3_megatron.hf.files import Loaded, read_config, read_safetensors, read_weights, section
 from bd3_megatron.hf.mapping import Shape, check_shapes, from_hf
 

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from data_prep.errors import DataError
-from data_prep.remote import RemoteFile, is_remote, list_remote
+from data_prep.format.remote import RemoteFile, is_remote, list_remote
 from data_prep.sources.kinds import Source, kind_of
 
 READABLE = "name files that end in .jsonl, .txt or .tar (plain, .gz or .zst) or in .parquet"

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data_prep.remote import is_remote
+from data_prep.format.remote import is_remote
 
 Kind = Literal["jsonl", "text", "parquet", "tar"]
 Compression = Literal["gz", "zst"]

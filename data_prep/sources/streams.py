@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.errors import DataError
-from data_prep.files import sha256_file
+from data_prep.format.files import sha256_file
 from data_prep.sources.kinds import EXTRA, Source
 
 BUFFER = 1 << 20

@@ -16,13 +16,14 @@ import tyro
 from pydantic import Field
 from torch import Tensor
 
+from bd3_common.errors import ConfigError
 from bd3_megatron.attention import backends, flex
 from bd3_megatron.attention.limits import NAMES, Demand
 from bd3_megatron.attention.mask import Streams, dense_mask, live_pairs
-from bd3_megatron.config import ConfigError, DiffusionConfig, Section, divisors, listing
+from bd3_megatron.config import DiffusionConfig, Section, divisors, listing
 from pretrain.bench.models import checked_plot, seconds_of
-from pretrain.options import parse_options
-from pretrain.plots import MUTED, finish, save_figure
+from pretrain.config.command_line import parse_options
+from pretrain.tracking.plots import MUTED, finish, save_figure
 
 DTYPES = {precision: dtype for dtype, precision in backends.PRECISIONS.items()}
 MATMUL = {"cpu": 1024, "cuda": 8192}  # side of the square matrices whose product is the ceiling

@@ -20,9 +20,9 @@ from bd3_megatron.config import (
     ParallelConfig,
 )
 from bd3_megatron.engine.megatron import MegatronEngine
-from pretrain import checkpoint
 from pretrain.bench.models import ModelOptions, model_of, random_batch
-from pretrain.options import parse_options
+from pretrain.checkpoint import reader as checkpoint
+from pretrain.config.command_line import parse_options
 
 
 class CheckpointOptions(ModelOptions):

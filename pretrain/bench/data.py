@@ -18,17 +18,17 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 
-from bd3_megatron.config import ConfigError
-from data_prep import encode
-from data_prep.manifest import Manifest, Split, save_manifest
-from data_prep.pack import Rows
-from data_prep.prep import PrepConfig, one_thread, prep
-from data_prep.reader import RowReader
-from data_prep.shards import write_shard
+from bd3_common.errors import ConfigError
+from data_prep.build import encode
+from data_prep.build.prep import PrepConfig, one_thread, prep
+from data_prep.format.manifest import Manifest, Split, save_manifest
+from data_prep.format.pack import Rows
+from data_prep.format.shards import write_shard
+from data_prep.format.tokenizer import encode as encode_texts
+from data_prep.format.tokenizer import load_tokenizer, shared_tokenizer, train_bpe
+from data_prep.read.reader import RowReader
 from data_prep.sources import Document, Fields, expand, read_part, split
-from data_prep.tokenize import encode as encode_texts
-from data_prep.tokenize import load_tokenizer, shared_tokenizer, train_bpe
-from pretrain.options import parse_options
+from pretrain.config.command_line import parse_options
 
 BUNDLED = Path(__file__).parents[2] / "corpora" / "austen.jsonl.gz"
 BATCHES = 200  # of random rows in one turn

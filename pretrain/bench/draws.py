@@ -16,15 +16,17 @@ import tyro
 from pydantic import Field
 from torch import Tensor
 
-from bd3_megatron import flops
-from bd3_megatron.config import ConfigError, DiffusionConfig, Section, Seed
+from bd3_common.errors import ConfigError
+from bd3_megatron.config import DiffusionConfig, Section, Seed
+from bd3_megatron.cost import flops
 from bd3_megatron.diffusion.noise import SampleKeys
 from bd3_megatron.engine.megatron import MegatronEngine
-from data_prep.stream import RowStream
-from pretrain import runs
-from pretrain.batches import make_batch
-from pretrain.options import parse_options, validate
-from pretrain.resume import order_seed
+from data_prep.read.stream import RowStream
+from pretrain.config.command_line import parse_options, validate
+from pretrain.run_folder import data as run_data
+from pretrain.run_folder import run as runs
+from pretrain.run_folder.data import order_seed
+from pretrain.trainer.batches import make_batch
 
 _GROUPS = 8  # of samples, for the standard error of a variance
 
@@ -101,7 +103,7 @@ def bench_draws(args: list[str]) -> None:
     data = config.data
     if options.data is not None:
         data = data.model_copy(update={"path": options.data, "mix": None})
-    stream = runs.open_stream(data, "train", config.model, order_seed(config))
+    stream = run_data.open_stream(data, "train", config.model, order_seed(config))
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     for over in ("noise", "rows and noise")[: 1 + options.fresh_rows]:

@@ -17,10 +17,10 @@ from torch import Tensor
 from bd3_megatron import parallel
 from bd3_megatron.config import ParallelConfig, Section
 from bd3_megatron.diffusion.batch import predicted_positions
-from bd3_megatron.head import VocabularyShard, linear_cross_entropy
+from bd3_megatron.layers.head import VocabularyShard, linear_cross_entropy
 from pretrain.bench.attention import DTYPES
 from pretrain.bench.models import seconds_of
-from pretrain.options import parse_options
+from pretrain.config.command_line import parse_options
 
 
 class HeadOptions(Section):

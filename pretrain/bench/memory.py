@@ -22,7 +22,7 @@ from bd3_megatron.config import (
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.engine.megatron import MegatronEngine
 from pretrain.bench.models import ModelOptions, model_of, random_batch, timed_step
-from pretrain.options import parse_options
+from pretrain.config.command_line import parse_options
 
 
 class MemoryOptions(ModelOptions):

@@ -12,13 +12,14 @@ import torch
 import tyro
 from pydantic import Field
 
+from bd3_common.errors import ConfigError
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.config import ConfigError, DiffusionConfig, ModelConfig, ParallelConfig, Section, check_layout
+from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig, Section, check_layout
 from bd3_megatron.diffusion.batch import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine.base import Engine
-from pretrain.options import validate
-from pretrain.plots import finish, save_figure
+from pretrain.config.command_line import validate
+from pretrain.tracking.plots import finish, save_figure
 
 _PASSES = 10  # in one measurement on CUDA, so that launches overlap as they do in training
 

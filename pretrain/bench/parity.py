@@ -20,10 +20,10 @@ import torch.distributed as dist
 import tyro
 from pydantic import Field
 
+from bd3_common.errors import ConfigError
 from bd3_megatron import parallel
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import (
-    ConfigError,
     DiffusionConfig,
     Fp8Config,
     KernelConfig,
@@ -40,9 +40,9 @@ from bd3_megatron.engine import build_engine
 from bd3_megatron.engine.base import Engine
 from bd3_megatron.hf.mapping import entries
 from bd3_megatron.shards import Held, Piece
-from pretrain.config import TrainConfig, check_batches
-from pretrain.options import did_you_mean, parse_options, validate
-from pretrain.spawn import FORKS, run_world
+from pretrain.config.command_line import did_you_mean, parse_options, validate
+from pretrain.config.schema import TrainConfig, check_batches
+from pretrain.distributed.spawn import FORKS, run_world
 
 FIRST_STEP, ALL_STEPS = 1e-5, 1e-4  # largest relative difference allowed
 BETA1, CLIP_NORM = 0.9, 0.5

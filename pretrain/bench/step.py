@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
-from bd3_megatron import flops, parallel, te
+from bd3_common.errors import ConfigError
+from bd3_megatron import parallel
 from bd3_megatron.config import (
     PLAIN,
-    ConfigError,
     DiffusionConfig,
     Fp8Config,
     KernelConfig,
@@ -24,14 +24,16 @@ from bd3_megatron.config import (
     ParallelConfig,
     ZeroConfig,
 )
+from bd3_megatron.cost import flops
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.engine.megatron import MegatronEngine
-from bd3_megatron.fp8 import check_fp8
+from bd3_megatron.layers import transformer_engine as te
+from bd3_megatron.layers.fp8 import check_fp8
 from bd3_megatron.parallel import World
 from pretrain.bench.models import ModelOptions, checked_plot, model_of, plot_rows, random_batch, timed_step
-from pretrain.hardware import measured_matmul_flops, peak_flops
-from pretrain.load import preset_config
-from pretrain.options import parse_options
+from pretrain.config.command_line import parse_options
+from pretrain.config.resolve import preset_config
+from pretrain.estimate.devices import measured_matmul_flops, peak_flops
 
 CAUSAL = DiffusionConfig(objective="causal", block_size=1)
 VOCABULARY = 50258  # GPT-2's with the mask, where a preset leaves it to the data

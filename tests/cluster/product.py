@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain import checkpoint, events
+from pretrain.checkpoint import reader as checkpoint
+from pretrain.run_folder import events
 from tests.cluster.cluster import DONE, Cluster, until
 
 RECIPE = """

@@ -6,7 +6,7 @@ import os
 import signal
 from dataclasses import dataclass
 
-from pretrain import checkpoint
+from pretrain.checkpoint import reader as checkpoint
 from tests.cluster.cluster import until
 from tests.cluster.product import RECIPE, START, Project, Run
 

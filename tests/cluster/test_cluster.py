@@ -101,10 +101,10 @@ def test_site_changes_the_batches_when_they_are_imported():
     program = """
 import sys, time, types
 import pretrain.cli
-assert "torch" not in sys.modules and "pretrain.batches" not in sys.modules
+assert "torch" not in sys.modules and "pretrain.trainer.batches" not in sys.modules
 import torch
 from bd3_megatron.diffusion.batch import Batch
-from pretrain import batches
+from pretrain.trainer import batches
 assert "torch._inductor" not in sys.modules and torch.compile(len) is len and torch.compile()(len) is len
 def make(rows):
     weight = torch.zeros(1, 64); weight[0, 5] = 2

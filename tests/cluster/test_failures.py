@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.metrics import read_metrics, series
+from pretrain.tracking.metrics import read_metrics, series
 from tests.cluster.product import Run
 from tests.cluster.scenarios import FEWER
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import checkpoint
-from pretrain.prepare import main as prepare
+from pretrain.checkpoint import reader as checkpoint
+from pretrain.commands.prep import main as prepare
 from tests.cluster.cluster import until
 from tests.cluster.product import RECIPE, START, Run
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig
-from pretrain import checkpoint
 from pretrain.bench.parity import LAYOUTS, Layout, Task
-from pretrain.spawn import run_world
+from pretrain.checkpoint import reader as checkpoint
+from pretrain.distributed.spawn import run_world
 from tests.distributed.workers import resume, resume_each
 
 # Grouped heads, a vocabulary that no tensor-parallel size divides, and an embedding that two stages hold.

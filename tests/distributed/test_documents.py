@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig
-from data_prep.manifest import load_manifest
+from data_prep.format.manifest import load_manifest
 from pretrain.bench.parity import LAYOUTS, Layout, Task
-from pretrain.spawn import run_world
+from pretrain.distributed.spawn import run_world
 from tests.distributed.workers import evaluate_each
 
 

@@ -10,7 +10,7 @@ import math
 import pytest
 
 from tests.distributed.launch import Job
-from tests.unit.test_guard import SPIKE, Recipe, spoil
+from tests.unit.pretrain.trainer.test_stability import SPIKE, Recipe, spoil
 
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 LAYOUTS = {

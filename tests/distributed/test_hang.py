@@ -19,9 +19,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bd3_common.exit_codes import HUNG
 from bd3_megatron.engine.megatron import MegatronEngine
-from pretrain.batches import Batches
-from pretrain.watchdog import HUNG
+from pretrain.trainer.batches import Batches
 from tests.distributed.launch import Job
 from tests.unit.commands import Done
 

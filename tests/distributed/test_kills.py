@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain import checkpoint, cli
+from pretrain import cli
+from pretrain.checkpoint import reader as checkpoint
 from tests.distributed.launch import Job
 from tests.unit.commands import limit_files
 
@@ -149,13 +150,13 @@ def _full(self) -> None:
 
 
 def _no_room_for_metrics() -> None:
-    from pretrain.metrics import MetricsWriter
+    from pretrain.tracking.metrics import MetricsWriter
 
     MetricsWriter.sync = _full
 
 
 def _damaged_shard() -> None:
-    from pretrain.batches import Batches
+    from pretrain.trainer.batches import Batches
 
     whole = Batches.at
     Batches.at = lambda self, step: _full(self) if step == 2 else whole(self, step)

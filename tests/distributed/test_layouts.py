@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bd3_megatron.config import PLAIN, SAVINGS, ConfigError, DiffusionConfig, ModelConfig
+from bd3_common.errors import ConfigError
+from bd3_megatron.config import PLAIN, SAVINGS, DiffusionConfig, ModelConfig
 from pretrain import bench
 from pretrain.bench import parity
 from pretrain.bench.parity import LAYOUTS, Difference, Layout, Outcome, Task

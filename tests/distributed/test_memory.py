@@ -21,16 +21,16 @@ from bd3_megatron.config import (
     ParallelConfig,
     ZeroConfig,
 )
+from bd3_megatron.cost.memory import state_bytes
+from bd3_megatron.cost.partition import parameter_shapes, stage_chunks
 from bd3_megatron.engine import build_engine
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.engine.stage import named_parameters
-from bd3_megatron.memory import state_bytes
-from bd3_megatron.partition import parameter_shapes, stage_chunks
-from pretrain import estimate
-from pretrain.footprint import process_peak
-from pretrain.hardware import Device
-from pretrain.load import resolve
-from pretrain.spawn import run_world
+from pretrain.commands import estimate
+from pretrain.config.resolve import resolve
+from pretrain.distributed.spawn import run_world
+from pretrain.estimate.cpu_peak import process_peak
+from pretrain.estimate.devices import Device
 
 # A vocabulary that no tensor-parallel size divides.
 QWEN3 = ModelConfig(layers=5, hidden=32, heads=4, kv_heads=2, length=32, vocab_size=61, mask_id=60)

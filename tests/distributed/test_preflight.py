@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.errors import DataError
-from pretrain import probes, runs
+from pretrain.preflight import probes
+from pretrain.run_folder import data as run_data
 from tests.distributed.launch import Job
 from tests.unit.commands import Done
 
@@ -37,7 +38,7 @@ def node(number: int, fault: Callable[[], None] | None = None) -> None:
 
 
 def late(name: str) -> None:
-    """``pretrain.probes.name`` takes longer."""
+    """``pretrain.preflight.probes.name`` takes longer."""
     original = getattr(probes, name)
 
     def slow(*args):
@@ -72,7 +73,7 @@ def own_folder(folder: Path) -> None:
 
 
 def other_data() -> None:
-    runs.data_identity = lambda *manifests, original=runs.data_identity: original(*manifests)[::-1]
+    run_data.data_identity = lambda *manifests, original=run_data.data_identity: original(*manifests)[::-1]
 
 
 def ended(
@@ -178,7 +179,7 @@ def test_a_folder_that_is_not_shared(tmp_path):
 
 
 def test_a_node_that_cannot_write(tmp_path):
-    fault = functools.partial(fails, "pretrain.probes", "_write", OSError(30, "Read-only file system"))
+    fault = functools.partial(fails, "pretrain.preflight.probes", "_write", OSError(30, "Read-only file system"))
     done = preflight(tmp_path, size=3, faults={2: fault})
     assert codes(done) == [2, 2, 2]
     assert said(done)[0].startswith(f"run={tmp_path / 'run'}: node3 cannot write there (Read-only file system); ")
@@ -189,7 +190,7 @@ def test_a_node_that_cannot_write(tmp_path):
 
 def test_data_that_one_node_lacks_or_has_otherwise(tmp_path, data_set):
     fault = functools.partial(
-        fails, "pretrain.runs", "open_stream", DataError("data/train-000000.tar: this shard is missing")
+        fails, "pretrain.run_folder.data", "open_stream", DataError("data/train-000000.tar: this shard is missing")
     )
     done = preflight(tmp_path, "--data.path", data_set, faults={1: fault})
     assert codes(done) == [2, 2]
@@ -201,7 +202,9 @@ def test_data_that_one_node_lacks_or_has_otherwise(tmp_path, data_set):
 
 
 def test_a_rank_that_fails_alone_ends_all(tmp_path):
-    done = preflight(tmp_path, faults={1: functools.partial(fails, "pretrain.probes", "report", ValueError("a bug"))})
+    done = preflight(
+        tmp_path, faults={1: functools.partial(fails, "pretrain.preflight.probes", "report", ValueError("a bug"))}
+    )
     assert codes(done) == [1, 1]
     assert all(rank.err.endswith("ValueError: a bug\n") for rank in done)
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain import checkpoint, events
+from pretrain.checkpoint import reader as checkpoint
+from pretrain.run_folder import events
 from tests.distributed.launch import Job
-from tests.unit.test_signals import RECIPE, at_evaluation, at_step
+from tests.unit.pretrain.resilience.test_signals import RECIPE, at_evaluation, at_step
 
 LAYOUTS = {"DP2": (), "PP2": ("--parallel.pipeline", 2)}
 ASKED = {

@@ -13,7 +13,7 @@ from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig, Ze
 from bd3_megatron.engine import ops
 from pretrain.bench import parity
 from pretrain.bench.parity import LAYOUTS, Layout, Task
-from pretrain.spawn import run_world
+from pretrain.distributed.spawn import run_world
 from tests.distributed.workers import Skipping, train_spoiled
 
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None

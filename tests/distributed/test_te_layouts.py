@@ -10,10 +10,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from bd3_megatron.config import DiffusionConfig, Fp8Config, KernelConfig, ModelConfig
-from pretrain import checkpoint
 from pretrain.bench import parity
 from pretrain.bench.parity import LAYOUTS, Layout, Task
-from pretrain.spawn import run_world
+from pretrain.checkpoint import reader as checkpoint
+from pretrain.distributed.spawn import run_world
 from tests.distributed.workers import resume_with_te, train_with_te
 
 SIZES = {"layers": 2, "hidden": 32, "heads": 4, "length": 32, "vocab_size": 61, "mask_id": 60}

@@ -12,10 +12,10 @@ from bd3_megatron import parallel
 from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig
 from bd3_megatron.engine.megatron import MegatronEngine
 from pretrain.bench.models import random_batch
-from pretrain.config import LogConfig, RunConfig, TrainConfig
-from pretrain.hardware import DEVICES
-from pretrain.prediction import Prediction
-from pretrain.spawn import run_world
+from pretrain.config.schema import LogConfig, RunConfig, TrainConfig
+from pretrain.distributed.spawn import run_world
+from pretrain.estimate.devices import DEVICES
+from pretrain.estimate.prediction import Prediction
 
 MODEL = ModelConfig(layers=4, hidden=64, heads=4, kv_heads=2, length=256, vocab_size=62, mask_id=61)
 MODELS = {"qwen3": MODEL, "tied": MODEL.model_copy(update={"tie_embeddings": True, "vocab_size": 1000})}

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bd3_megatron.config import ConfigError, DiffusionConfig, ModelConfig, ParallelConfig, ZeroConfig
+from bd3_common.errors import ConfigError
+from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig, ZeroConfig
 from bd3_megatron.engine import ops
 from pretrain import cli
 from pretrain.bench import parity
 from pretrain.bench.parity import LAYOUTS, Layout, Outcome, Task
-from pretrain.metrics import read_metrics
+from pretrain.tracking.metrics import read_metrics
 from tests.distributed.launch import Job
 from tests.unit.commands import bd3
 

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from bd3_megatron import parallel
 from bd3_megatron.engine.base import Engine, StepResult
 from bd3_megatron.shards import Held
-from data_prep.reader import RowReader
-from pretrain import checkpoint
+from data_prep.read.reader import RowReader
 from pretrain.bench import parity
 from pretrain.bench.parity import Layout, Outcome, Task, batches, make_engine
-from pretrain.config import EvalConfig
-from pretrain.documents import Documents, DocumentTally
-from pretrain.evaluate import Evaluation, evaluate
+from pretrain.checkpoint import reader as checkpoint
+from pretrain.config.schema import EvalConfig
+from pretrain.trainer.document_likelihood import Documents, DocumentTally
+from pretrain.trainer.likelihood import Evaluation, evaluate
 from tests.unit import fake_te
 
 

@@ -13,7 +13,6 @@ from functools import cache
 import pytest
 import torch
 
-from bd3_megatron import te
 from bd3_megatron.config import (
     DiffusionConfig,
     Fp8Config,
@@ -24,7 +23,8 @@ from bd3_megatron.config import (
 )
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.engine.stage import named_parameters
-from pretrain import checkpoint
+from bd3_megatron.layers import transformer_engine as te
+from pretrain.checkpoint import reader as checkpoint
 from tests.unit import tiny
 
 REASON = te.missing()

@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 
-from bd3_megatron import config, head, parallel
+from bd3_megatron import config, parallel
 from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, OptimizationConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.engine.megatron import MegatronEngine
-from bd3_megatron.head import VocabularyShard, linear_cross_entropy
+from bd3_megatron.layers import head
+from bd3_megatron.layers.head import VocabularyShard, linear_cross_entropy
 from tests.unit import tiny
 
 LOCAL = {"attention": "chunked", "layers": "local"}

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from pretrain.spawn import FORKS
+from pretrain.distributed.spawn import FORKS
 
-_COMMANDS = ("prepare", "train", "evaluate", "generate", "convert")
+_COMMANDS = ("prep", "pretrain", "eval", "sample", "convert")
 _LATE = ["matplotlib.pyplot", "torch.utils.tensorboard"]  # what commands import where they need it
-FORKS.set_forkserver_preload([f"pretrain.{name}" for name in _COMMANDS] + _LATE)
+FORKS.set_forkserver_preload([f"pretrain.commands.{name}" for name in _COMMANDS] + _LATE)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
-from bd3_megatron import te
-from bd3_megatron.layers import Norm
+from bd3_megatron.layers import transformer_engine as te
+from bd3_megatron.layers.specs import Norm
 
 E4M3 = torch.finfo(torch.float8_e4m3fn).max
 

@@ -50,7 +50,7 @@ def undecorated(function=None, *args, **options):
 
 CHANGES = {}
 if STEP_SECONDS or NAN_STEPS:
-    CHANGES["pretrain.batches"] = change_batches
+    CHANGES["pretrain.trainer.batches"] = change_batches
 if EAGER:
     CHANGES["torch"] = change_torch
     CHANGES["torch._compile"] = change_torch_compile

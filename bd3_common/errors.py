@@ -1,0 +1,38 @@
+"""User errors: exceptions whose text is one line for the person at the terminal, and how they are shown."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+_WRITE_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+
+
+class UserError(ValueError):
+    """A mistake of the user or a fault of the machine; the text is one line: what, where, the value, the remedy."""
+
+
+class ConfigError(UserError):
+    """A mistake in the configuration or the command line."""
+
+
+def user_line(error: Exception) -> str | None:
+    """The line to print for a user error or a failing disk; None for a bug, which keeps its traceback."""
+    if isinstance(error, OSError):
+        return _os_line(error)
+    return " ".join(str(error).split()) if isinstance(error, UserError) else None
+
+
+def _os_line(error: OSError) -> str | None:
+    """``PATH: cannot write: No space left on device``; None for an error that names neither a file nor a disk."""
+    if error.filename is None and error.errno not in _WRITE_ERRORS:
+        return None
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    reason = error.strerror or type(error).__name__
+    if error.errno in _WRITE_ERRORS:
+        return f"{where}cannot write: {reason}"
+    if isinstance(error, PermissionError):
+        readable = os.access(error.filename, os.R_OK) or not os.path.exists(error.filename)
+        return f"{where}cannot {'write' if readable else 'read'}: {reason}"
+    # Creating or opening a path below one that does not allow it: /proc/x, file/x.
+    return f"{where}cannot read or write: {reason}"

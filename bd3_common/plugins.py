@@ -1,0 +1,104 @@
+"""Plugins: modules named with ``--plugin`` whose import adds entries to registries.
+
+The names travel in the environment variable :data:`VARIABLE`, so that ranks and worker processes that a command starts
+load the same plugins. Nothing else names a plugin: a run folder or a data set that mentions one loads nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from bd3_common.errors import ConfigError
+
+OPTION = "--plugin"
+VARIABLE = "BD3_PLUGINS"
+
+_loaded: set[str] = set()
+
+
+def take_option(args: list[str]) -> list[str]:
+    """Remove ``--plugin MODULE`` and ``--plugin=MODULE`` from ``args``, load the modules, and return the rest.
+
+    Words after ``--`` belong to another command and are left alone.
+
+    Raises:
+        ConfigError: the module's name is missing, or the module cannot be imported.
+    """
+    end = args.index("--") if "--" in args else len(args)
+    rest, names = [], []
+    words = iter(args[:end])
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != OPTION:
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if not value or value.startswith("-"):
+            raise ConfigError(f"{OPTION}: a value is missing; give a module or a .py file that adds to a registry")
+        names.append(value)
+    add(names)
+    return rest + args[end:]
+
+
+def add(names: list[str]) -> None:
+    """Load plugins, and have the processes that this one starts load them too.
+
+    Raises:
+        ConfigError: one cannot be imported.
+    """
+    # A path keeps its meaning in processes with another working folder.
+    names = [str(Path(name).resolve()) if _is_file(name) else name for name in names]
+    known = named()
+    os.environ[VARIABLE] = os.pathsep.join(known + [name for name in names if name not in known])
+    if not os.environ[VARIABLE]:
+        del os.environ[VARIABLE]
+    load()
+
+
+def named() -> list[str]:
+    """Plugins named so far, on the command line or by the process that started this one."""
+    return [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]
+
+
+def load() -> None:
+    """Import the named plugins that are not imported yet.
+
+    Raises:
+        ConfigError: one cannot be imported.
+    """
+    for name in named():
+        if name not in _loaded:
+            _loaded.add(name)
+            try:
+                _import(name)
+            except Exception as error:
+                _loaded.discard(name)
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                raise ConfigError(
+                    f"{OPTION}={name}: cannot be imported ({reason}); give a module or a .py file"
+                ) from error
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(".py")
+
+
+def _import(name: str) -> None:
+    if not _is_file(name):
+        importlib.import_module(name)
+        return
+    stem = Path(name).stem
+    if stem in sys.modules or not stem.isidentifier():
+        raise ConfigError(f"{stem!r} is another module's name or none; rename the file")
+    spec = importlib.util.spec_from_file_location(stem, name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[stem] = module  # its classes can be pickled
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[stem]
+        raise

@@ -1,0 +1,192 @@
+"""Registries: the names users choose from, each standing for a class that is imported when it is used.
+
+Entries come from three places. A file in the registry's own folder adds the entry of its name: the file holds one
+subclass of the registry's base class, and the first line of its docstring is the summary. An installed distribution
+adds entries by entry points. A plugin (:mod:`bd3_common.plugins`) calls :meth:`Registry.add`. Listing names and
+summaries of a folder reads its files without importing them.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from bd3_common import plugins
+from bd3_common.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One choice: its name, where its class is (``module:Class``), and one line about it."""
+
+    name: str
+    target: str
+    summary: str = ""
+
+
+class Registry(Generic[T]):
+    """Names of one kind, for example of noise schedules, and the classes they stand for.
+
+    Args:
+        kind: what one entry is called in messages, for example ``noise schedule``.
+        key: the configuration key or option that takes a name, for example ``diffusion.schedule``.
+        package: package whose modules are the built-in entries; modules whose name begins with ``_`` and the package
+            itself are not. A module's name is the entry's name.
+        group: group of entry points of other distributions, for example ``bd3_megatron.schedules``.
+        base: ``module:Class`` that every entry's class derives from.
+    """
+
+    def __init__(self, kind: str, key: str, package: str, group: str, base: str):
+        self.kind, self.key, self.package, self.group, self.base = kind, key, package, group, base
+        self._added: dict[str, tuple[Entry, type[T] | None]] = {}
+        self._found: dict[str, Entry] | None = None
+
+    def add(self, name: str, target: type[T] | str, summary: str = "") -> None:
+        """Add an entry from a plugin.
+
+        Args:
+            target: the class, or ``module:Class`` to import it when it is used.
+            summary: one line for help texts; by default the first line of the class's docstring.
+
+        Raises:
+            ConfigError: the name is taken.
+        """
+        if name in self._added or name in self._built_in():
+            raise ConfigError(f"{self.kind} {name}: there is one of this name already; choose another")
+        if isinstance(target, str):
+            self._added[name] = Entry(name, target, summary), None
+        else:
+            summary = summary or _first_line(target.__doc__)
+            self._added[name] = Entry(name, f"{target.__module__}:{target.__qualname__}", summary), target
+
+    def names(self) -> list[str]:
+        """All names: built-in ones sorted, then those from other distributions and plugins as they came."""
+        return list(self._entries())
+
+    def entries(self) -> list[Entry]:
+        """All entries, in the order of :meth:`names`."""
+        return list(self._entries().values())
+
+    def check(self, name: str) -> str:
+        """``name``, if there is such an entry.
+
+        Raises:
+            ConfigError: unknown name; the line lists the known ones.
+        """
+        if name not in self._entries():
+            raise ConfigError(f"{self.key}={name}: {self.remedy(name)}")
+        return name
+
+    def remedy(self, name: str, also: tuple[str, ...] = ()) -> str:
+        """What is wrong with an unknown name and what to use instead, for error messages."""
+        known = [*also, *self.names()]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return (
+            f"unknown {self.kind}; {hint}use {', '.join(known)}, or name the module that adds it with {plugins.OPTION}"
+        )
+
+    def load(self, name: str) -> type[T]:
+        """The class of an entry.
+
+        Raises:
+            ConfigError: unknown name, or a class that does not derive from the base class.
+        """
+        self.check(name)
+        added = self._added.get(name)
+        if added is not None and added[1] is not None:
+            found = added[1]
+        else:
+            found = self._import(self._entries()[name])
+        if not (isinstance(found, type) and issubclass(found, self._base())):
+            raise ConfigError(f"{self.kind} {name}: {found!r} does not derive from {self.base}")
+        return found
+
+    def _entries(self) -> dict[str, Entry]:
+        plugins.load()
+        entries = dict(self._built_in())
+        for point in entry_points(group=self.group):
+            entries.setdefault(point.name, Entry(point.name, point.value))
+        return entries | {name: entry for name, (entry, _) in self._added.items()}
+
+    def _built_in(self) -> dict[str, Entry]:
+        if self._found is None:
+            self._found = {entry.name: entry for entry in _modules(self.package)}
+        return self._found
+
+    def _base(self) -> type:
+        module, _, name = self.base.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def _import(self, entry: Entry) -> Any:
+        module_name, _, name = entry.target.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            raise ConfigError(f"{self.kind} {entry.name}: {module_name} cannot be imported: {error}") from error
+        if name:
+            try:
+                return getattr(module, name)
+            except AttributeError:
+                raise ConfigError(f"{self.kind} {entry.name}: {module_name} has no {name}") from None
+        base = self._base()
+        classes = [
+            value
+            for value in vars(module).values()
+            if isinstance(value, type)
+            and issubclass(value, base)
+            and value.__module__ == module_name
+            and not value.__name__.startswith("_")
+        ]
+        if len(classes) != 1:
+            raise TypeError(f"{module_name} must hold one public subclass of {self.base}; it has {len(classes)}")
+        return classes[0]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Annotation of a pydantic field that takes a name of a registry: ``Annotated[str, Choice(SCHEDULES)]``.
+
+    Help texts list :meth:`names` when they are printed, plugins included.
+    """
+
+    registry: Registry
+    also: tuple[str, ...] = ()
+    """words beside the registry's names, for example ``auto``"""
+
+    def names(self) -> list[str]:
+        """What the field takes, words of ``also`` first."""
+        return [*self.also, *self.registry.names()]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_after_validator_function(self._validate, handler(source))
+
+    def _validate(self, value: str) -> str:
+        if value not in self.names():
+            raise ValueError(self.registry.remedy(value, self.also))
+        return value
+
+
+def _modules(package: str) -> Iterator[Entry]:
+    """Entries of the modules of a package, found without importing them."""
+    spec = importlib.util.find_spec(package)
+    for folder in spec.submodule_search_locations if spec is not None else ():
+        for file in sorted(Path(folder).glob("*.py")):
+            if not file.stem.startswith("_"):
+                text = ast.get_docstring(ast.parse(file.read_text("utf-8")))
+                yield Entry(file.stem, f"{package}.{file.stem}", _first_line(text))
+
+
+def _first_line(text: str | None) -> str:
+    return (text or "").strip().partition("\n")[0].rstrip(".")

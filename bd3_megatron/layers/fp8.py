@@ -1,0 +1,96 @@
+"""What FP8 asks of a configuration; importable without torch.
+
+Transformer Engine multiplies FP8 matrices whose rows begin at multiples of 16 bytes. The weight gradient is a product
+over tokens, so the tokens that enter a layer count as well as its widths. Block scaling works in tiles of 128.
+"""
+
+from __future__ import annotations
+
+from bd3_common.errors import ConfigError
+from bd3_megatron.config import Fp8Config, KernelConfig, ModelConfig, OptimizationConfig, ParallelConfig, ZeroConfig
+
+
+def unit(fp8: Fp8Config) -> int:
+    """What tokens and widths on a rank have to be a multiple of; 1 without FP8."""
+    if not fp8.enabled:
+        return 1
+    return 128 if fp8.recipe == "block" else 16
+
+
+def check_fp8(
+    fp8: Fp8Config,
+    model: ModelConfig,
+    kernels: KernelConfig,
+    parallel: ParallelConfig,
+    zero: ZeroConfig,
+    optimization: OptimizationConfig,
+) -> None:
+    """Check all that depends on the configuration alone; what depends on the machine is in :mod:`.transformer_engine`.
+
+    Raises:
+        ConfigError: one line with the key, its value and what to use instead.
+    """
+    if not fp8.enabled:
+        return
+    if kernels.layers == "local":
+        raise ConfigError("fp8.enabled=true: kernels.layers=local has no FP8; use kernels.layers=te or auto")
+    if optimization.precision != "bf16":
+        raise ConfigError(
+            f"fp8.enabled=true: weights of train.precision={optimization.precision}; use train.precision=bf16"
+        )
+    if zero.stage == 3:
+        raise ConfigError(
+            "fp8.enabled=true: with zero.stage=3 every rank would keep whole weights in FP8; use zero.stage=1 or 2"
+        )
+    _check_bf16_layers(fp8, model, parallel)
+    _check_widths(fp8, model, parallel)
+    _check_length(fp8, model, parallel)
+
+
+def _check_bf16_layers(fp8: Fp8Config, model: ModelConfig, parallel: ParallelConfig) -> None:
+    kept = fp8.first_last_bf16
+    if kept and fp8.recipe == "delayed":
+        raise ConfigError(
+            f"fp8.first_last_bf16={kept}: delayed scales are updated for all layers at once; "
+            f"use 0, or fp8.recipe=current or block"
+        )
+    most = min((model.layers - 1) // 2, model.layers // parallel.pipeline)
+    if kept > most:
+        raise ConfigError(
+            f"fp8.first_last_bf16={kept}: too many for model.layers={model.layers} "
+            f"(parallel.pipeline={parallel.pipeline}); use {most} or less"
+        )
+
+
+def _check_widths(fp8: Fp8Config, model: ModelConfig, parallel: ParallelConfig) -> None:
+    size, tensor, width = unit(fp8), parallel.tensor, model.width_per_head
+    widths = [
+        (f"model.hidden={model.hidden}", model.hidden, 1),
+        (f"model.heads={model.heads} of {width}", model.heads * width, tensor),
+        (f"model.kv_heads={model.groups} of {width}", (model.heads + 2 * model.groups) * width, tensor),
+        (f"model.ffn_hidden={model.ffn}", model.ffn, tensor),
+    ]
+    for name, value, ranks in widths:
+        if value % (ranks * size):
+            shared = f" on each of parallel.tensor={tensor} ranks" if ranks > 1 else ""
+            raise ConfigError(
+                f"fp8.enabled=true: {name} makes {value // ranks} rows or columns{shared}, not a multiple of {size} "
+                f"(fp8.recipe={fp8.recipe}); change it, or use fp8.enabled=false"
+            )
+
+
+def _check_length(fp8: Fp8Config, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """The positions of a row on a rank are enough: then all streams fit, under any micro-batch, full or not."""
+    needed = token_multiple(fp8, parallel) * parallel.context
+    if model.length % needed:
+        raise ConfigError(
+            f"fp8.enabled=true: model.length={model.length} is not a multiple of {needed} "
+            f"(fp8.recipe={fp8.recipe}, parallel.context={parallel.context}"
+            f"{f', parallel.tensor={parallel.tensor} with parallel.sequence' if parallel.sequence else ''}); "
+            f"use {max(1, model.length // needed) * needed}"
+        )
+
+
+def token_multiple(fp8: Fp8Config, parallel: ParallelConfig) -> int:
+    """Of which the positions of every stream on a context-parallel rank have to be a multiple."""
+    return unit(fp8) * (parallel.tensor if parallel.sequence else 1)

@@ -1,0 +1,222 @@
+"""One part of the input to token streams: the work of prep that many processes share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from bd3_common.atomic import atomic_file, unique_suffix, write_text
+from data_prep.build import pool
+from data_prep.errors import DataError
+from data_prep.format.manifest import SPLITS, Count, Record, Sha256
+from data_prep.format.pack import RowFormat
+from data_prep.format.remote import fetch
+from data_prep.format.tokenizer import encode, shared_tokenizer
+from data_prep.sources import Document, Fields, Part, expand, read_part, sha256_source
+
+BATCH_BYTES = 256 << 10  # text tokenized at once
+RESULT = "done.json"
+
+
+class Reject(Record):
+    """A record left out as unreadable, and where it begins: a byte of the decompressed file, or a row."""
+
+    source: str
+    offset: Count
+    reason: str
+
+
+class Encoded(Record):
+    """Result of one part, written once its streams are on the disk. Per split: documents, text bytes, tokens."""
+
+    sha256: Sha256 | None  # of the whole source, known to its first part
+    documents: dict[str, Count]
+    text_bytes: dict[str, Count]
+    tokens: dict[str, Count]
+    skipped: dict[str, Count]
+    rejects: list[Reject]
+    files: dict[str, Count]  # bytes of each stream
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """What :func:`encode_part` needs; ``folder`` is the part's own."""
+
+    part: Part
+    folder: Path
+    tokenizer: Path
+    mask: int
+    rows: RowFormat
+    dtype: str
+    fields: Fields
+    seed: int
+    validation_fraction: float
+    max_rejects: int
+
+
+def share(identity: str, seed: int) -> float:
+    """A document's place in [0, 1): sha256 of ``"<seed>:<id>"`` read as a fraction. Nothing else matters."""
+    digest = hashlib.sha256(f"{seed}:{identity}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") * 2.0**-64
+
+
+def in_validation(identity: str, seed: int, fraction: float) -> bool:
+    """Whether a document is held out. It stays in its split when others are added."""
+    return share(identity, seed) < fraction
+
+
+def encode_part(job: EncodeJob) -> Encoded:
+    """Tokenize a part into ``<split>.tokens`` and ``<split>.starts`` (int64 places of documents in the stream).
+
+    The streams of all parts, one after another, are the streams that rows are cut from, wherever parts begin.
+
+    Raises:
+        DataError: the source is broken or changed, or has too many bad records.
+        OSError: the disk does not take it.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    source = job.part.source
+    fetched = job.folder / f"fetched-{unique_suffix()}"  # two processes may run the same share
+    try:
+        if source.remote:
+            digest, local = fetch(source.path, fetched, source.bytes), fetched
+        else:
+            local = Path(source.path)
+            digest = sha256_source(source, local) if job.part.begin == 0 else None
+        with ExitStack() as files:
+            encoder = _PartEncoder(job, files)
+            for document in read_part(job.part, local, job.fields, encoder.reject, encoder.skip):
+                encoder.add(document)
+            encoder.flush()
+        if not source.remote and expand([source.path]) != [source]:
+            raise DataError(f"{source.path}: changed while it was read; run again once it is complete")
+    finally:
+        with suppress(FileNotFoundError):
+            fetched.unlink()
+    result = encoder.result(digest)
+    write_text(job.folder / RESULT, result.model_dump_json())
+    return result
+
+
+def read_result(folder: Path) -> Encoded | None:
+    """What :func:`encode_part` has left in ``folder``; None where it has not ended, or its streams are not whole."""
+    try:
+        result = Encoded.model_validate_json((folder / RESULT).read_bytes())
+        # A stream cut since then would shift all rows behind it without an error.
+        whole = all((folder / name).stat().st_size == size for name, size in result.files.items())
+    except (FileNotFoundError, ValidationError):
+        return None
+    return result if whole else None
+
+
+class _PartEncoder:
+    """Holds one batch of text and writes its tokens to the streams of both splits."""
+
+    def __init__(self, job: EncodeJob, files: ExitStack):
+        self.job, self.tokenizer = job, shared_tokenizer(job.tokenizer)
+        # Special tokens spelled out in a text are encoded as text, and a new mask is no entry at all.
+        mask = self.tokenizer.get_added_tokens_decoder().get(job.mask)
+        self.mask_may_occur = mask is not None and not mask.special
+        names = {(split, kind): job.folder / f"{split}.{kind}" for split in SPLITS for kind in ("tokens", "starts")}
+        self.paths = list(names.values())
+        places = {key: files.enter_context(atomic_file(path, sync_folder=False)) for key, path in names.items()}
+        self.streams = {key: files.enter_context(path.open("wb")) for key, path in places.items()}
+        self.documents, self.text_bytes, self.tokens = (dict.fromkeys(SPLITS, 0) for _ in range(3))
+        self.skipped: dict[str, int] = {}
+        self.rejects: list[Reject] = []
+        self.batch: list[Document] = []
+        self.batch_bytes = 0
+
+    def add(self, document: Document) -> None:
+        self.batch.append(document)
+        self.batch_bytes += len(document.text)
+        if self.batch_bytes >= BATCH_BYTES:
+            self.flush()
+
+    def skip(self, why: str) -> None:
+        self.skipped[why] = self.skipped.get(why, 0) + 1
+
+    def reject(self, offset: int, reason: str) -> None:
+        source = self.job.part.source
+        self.rejects.append(Reject(source=source.name, offset=offset, reason=reason))
+        if len(self.rejects) > self.job.max_rejects:
+            raise too_many_rejects(len(self.rejects), self.rejects[0], self.job.max_rejects)
+
+    def flush(self) -> None:
+        """Tokenize and write the batch."""
+        job, batch = self.job, self.batch
+        ids = encode(self.tokenizer, [document.text for document in batch])
+        held_out = [in_validation(document.id, job.seed, job.validation_fraction) for document in batch]
+        for split, wanted in zip(SPLITS, (False, True)):
+            self._write(split, [n for n, held in enumerate(held_out) if held is wanted], ids)
+        self.batch, self.batch_bytes = [], 0
+
+    def _write(self, split: str, numbers: Sequence[int], ids: list[Sequence[int] | None]) -> None:
+        """Append documents of the batch to a split's stream."""
+        numbers = [n for n in numbers if not self._refused(n, ids[n])]
+        head, tail = self.job.rows.head, self.job.rows.tail
+        extra = len(head) + len(tail)
+        ends = np.cumsum([0, *(len(ids[n]) + extra for n in numbers)])
+        stream = np.empty(ends[-1], self.job.dtype)
+        for n, begin, end in zip(numbers, ends.tolist(), ends[1:].tolist()):
+            stream[begin : begin + len(head)] = head
+            # Half the cost of having numpy read the list.
+            stream[begin + len(head) : end - len(tail)] = np.frombuffer(array("I", ids[n]), np.uintc)
+            stream[end - len(tail) : end] = tail
+        # A text without tokens leaves no trace in a stream without BOS and EOS.
+        starts = ends[:-1][np.diff(ends) > 0] + self.tokens[split]
+        self.streams[split, "tokens"].write(stream)
+        self.streams[split, "starts"].write(starts.astype("<i8"))
+        size = sum(len(self.batch[n].text.encode()) for n in numbers)
+        self.documents[split] += len(starts)
+        self.text_bytes[split] += size
+        self.tokens[split] += len(stream)
+        pool.count(size)
+
+    def _refused(self, number: int, ids: Sequence[int] | None) -> bool:
+        if ids is None:
+            reason = (
+                f"a text of {len(self.batch[number].text)} characters without a place where this tokenizer lets it be "
+                "cut; split it into documents"
+            )
+        elif self.mask_may_occur and self.job.mask in ids:
+            reason = (
+                f"the text holds the mask {self.tokenizer.id_to_token(self.job.mask)!r}, which no clean text may hold; "
+                "remove it, or mark the mask as special in the tokenizer"
+            )
+        else:
+            return False
+        self.reject(self.batch[number].offset, reason)
+        return True
+
+    def result(self, digest: str | None) -> Encoded:
+        return Encoded(
+            sha256=digest,
+            documents=self.documents,
+            text_bytes=self.text_bytes,
+            tokens=self.tokens,
+            skipped=self.skipped,
+            rejects=self.rejects,
+            files={path.name: path.stat().st_size for path in self.paths},
+        )
+
+
+def too_many_rejects(count: int, first: Reject, most: int) -> DataError:
+    """The error that ends a prep with more bad records than it may have."""
+    where = f"{first.source}: at {first.offset}: {first.reason}"
+    if most == 0:
+        return DataError(where)
+    return DataError(f"{where}; that is the first of {count} bad records, and max_rejects={most}")
+
+
+def rejects_text(rejects: Sequence[Reject]) -> str:
+    """Contents of ``rejects.jsonl``: one JSON object a line."""
+    return "".join(json.dumps(reject.model_dump(), ensure_ascii=False) + "\n" for reject in rejects)

@@ -1,0 +1,203 @@
+"""What a prep would take, from a sample of the text: tokens, shards, disk, time. Nothing is written."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from data_prep.build.encode import in_validation
+from data_prep.build.plan import PrepConfig
+from data_prep.build.prep import one_thread, parts_of, workers_of
+from data_prep.build.progress import duration
+from data_prep.errors import DataError
+from data_prep.format.manifest import SPLITS
+from data_prep.format.remote import fetch
+from data_prep.format.tokenizer import encode, load_tokenizer, special_ids, token_dtype, train_bpe
+from data_prep.sources import Document, Source, expand, read_part, split
+
+SAMPLED_FILES = 16
+FETCHED_FILES = 2  # of those that lie elsewhere
+SAMPLE_BYTES = 4 << 20  # of text, from all sampled files together
+TAR_OVERHEAD = 1.002  # of samples with hundreds of rows
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expected outcome of a prep. ``seconds`` on ``workers`` processes of this machine."""
+
+    files: int
+    stored_bytes: int
+    text_bytes: float
+    documents: float
+    tokens: float
+    rows: dict[str, int]
+    shards: dict[str, int]
+    disk_bytes: float
+    work_bytes: float
+    seconds: float
+    workers: int
+    sampled_bytes: int
+    rejects: int
+
+    def lines(self) -> list[str]:
+        """For people."""
+        rows, shards = (", ".join(f"{name} {n[name]:,}" for name in SPLITS) for n in (self.rows, self.shards))
+        lines = [
+            f"input     {self.files:,} files, {size(self.stored_bytes)}, about {size(self.text_bytes)} of text",
+            f"documents about {self.documents:,.0f}",
+            f"tokens    about {self.tokens:,.0f} ({self.text_bytes / self.tokens:.2f} bytes per token)",
+            f"rows      {rows}",
+            f"shards    {shards}",
+            f"disk      {size(self.disk_bytes)}, and {size(self.work_bytes)} more until it is done",
+            f"time      about {duration(self.seconds)} with {self.workers} processes",
+            f"(from a sample of {size(self.sampled_bytes)} of text; nothing was written)",
+        ]
+        if self.rejects:
+            lines.append(f"bad records in the sample: {self.rejects}")
+        for name in SPLITS:
+            if not self.rows[name]:
+                lines.append(
+                    f"prep will refuse this: the {name} split would get no row; use a shorter --length, another "
+                    "--validation-fraction or more text"
+                )
+        return lines
+
+
+@dataclass
+class _Sample:
+    """Documents from the beginnings of some files. ``stored`` estimates the stored bytes that they came from."""
+
+    documents: list[Document]
+    text_bytes: int = 0
+    stored: float = 0.0
+    rejects: int = 0
+    first_reject: str = ""
+    seconds: float = 0.0
+
+
+def estimate(config: PrepConfig) -> Estimate:
+    """Tokenize a sample and scale it up. A tokenizer ``bpe:N`` is trained on the sample, so its figures are rougher.
+
+    Raises:
+        DataError: as prep raises it for what it meets in the sample.
+    """
+    sources = expand(config.inputs)
+    sample = _read(config, sources)
+    if not sample.documents:
+        raise DataError(
+            f"{config.inputs[0]}: no documents at the beginning of the input{sample.first_reject}; give files with text"
+        )
+    texts = [document.text for document in sample.documents]
+    entries = config.bpe_size
+    tokenizer = load_tokenizer(config.tokenizer) if entries is None else train_bpe(texts, entries)
+    special = special_ids(tokenizer, config.bos, config.eos)
+    form = config.rows(special)
+    with one_thread():
+        encode(tokenizer, texts[:1])  # the first call sets up
+        began = time.process_time()
+        lengths = np.array([len(ids or ()) for ids in encode(tokenizer, texts)]) + len(form.head) + len(form.tail)
+        seconds = sample.seconds + time.process_time() - began
+    total = sum(source.bytes for source in sources)
+    scale = total / sample.stored
+    held_out = np.array([in_validation(d.id, config.seed, config.validation_fraction) for d in sample.documents])
+    # The sample's own split is chance; what is expected is the fraction.
+    fractions = {"train": 1 - config.validation_fraction, "validation": config.validation_fraction}
+    if scale <= 1:
+        fractions = {"train": (lengths * ~held_out).sum() / lengths.sum(), "validation": 0.0}
+        fractions["validation"] = 1 - fractions["train"]
+    tokens = float(lengths.sum() * scale)
+    rows = {name: int(tokens * fractions[name] // form.width) for name in SPLITS}
+    itemsize = token_dtype(special.vocab_size).itemsize
+    workers = workers_of(config)
+    passes = 1 if entries is None else 1.2  # training a tokenizer reads everything once more
+    return Estimate(
+        files=len(sources),
+        stored_bytes=total,
+        text_bytes=sample.text_bytes * scale,
+        documents=len(texts) * scale,
+        tokens=tokens,
+        rows=rows,
+        shards={name: -(-rows[name] // config.rows_per_shard) for name in SPLITS},
+        disk_bytes=sum(rows.values()) * config.length * itemsize * TAR_OVERHEAD,
+        work_bytes=tokens * itemsize + 8 * len(texts) * scale,
+        seconds=seconds * scale * passes / min(workers, len(parts_of(sources))),
+        workers=workers,
+        sampled_bytes=sample.text_bytes,
+        rejects=sample.rejects,
+    )
+
+
+def _read(config: PrepConfig, sources: Sequence[Source]) -> _Sample:
+    """A share of the sample from the beginning of each of some files, spread over all."""
+    most = min(FETCHED_FILES if any(source.remote for source in sources) else SAMPLED_FILES, len(sources))
+    chosen = [sources[i] for i in np.linspace(0, len(sources) - 1, most).round().astype(int)]
+    sample = _Sample([])
+    with tempfile.TemporaryDirectory() as folder:
+        for source in chosen:
+            path = Path(source.path)
+            if source.remote:
+                path = Path(folder) / "fetched"
+                fetch(source.path, path, source.bytes)
+            _read_beginning(config, source, path, SAMPLE_BYTES // len(chosen), sample)
+    return sample
+
+
+def _read_beginning(config: PrepConfig, source: Source, path: Path, most: int, sample: _Sample) -> None:
+    """Read up to ``most`` bytes of text, and estimate what share of the file they are."""
+
+    def reject(offset: int, reason: str) -> None:
+        sample.rejects += 1
+        sample.first_reject = sample.first_reject or f"; {source.name} at {offset}: {reason}"
+
+    began, read, last = time.process_time(), 0, 0
+    (part, *_) = split(source, source.bytes + 1)
+    for document in read_part(part, path, config.fields, reject, lambda why: None):
+        sample.documents.append(document)
+        read += len(document.text.encode())
+        last = document.offset
+        if read >= most:
+            break
+    else:
+        last = None
+    sample.seconds += time.process_time() - began
+    sample.text_bytes += read
+    sample.stored += source.bytes if last is None else _stored(source, path, last)
+
+
+def _stored(source: Source, path: Path, offset: int) -> float:
+    """Stored bytes of a file's beginning that ends at ``offset``, as the documents of its kind count it."""
+    if source.kind == "parquet":
+        import pyarrow.parquet
+
+        return source.bytes * (offset + 1) / pyarrow.parquet.read_metadata(path).num_rows
+    if source.compression is None:
+        return float(max(offset, 1))
+    with path.open("rb") as file, _unpacked(source, file) as stream:
+        while offset > 0 and (chunk := stream.read(min(offset, 1 << 20))):
+            offset -= len(chunk)
+        return float(max(file.tell(), 1))
+
+
+def _unpacked(source: Source, file: BinaryIO) -> contextlib.AbstractContextManager[BinaryIO]:
+    if source.compression == "gz":
+        return gzip.GzipFile(fileobj=file)
+    import zstandard
+
+    return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=False)
+
+
+def size(count: float) -> str:
+    """``"1.5 GB"``."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

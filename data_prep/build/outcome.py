@@ -1,0 +1,123 @@
+"""What the parts of a prep add up to: whether it is a data set, and its manifest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+
+import numpy as np
+
+from data_prep.build.assemble import ShardJob, counts_of, finished_shard
+from data_prep.build.encode import Encoded, Reject, too_many_rejects
+from data_prep.build.plan import PrepConfig
+from data_prep.errors import DataError
+from data_prep.format.manifest import SPLITS, Manifest, Recipe, SourceFile, Split, SplitName, unigram_nats
+from data_prep.format.tokenizer import SpecialIds, token_dtype
+from data_prep.sources import Part
+
+Jobs = Mapping[SplitName, Sequence[ShardJob]]
+
+
+def all_rejects(results: Sequence[Encoded]) -> list[Reject]:
+    return [reject for result in results for reject in result.rejects]
+
+
+def check_rejects(config: PrepConfig, results: Sequence[Encoded]) -> None:
+    """The bad records of all parts together must not be too many: DataError."""
+    rejects = all_rejects(results)
+    if len(rejects) > config.max_rejects:
+        raise too_many_rejects(len(rejects), rejects[0], config.max_rejects)
+
+
+def check_documents(config: PrepConfig, results: Sequence[Encoded]) -> None:
+    """Both splits need a document: DataError."""
+    rejects = all_rejects(results)
+    counts = {name: sum(result.documents[name] for result in results) for name in SPLITS}
+    documents = sum(counts.values())
+    if not documents:
+        skipped = sum(sum(result.skipped.values()) for result in results)
+        reason = f"; {skipped} were left out by length" if skipped else ""
+        if rejects:
+            reason += f"; {rejects[0].source} at {rejects[0].offset}: {rejects[0].reason}"
+        raise DataError(f"{config.inputs[0]}: no documents in the input{reason}; give files with text")
+    for name, count in counts.items():
+        if not count:
+            raise DataError(
+                f"validation_fraction={config.validation_fraction}: none of {documents} documents falls into "
+                f"the {name} split; change --validation-fraction or --seed, or give more documents"
+            )
+
+
+def check_rows(config: PrepConfig, jobs: Jobs, results: Sequence[Encoded]) -> None:
+    """Both splits need a row: DataError."""
+    for name in SPLITS:
+        if not jobs[name]:
+            raise DataError(
+                f"length={config.length}: the {sum(r.documents[name] for r in results)} documents of the {name} "
+                f"split fill no row ({sum(r.tokens[name] for r in results)} tokens); use a shorter --length, another "
+                "--validation-fraction or more text"
+            )
+
+
+def make_manifest(
+    config: PrepConfig,
+    recipe: Recipe,
+    special: SpecialIds,
+    tokenizer_sha256: str,
+    parts: Sequence[Part],
+    results: Sequence[Encoded],
+    jobs: Jobs,
+) -> Manifest:
+    """The manifest of a data set whose shards are all finished; nothing in it depends on how it was made."""
+    counts = {name: counts_of(jobs[name]) for name in SPLITS}
+    nats = unigram_nats(counts["validation"], counts["train"] + 1)
+    skipped = {why: sum(result.skipped.get(why, 0) for result in results) for why in ("short", "long")}
+    return Manifest(
+        package_version=_version(),
+        length=config.length,
+        dtype=token_dtype(special.vocab_size).str,
+        vocab_size=special.vocab_size,
+        bos_id=special.bos,
+        eos_id=special.eos,
+        mask_id=special.mask,
+        tokenizer_sha256=tokenizer_sha256,
+        recipe=recipe,
+        sources=_source_files(parts, results),
+        rejects=len(all_rejects(results)),
+        skipped={why: count for why, count in skipped.items() if count},
+        validation_unigram_nats=nats,
+        validation_unigram_perplexity=math.exp(nats),
+        splits={name: _split(name, jobs[name], results, counts[name]) for name in SPLITS},
+    )
+
+
+def _source_files(parts: Sequence[Part], results: Sequence[Encoded]) -> list[SourceFile]:
+    """The input files; the first part of each knows its sha256."""
+    return [
+        SourceFile(name=part.source.name, bytes=part.source.bytes, sha256=result.sha256)
+        for part, result in zip(parts, results)
+        if part.begin == 0
+    ]
+
+
+def _split(name: SplitName, jobs: Sequence[ShardJob], results: Sequence[Encoded], counts: np.ndarray) -> Split:
+    shards = [finished_shard(job) for job in jobs]
+    rows = sum(shard.rows for shard in shards)
+    form = jobs[0].stream.rows
+    return Split(
+        documents=sum(result.documents[name] for result in results),
+        text_bytes=sum(result.text_bytes[name] for result in results),
+        rows=rows,
+        tokens=rows * form.length,
+        dropped_tokens=sum(result.tokens[name] for result in results) - rows * form.width,
+        unigram_entropy=unigram_nats(counts, counts),
+        shards=shards,
+    )
+
+
+def _version() -> str:
+    try:
+        return metadata.version("bd3-megatron")
+    except metadata.PackageNotFoundError:
+        return "unknown"

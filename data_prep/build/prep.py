@@ -1,0 +1,383 @@
+"""Text to a data set: tokenize the parts of the input, cut shards from their streams, publish all at once.
+
+Both steps are many jobs that any process can do, each with a marker once it is done, so that a prep that was killed
+goes on where it was. The shards depend on the text and the recipe alone: not on how the input is cut into parts, on
+the number of processes, or on interruptions.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from bd3_common.atomic import atomic_file, unique_suffix, write_text
+from data_prep.build import pool
+from data_prep.build.assemble import Piece, ShardJob, Stream, build_shard, finished_shard, shard_jobs
+from data_prep.build.encode import (
+    Encoded,
+    EncodeJob,
+    Reject,
+    encode_part,
+    in_validation,
+    read_result,
+    rejects_text,
+    share,
+    too_many_rejects,
+)
+from data_prep.build.outcome import all_rejects, check_documents, check_rejects, check_rows, make_manifest
+from data_prep.build.plan import PrepConfig
+from data_prep.build.progress import Progress, Report
+from data_prep.build.work_folder import Work, check_replaceable, recipe_difference
+from data_prep.errors import DataError
+from data_prep.format.files import sha256_file
+from data_prep.format.manifest import (
+    MANIFEST,
+    REJECTS,
+    SPLITS,
+    TOKENIZER,
+    Manifest,
+    SourceFile,
+    SplitName,
+    check_files,
+    load_manifest,
+    save_manifest,
+)
+from data_prep.format.remote import fetch
+from data_prep.format.tokenizer import SpecialIds, shared_tokenizer, special_ids, token_dtype, train_bpe
+from data_prep.sources import Part, Source, expand, read_part, sha256_source, split
+
+__all__ = ["PrepConfig", "in_validation", "prep"]
+
+SMALLEST_PART, LARGEST_PART = 1 << 20, 64 << 20  # stored bytes of a file that one job reads, where it can be cut
+_LITTLE = 64 << 20  # bytes of token streams
+_SAMPLE = 1  # seed of the sample that a tokenizer is trained on, unlike most seeds of the split
+
+
+def prep(config: PrepConfig, report: Report = lambda line: None) -> Manifest | None:
+    """Write the data set that ``config`` asks for and return its manifest.
+
+    A data set already there is returned untouched if recipe and sources are the same. Nothing is seen under
+    ``config.out`` before all of it is on the disk. Finished parts of a prep that failed or was killed are kept beside
+    it, and the same call goes on from there. With ``config.part`` set, None is returned while other parts are missing.
+
+    Args:
+        config: what to do.
+        report: called with one line of text now and then.
+
+    Raises:
+        DataError: anything wrong with inputs, tokenizer or output, in one line.
+    """
+    sources = expand(config.inputs)
+    out = Path(config.out).absolute()
+    if os.path.lexists(out):
+        if not config.overwrite:
+            manifest = _reuse(config, sources, out, report)
+            Work(out).tidy()
+            return manifest
+        check_replaceable(out)
+    return _Prep(config, sources, Work(out), report).run()
+
+
+def workers_of(config: PrepConfig) -> int:
+    """Processes to use: as asked for, or one for each core that this process may run on."""
+    return config.workers or len(os.sched_getaffinity(0))
+
+
+def parts_of(sources: Sequence[Source]) -> list[Part]:
+    """What one job each reads, in order.
+
+    Parts of a file depend on the file alone, so that finished ones stay valid when others change. A remote file is
+    fetched whole, so it is one part.
+    """
+    sizes = [
+        source.bytes + 1 if source.remote else min(max(source.bytes // 16, SMALLEST_PART), LARGEST_PART)
+        for source in sources
+    ]
+    return [part for source, size in zip(sources, sizes) for part in split(source, size)]
+
+
+def share_of(part: str) -> tuple[int, int]:
+    """(K, N) of ``part``, which is ``K/N`` or ``slurm``.
+
+    Raises:
+        DataError: ``slurm`` outside of an array job.
+    """
+    if part != "slurm":
+        mine, of = part.split("/")
+        return int(mine), int(of)
+    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_STEP")
+    try:
+        task, first, count = (int(os.environ[name]) for name in names[:3])
+        step = int(os.environ.get(names[3], 1))
+        last = int(os.environ.get("SLURM_ARRAY_TASK_MAX", first + (count - 1) * step))
+    except (KeyError, ValueError):
+        raise DataError(
+            f"part=slurm: not in an array job ({names[0]} is not set); use sbatch --array, or K/N"
+        ) from None
+    if last - first != (count - 1) * step:
+        raise DataError(
+            f"part=slurm: an array of {count} tasks from {first} to {last} leaves some out, so their shares are not "
+            "known; to run single shares again, use --part K/N with the N of the first array"
+        )
+    return (task - first) // step, count
+
+
+class _Prep:
+    """One run of prep in its work folder."""
+
+    def __init__(self, config: PrepConfig, sources: Sequence[Source], work: Work, report: Report):
+        self.config, self.sources, self.work, self.report = config, sources, work, report
+        self.parts = parts_of(sources)
+        self.recipe = config.recipe()
+        self.workers = workers_of(config)
+
+    def run(self) -> Manifest | None:
+        if self.config.part is None:
+            with self.work.opened(self.recipe, self.config.overwrite):
+                self._encode(self.parts)
+                return self._finish()
+        mine, of = share_of(self.config.part)
+        with self.work.opened(self.recipe, self.config.overwrite, shared=True):
+            try:
+                self._encode(self.parts[mine::of])
+            except _Published:
+                return load_manifest(self.work.out)
+            missing = sum(read_result(self.work.part(part)) is None for part in self.parts)
+            if missing:
+                self.report(f"share {mine} of {of}: done; {missing} of {len(self.parts)} parts are left to others")
+                return None
+            with self.work.exclusively("finish") as unfinished:
+                return self._finish() if unfinished else load_manifest(self.work.out)
+
+    def _encode(self, parts: Sequence[Part]) -> None:
+        """Tokenize the parts that are not done yet. One that fails does not keep others from being done."""
+        special = self.special
+        dtype = token_dtype(special.vocab_size).str
+        config = self.config
+        jobs = [
+            EncodeJob(
+                part,
+                self.work.part(part),
+                self.work.tokenizer,
+                special.mask,
+                config.rows(special),
+                dtype,
+                config.fields,
+                config.seed,
+                config.validation_fraction,
+                config.max_rejects,
+            )
+            for part in parts
+            if read_result(self.work.part(part)) is None
+        ]
+        if len(jobs) < len(parts):
+            self.report(f"going on: {len(parts) - len(jobs)} of {len(parts)} parts are done already")
+        progress = Progress(self.report, "tokenized", sum(job.part.weight for job in jobs))
+        failed = []
+        with one_thread():
+            for job, result in pool.run(encode_part, jobs, self.workers, progress.tick):
+                if isinstance(result, DataError):
+                    failed.append(result)
+                    self.report(str(result))
+                else:
+                    progress.done(job.part.weight, sum(result.text_bytes.values()))
+        if jobs:
+            progress.line()
+        if failed:
+            kept = f"; {len(parts) - len(failed)} of {len(parts)} parts are done and kept: run again once it is mended"
+            more = f"; {len(failed) - 1} more failed" if len(failed) > 1 else ""
+            raise DataError(f"{failed[0]}{more}{kept if len(parts) > len(failed) else ''}")
+
+    def _finish(self) -> Manifest:
+        """Cut the shards from the streams, write the manifest and publish."""
+        special = self.special
+        results = [read_result(self.work.part(part)) for part in self.parts]
+        check_rejects(self.config, results)
+        self._check_sources()
+        jobs = {name: self._shard_jobs(name, special, results) for name in SPLITS}
+        try:
+            check_documents(self.config, results)
+            check_rows(self.config, jobs, results)
+        except DataError:
+            self.work.remove()  # only other options help, and these would need other streams
+            raise
+        self._build([job for split_jobs in jobs.values() for job in split_jobs])
+        data, rejects = self.work.data, all_rejects(results)
+        with atomic_file(data / TOKENIZER) as temporary:
+            shutil.copyfile(self.work.tokenizer, temporary)
+        if rejects:
+            write_text(data / REJECTS, rejects_text(rejects))
+        digest = sha256_file(self.work.tokenizer)
+        manifest = make_manifest(self.config, self.recipe, special, digest, self.parts, results, jobs)
+        save_manifest(manifest, data)
+        self.work.publish(self.config.overwrite)
+        self._summary(manifest)
+        return manifest
+
+    def _summary(self, manifest: Manifest) -> None:
+        rows = ", ".join(f"{name} {split.rows}" for name, split in manifest.splits.items())
+        left_out = [f"{count} documents too {why}" for why, count in manifest.skipped.items()]
+        if manifest.rejects:
+            left_out.append(f"{manifest.rejects} bad records, listed in {REJECTS}")
+        if left_out:
+            self.report(f"left out: {', '.join(left_out)}")
+        self.report(
+            f"wrote {self.config.out}: rows of {manifest.length} tokens: {rows}; "
+            f"validation unigram perplexity {manifest.validation_unigram_perplexity:.1f}"
+        )
+
+    def _shard_jobs(self, name: SplitName, special: SpecialIds, results: Sequence[Encoded]) -> list[ShardJob]:
+        pieces = [Piece(self.work.part(part), 0, result.tokens[name]) for part, result in zip(self.parts, results)]
+        stream = Stream(name, tuple(pieces), self.config.rows(special), token_dtype(special.vocab_size).str)
+        return shard_jobs(
+            stream,
+            self.config.rows_per_shard,
+            folder=self.work.data / name,
+            notes=self.work.notes,
+            rows_per_member=self.config.rows_per_member,
+            documents=self.config.documents,
+            vocab_size=special.vocab_size,
+        )
+
+    def _build(self, jobs: Sequence[ShardJob]) -> None:
+        self.work.keep_shards_of(self.parts)
+        self.work.sweep()
+        missing = [job for job in jobs if finished_shard(job) is None]
+        itemsize = np.dtype(jobs[0].stream.dtype).itemsize
+        size = sum(job.stream.tokens * itemsize for job in missing)
+        progress = Progress(self.report, "packed", size)
+        # Starting processes takes longer than a few shards do.
+        for job, result in pool.run(build_shard, missing, self.workers if size > _LITTLE else 1, progress.tick):
+            if isinstance(result, DataError):
+                raise result
+            progress.done(job.stream.tokens * itemsize, job.stream.tokens * itemsize)
+        if missing:
+            progress.line()
+
+    def _check_sources(self) -> None:
+        for source in self.sources:
+            if not source.remote and expand([source.path]) != [source]:
+                raise DataError(f"{source.path}: changed while it was read; run again once it is complete")
+
+    @cached_property
+    def special(self) -> SpecialIds:
+        """Of the tokenizer, trained or copied once for all processes that share the work: a given file is kept as it
+        is."""
+        path, size = self.work.tokenizer, self.config.bpe_size
+        with self.work.exclusively("tokenizer") as unfinished:
+            if not unfinished:
+                out = self.work.out
+                raise _Published(f"{out}: was written by another task meanwhile; run again to have it checked")
+            if not path.exists() and size is None:
+                with atomic_file(path) as temporary:
+                    shutil.copyfile(self.config.tokenizer, temporary)
+            elif size is not None:
+                self._train_once(size)
+        return special_ids(shared_tokenizer(path), self.config.bos, self.config.eos)
+
+    def _train_once(self, size: int) -> None:
+        """Train the tokenizer, or keep the one that was trained on the same inputs before."""
+        work = self.work
+        if not work.tokenizer_is_of(self.parts):
+            if work.tokenizer.exists():
+                if self.config.part is not None:  # others may be using it
+                    raise DataError(
+                        f"{work.folder}: holds unfinished work with a tokenizer trained on other inputs; give every "
+                        "share the same inputs, or remove the folder"
+                    )
+                self.report("the inputs have changed: training the tokenizer again")
+            work.begin_tokenizer(self.parts)
+        if not work.tokenizer.exists():
+            write_text(work.tokenizer, self._train(size).to_str(pretty=True))
+
+    def _train(self, size: int) -> Tokenizer:
+        progress = Progress(self.report, "read for the tokenizer", sum(part.weight for part in self.parts))
+        tokenizer = train_bpe(self._train_texts(progress), size)
+        progress.line()
+        self.report(f"trained a byte-level BPE of {tokenizer.get_vocab_size()} entries")
+        return tokenizer
+
+    def _train_texts(self, progress: Progress) -> Iterator[str]:
+        """Texts of the train split, or a sample of them."""
+        config, total = self.config, 0
+        for part in self.parts:
+            began = total
+            with self._local(part.source) as path:
+                for document in read_part(part, path, config.fields, self._rejects(part), lambda why: None):
+                    total += len(document.text.encode())
+                    progress.tick(total)
+                    if in_validation(document.id, config.seed, config.validation_fraction):
+                        continue
+                    if config.tokenizer_sample == 1 or share(document.id, _SAMPLE) < config.tokenizer_sample:
+                        yield document.text
+            progress.done(part.weight, total - began)
+
+    def _rejects(self, part: Part) -> Callable[[int, str], None]:
+        """A callback that lets as many bad records pass as one part may have."""
+        found: list[Reject] = []
+
+        def reject(offset: int, reason: str) -> None:
+            found.append(Reject(source=part.source.name, offset=offset, reason=reason))
+            if len(found) > self.config.max_rejects:
+                raise too_many_rejects(len(found), found[0], self.config.max_rejects)
+
+        return reject
+
+    @contextmanager
+    def _local(self, source: Source) -> Iterator[Path]:
+        """Where a source can be read on this machine; a remote one is fetched for the time of the block."""
+        if not source.remote:
+            yield Path(source.path)
+            return
+        path = self.work.folder / f"fetched-{unique_suffix()}"
+        try:
+            fetch(source.path, path, source.bytes)
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+
+class _Published(DataError):
+    """Another task of the same work has written the data set, so its folder is gone."""
+
+
+def _reuse(config: PrepConfig, sources: Sequence[Source], out: Path, report: Report) -> Manifest:
+    """The manifest in ``out`` if it is what ``config`` asks for, else DataError."""
+    if not (out / MANIFEST).is_file():
+        raise DataError(f"{config.out}: exists and is not a data set; choose another --out")
+    manifest = load_manifest(out)
+    difference = recipe_difference(manifest.recipe, config.recipe())
+    if difference:
+        raise DataError(f"{config.out}: holds a data set with {difference}; choose another --out or pass --overwrite")
+    if not _same_sources(sources, manifest.sources):
+        raise DataError(f"{config.out}: holds a data set of other sources; choose another --out or pass --overwrite")
+    check_files(out, manifest)
+    report(f"{config.out}: already there, same recipe and sources; nothing to do")
+    return manifest
+
+
+def _same_sources(sources: Sequence[Source], recorded: Sequence[SourceFile]) -> bool:
+    """Whether the files are those of the data set: by content, and remote ones, which stay there, by size."""
+    if [(source.name, source.bytes) for source in sources] != [(file.name, file.bytes) for file in recorded]:
+        return False
+    return all(s.remote or sha256_source(s, Path(s.path)) == file.sha256 for s, file in zip(sources, recorded))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep ``tokenizers`` from starting threads of its own: one process takes one core."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        del os.environ["TOKENIZERS_PARALLELISM"]
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before

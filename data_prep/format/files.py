@@ -1,0 +1,21 @@
+"""Files that are complete or absent, and what identifies their content."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def lies_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file still lies at ``path``: who held a lock before may have removed it with its folder."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    return False

@@ -1,0 +1,208 @@
+"""The manifest: everything about a data set that is not a token, and where in the tars each row lies.
+
+A data set is a folder::
+
+    manifest.json  tokenizer.json  rejects.jsonl (if any)
+    train/train-000000.tar ...  validation/validation-000000.tar ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple, get_args
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from bd3_common.atomic import write_text
+from data_prep.errors import DataError
+from data_prep.format.pack import Packing
+
+FORMAT = "bd3-rows"
+VERSION = 2
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+REJECTS = "rejects.jsonl"
+MEND = "copy the data set again or write it with bd3 prep --overwrite"
+SplitName = Literal["train", "validation"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Record(BaseModel):
+    """Base of the manifest's parts: immutable, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Member(NamedTuple):
+    """One sample of a tar, stored as a list of four numbers. Offsets are bytes from the tar's start.
+
+    All samples of a split have the same number of rows, but for the last one, which may have fewer.
+    """
+
+    tokens_offset: int  # of the raw [rows, length] array, behind its npy header
+    docs_offset: int  # of the raw [starts, 2] int32 array of (row in member, position)
+    rows: int
+    starts: int
+
+
+class Shard(Record):
+    """One tar file."""
+
+    name: str
+    bytes: Count
+    sha256: Sha256
+    rows: Count
+    # Plain tuples in the order of Member: a manifest of 10,000 shards has hundreds of thousands of them.
+    members: list[tuple[Count, Count, Count, Count]]
+
+
+class Split(Record):
+    """One half of the data set. ``tokens`` = ``rows`` x length; ``dropped_tokens`` filled no row."""
+
+    documents: Count
+    text_bytes: Count = Field(description="UTF-8 bytes of all its documents")
+    rows: Count
+    tokens: Count
+    dropped_tokens: Count
+    unigram_entropy: float = Field(description="nats per token of its own counts, position 0 left out")
+    shards: list[Shard]
+
+
+class SourceFile(Record):
+    """An input file, identified by content: size and sha256 of what is stored (compressed or not)."""
+
+    name: str
+    bytes: Count
+    sha256: Sha256
+
+
+class Recipe(Record):
+    """What decides the rows, apart from the text and a tokenizer file: equal recipes, equal data sets."""
+
+    length: int = Field(ge=4)
+    packing: Packing
+    documents: bool = Field(description="whether samples list where documents start")
+    add_bos: bool
+    add_eos: bool
+    tokenizer: str = Field(description="bpe:N as asked for, or the sha256 of the tokenizer file given")
+    tokenizer_sample: float
+    bos: str | None
+    eos: str | None
+    text_field: str
+    id_field: str
+    text_documents: Literal["line", "file"]
+    min_chars: int
+    max_chars: int | None
+    split_seed: int
+    validation_fraction: float
+    rows_per_member: int
+    rows_per_shard: int
+
+
+class Manifest(Record):
+    """Contents of ``manifest.json``."""
+
+    format: Literal["bd3-rows"] = FORMAT
+    version: Literal[2] = VERSION
+    package_version: str
+    length: int = Field(ge=4, description="tokens per row, L")
+    dtype: Literal["<u2", "<u4"]
+    vocab_size: int = Field(description="ids a model needs, the mask's included")
+    bos_id: Count
+    eos_id: Count
+    mask_id: Count
+    tokenizer: Literal["tokenizer.json"] = TOKENIZER
+    tokenizer_sha256: Sha256
+    recipe: Recipe
+    sources: list[SourceFile]
+    rejects: Count = Field(0, description=f"records left out as unreadable, listed in {REJECTS}")
+    skipped: dict[str, Count] = Field({}, description="documents left out by length: short, long")
+    validation_unigram_nats: float = Field(
+        description="cross-entropy per token of the validation rows under the train rows' counts plus one; "
+        "position 0 of each row is left out of both"
+    )
+    validation_unigram_perplexity: float = Field(description="exp(validation_unigram_nats): what a model must beat")
+    splits: dict[SplitName, Split]
+
+
+def unigram_nats(counts: np.ndarray, weights: np.ndarray) -> float:
+    """Mean of -log q over tokens drawn ``counts`` times, with q proportional to ``weights``; both ``[V]``.
+
+    With ``weights = counts`` this is the entropy of the counts. Ids that never occur may have weight 0.
+    """
+    seen = counts > 0
+    log_q = np.log(weights[seen] / weights.sum())
+    return float(-(counts[seen] * log_q).sum() / counts.sum())
+
+
+def save_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write ``manifest.json``, indented, with each member's four numbers on one line."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=1)
+    # A JSON string has no raw line end, so what indent=1 wrote between numbers is all that can change.
+    text = re.sub(r"\[\s+\d+(,\s+\d+)*\s+\]", lambda found: " ".join(found[0].split()), text)
+    write_text(folder / MANIFEST, text + "\n")
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """Read the manifest of a data set.
+
+    Raises:
+        DataError: the folder is missing or no data set, or its manifest is damaged or of another version.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.exists():
+        raise DataError(f"{folder}: no such data set; write it with bd3 prep --out {folder}")
+    if not path.is_file():
+        raise DataError(f"{folder}: not a data set, it has no {MANIFEST}; name a folder that bd3 prep wrote")
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
+    return parse_manifest(text, path)
+
+
+def parse_manifest(text: bytes, where: str | Path) -> Manifest:
+    """The manifest in ``text``; errors as in :func:`load_manifest`, which name ``where``."""
+    try:
+        return Manifest.model_validate_json(text)  # at once, because this is the fast way
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    again = "write the data set again with bd3 prep --overwrite"
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}); {again}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise DataError(f"{where}: not the manifest of a data set; name a folder that bd3 prep wrote")
+    if content.get("version") != VERSION:
+        raise DataError(f"{where}: version={content.get('version')}: this program reads version {VERSION}; {again}")
+    raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: damaged ({first['msg']}); {again}")
+
+
+def check_files(folder: Path, manifest: Manifest, splits: tuple[SplitName, ...] = SPLITS) -> None:
+    """Compare shard sizes with the manifest's: a tar cut between members reads short without an error.
+
+    Raises:
+        DataError: names the first shard that is missing, cut or grown.
+    """
+    for split in splits:
+        # One look per shard and no Path objects: data sets have tens of thousands of shards.
+        where = os.path.join(folder, split)
+        for shard in manifest.splits[split].shards:
+            path = os.path.join(where, shard.name)
+            try:
+                status = os.stat(path)
+            except OSError:
+                status = None
+            if status is None or not stat.S_ISREG(status.st_mode):
+                raise DataError(f"{path}: this shard is missing; {MEND}")
+            if status.st_size != shard.bytes:
+                raise DataError(f"{path}: {status.st_size} bytes, the manifest says {shard.bytes}; {MEND}")

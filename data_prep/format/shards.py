@@ -1,0 +1,74 @@
+"""Writing rows as tar shards: valid WebDataset, equal bytes for equal rows, no half-written file.
+
+Python's ``tarfile`` does the writing. ``webdataset.TarWriter(mtime=0)`` gives equally reproducible tars, but
+importing it imports torch, and it does not tell where a payload lies, which the manifest records.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from bd3_common.atomic import atomic_file
+from data_prep.format.files import sha256_file
+from data_prep.format.manifest import Member, Shard
+from data_prep.format.pack import Rows
+
+_NPY_TEXT = 10  # bytes of an npy file (version 1.0) before its header's text; the last two are the text's length
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:06d}.tar"
+
+
+def write_shard(folder: Path, split: str, number: int, samples: Iterable[Rows]) -> Shard:
+    """Write ``<folder>/<split>-<number>.tar``, one WebDataset sample for each of ``samples``.
+
+    A sample has the key ``<split>-<shard>-<member>``, unique over the data set, and the parts ``tokens.npy``
+    ``[n, L]`` and ``docs.npy`` ``[m, 2]`` (:class:`data_prep.format.pack.Rows`). The file appears under its name
+    once all of it is on the disk.
+
+    Raises:
+        OSError: as the disk does; nothing is left then.
+    """
+    path = folder / shard_name(split, number)
+    members = []
+    with atomic_file(path) as temporary:
+        # Large writes leave large pages in the page cache, from which rows are read faster.
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT, copybufsize=8 << 20) as tar:
+            for rows in samples:
+                key = f"{split}-{number:06d}-{len(members):06d}"
+                tokens = _add(tar, f"{key}.tokens.npy", rows.tokens, _alignment(rows.tokens[0].nbytes))
+                docs = _add(tar, f"{key}.docs.npy", rows.docs)
+                members.append(Member(tokens, docs, len(rows.tokens), len(rows.docs)))
+        size, digest = temporary.stat().st_size, sha256_file(temporary)
+    return Shard(
+        name=path.name, bytes=size, sha256=digest, rows=sum(member.rows for member in members), members=members
+    )
+
+
+def _add(tar: tarfile.TarFile, name: str, array: np.ndarray, align: int = 1) -> int:
+    """Append ``array`` as an npy file and return the offset of its raw bytes in the tar, a multiple of ``align``.
+
+    The header of an npy file may end in any number of spaces, which moves what comes behind it.
+    """
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(array))
+    header = buffer.getvalue()
+    begin = tar.offset + tarfile.BLOCKSIZE  # behind the member's own header
+    text = header[_NPY_TEXT:-1] + b" " * (-(begin + len(header)) % align) + b"\n"
+    content = header[: _NPY_TEXT - 2] + len(text).to_bytes(2, "little") + text + array.tobytes()
+    info = tarfile.TarInfo(name)  # owner 0, mtime 0: the bytes depend on name and content alone
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+    return begin + len(content) - array.nbytes
+
+
+def _alignment(row_bytes: int) -> int:
+    """Where rows of a tar begin: at multiples of their size where that is a power of two, which lets the reader copy
+    them faster. Headers of more than 10,000 bytes are suspicious to numpy."""
+    return row_bytes if row_bytes & (row_bytes - 1) == 0 and row_bytes <= 8192 else 1

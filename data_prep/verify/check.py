@@ -1,0 +1,314 @@
+"""Verifying a data set, and what is in it: faults, duplicate rows, lengths of documents, tokens, samples."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from data_prep.build import pool
+from data_prep.build.progress import Progress, Report
+from data_prep.errors import DataError
+from data_prep.format.files import sha256_file
+from data_prep.format.manifest import (
+    MANIFEST,
+    REJECTS,
+    SPLITS,
+    TOKENIZER,
+    Manifest,
+    SplitName,
+    load_manifest,
+    unigram_nats,
+)
+from data_prep.format.shards import shard_name
+from data_prep.format.tokenizer import load_tokenizer, special_ids, token_dtype
+from data_prep.read.reader import RowReader
+from data_prep.verify.duplicates import Duplicates, find_duplicates
+from data_prep.verify.walk import Reasons, Rules, Walked, WalkJob, walk_shard
+
+_LITTLE = 64 << 20  # bytes of shards, for which starting processes takes longer than it saves
+_CLOSE = 1e-6  # nats by which sums of logarithms may differ between machines
+
+
+@dataclass
+class SplitContent:
+    """What the walk found in one split."""
+
+    rows: int = 0
+    starts: int = 0
+    counts: np.ndarray | None = None  # [V] int64: occurrences of every id, position 0 of each row left out
+    lengths: Counter[int] = field(default_factory=Counter)  # tokens of a document -> documents
+    cut_tokens: int | None = None  # stored of a last document that the end of the split cuts
+    whole: bool = False  # all rows were found where the manifest has them
+
+
+@dataclass
+class Sample:
+    """A row as text: its documents, of which the first may have begun before (``goes_on``)."""
+
+    split: SplitName
+    row: int
+    goes_on: bool
+    documents: list[str]
+
+
+@dataclass
+class Checked:
+    """Result of :func:`check`. ``duplicates`` is None where damage keeps rows from being compared."""
+
+    folder: Path
+    faults: dict[str, Reasons]  # by path: what is wrong with it
+    manifest: Manifest | None = None
+    tokenizer: Tokenizer | None = None
+    splits: dict[SplitName, SplitContent] = field(default_factory=dict)
+    duplicates: Duplicates | None = None
+    samples: list[Sample] = field(default_factory=list)
+
+    def place(self, number: int) -> tuple[SplitName, int]:
+        """Split and row of a number of :class:`~data_prep.verify.duplicates.Duplicates`."""
+        train = self.splits[SPLITS[0]].rows
+        return (SPLITS[0], number) if number < train else (SPLITS[1], number - train)
+
+
+def check(
+    folder: str | Path,
+    workers: int | None = None,
+    samples: int = 3,
+    seed: int = 0,
+    report: Report = lambda line: None,
+) -> Checked:
+    """Verify all files of a data set and count what is in them. Nothing is written.
+
+    Args:
+        folder: what ``bd3 prep`` wrote.
+        workers: processes; None: one for each core that this process may run on.
+        samples: rows of each split to decode, chosen by ``seed``.
+        report: called with one line of text now and then.
+
+    Raises:
+        DataError: there is no data set in ``folder``, or a worker died. Damage is no error but in the result.
+    """
+    folder = Path(folder)
+    try:
+        manifest = load_manifest(folder)
+    except DataError as error:
+        if not (folder / MANIFEST).is_file():
+            raise
+        reasons = Reasons([str(error).removeprefix(f"{folder / MANIFEST}: ")])
+        return Checked(folder, {str(folder / MANIFEST): reasons})
+    return _Check(folder, manifest, report).run(workers, samples, seed)
+
+
+class _Check:
+    """One check of one data set."""
+
+    def __init__(self, folder: Path, manifest: Manifest, report: Report):
+        self.folder, self.manifest, self.report = folder, manifest, report
+        self.result = Checked(folder, {}, manifest)
+
+    def run(self, workers: int | None, samples: int, seed: int) -> Checked:
+        self._files()
+        if missing := set(SPLITS) - set(self.manifest.splits):
+            self._fault(MANIFEST, f"splits: {min(missing)} is missing")
+            return self.result
+        self._rejects()
+        self._tokenizer()
+        self._numbers()
+        hashes = self._walk(workers or len(os.sched_getaffinity(0)))
+        result = self.result
+        if all(content.whole for content in result.splits.values()):
+            if not result.faults.keys() - {str(self.folder / MANIFEST)}:  # else the shard is to blame
+                self._entropies()
+            with suppress(DataError):  # shards with wrong names, say, which is among the faults by now
+                readers = {name: RowReader(self.folder, name) for name in SPLITS}
+                result.duplicates = self._duplicates(hashes, readers)
+                if result.tokenizer is not None:
+                    result.samples = list(_samples(result.tokenizer, self.manifest, readers, samples, seed))
+        result.faults = {path: reasons for path, reasons in sorted(result.faults.items()) if reasons}
+        return result
+
+    def _fault(self, name: str | Path, reason: str) -> None:
+        self.result.faults.setdefault(str(self.folder / name), Reasons()).add(reason)
+
+    def _files(self) -> None:
+        """Every file that the manifest does not know."""
+        known = {MANIFEST, TOKENIZER, *([REJECTS] if self.manifest.rejects else [])}
+        known |= {f"{name}/{shard.name}" for name, split in self.manifest.splits.items() for shard in split.shards}
+        for base, folders, files in os.walk(self.folder):
+            base = Path(base).relative_to(self.folder)
+            for name in files + [name for name in folders if str(base / name) not in SPLITS]:
+                if (base / name).as_posix() not in known:
+                    self._fault(base / name, "does not belong to the data set; remove it")
+            folders[:] = [name for name in folders if str(base / name) in SPLITS]
+
+    def _rejects(self) -> None:
+        if not self.manifest.rejects:
+            return
+        try:
+            with (self.folder / REJECTS).open("rb") as stream:
+                lines = sum(1 for _ in stream)
+        except OSError as error:
+            self._fault(REJECTS, f"cannot be read ({error.strerror})")
+            return
+        if lines != self.manifest.rejects:
+            self._fault(REJECTS, f"{lines} lines, the manifest says {self.manifest.rejects}")
+
+    def _tokenizer(self) -> None:
+        """The file by its hash, and by the ids that it gives BOS, EOS and the mask."""
+        manifest, path = self.manifest, self.folder / TOKENIZER
+        try:
+            digest = sha256_file(path)
+            tokenizer = load_tokenizer(path)
+            special = special_ids(tokenizer, manifest.recipe.bos, manifest.recipe.eos)
+        except OSError as error:
+            self._fault(TOKENIZER, f"cannot be read ({error.strerror})")
+            return
+        except DataError as error:
+            self._fault(TOKENIZER, str(error).removeprefix(f"{path}: "))
+            return
+        if digest != manifest.tokenizer_sha256:
+            self._fault(TOKENIZER, f"sha256 is {digest[:12]}, the manifest says {manifest.tokenizer_sha256[:12]}")
+        elif not manifest.recipe.tokenizer.startswith("bpe:") and manifest.recipe.tokenizer != digest:
+            self._fault(TOKENIZER, f"sha256 is {digest[:12]}, the recipe says {manifest.recipe.tokenizer[:12]}")
+        stated = {"bos": manifest.bos_id, "eos": manifest.eos_id, "mask": manifest.mask_id}
+        stated["vocab_size"] = manifest.vocab_size
+        for name, value in special._asdict().items():
+            if value != stated[name]:
+                self._fault(TOKENIZER, f"its {name} is {value}, the manifest says {stated[name]}")
+        self.result.tokenizer = tokenizer
+
+    def _numbers(self) -> None:
+        """Whether the manifest's own numbers fit together."""
+        manifest, rules = self.manifest, Rules.of(self.manifest)
+        if token_dtype(manifest.vocab_size).str != manifest.dtype:
+            self._fault(MANIFEST, f"dtype={manifest.dtype}: not that of vocab_size={manifest.vocab_size}")
+        if manifest.recipe.length != manifest.length:
+            self._fault(MANIFEST, f"length={manifest.length}: recipe.length={manifest.recipe.length}")
+        for name, split in manifest.splits.items():
+            rows = sum(shard.rows for shard in split.shards)
+            for what, value, counted in (
+                ("rows", split.rows, rows),
+                ("tokens", split.tokens, split.rows * manifest.length),
+            ):
+                if value != counted:
+                    self._fault(MANIFEST, f"splits.{name}.{what}={value}: its shards have {counted}")
+            if split.dropped_tokens >= rules.rows.width:
+                self._fault(MANIFEST, f"splits.{name}.dropped_tokens={split.dropped_tokens}: would fill a row")
+            for number, shard in enumerate(split.shards):
+                where = f"splits.{name}.shards.{number}"
+                if shard.name != shard_name(name, number):
+                    self._fault(MANIFEST, f"{where}.name={shard.name}: not {shard_name(name, number)}")
+                if shard.rows != sum(member[2] for member in shard.members):
+                    self._fault(MANIFEST, f"{where}.rows={shard.rows}: not the sum of its members")
+            sizes = [member[2] for shard in split.shards for member in shard.members]
+            if any(size != manifest.recipe.rows_per_member for size in sizes[:-1]):
+                self._fault(
+                    MANIFEST, f"splits.{name}: members before the last one have other than rows_per_member rows"
+                )
+
+    def _walk(self, workers: int) -> np.ndarray:
+        """Walk all shards, put together what they hold, and return a hash of every row of all splits ``[n]``."""
+        rules = Rules.of(self.manifest)
+        jobs = [
+            WalkJob(self.folder / name / Path(shard.name).name, name, number, shard, rules)
+            for name, split in self.manifest.splits.items()
+            for number, shard in enumerate(split.shards)
+        ]
+        size = sum(job.shard.bytes for job in jobs)
+        ends = np.cumsum([job.shard.rows for job in jobs])
+        begins = dict(zip(jobs, (ends - [job.shard.rows for job in jobs]).tolist()))
+        hashes = np.zeros(ends[-1] if jobs else 0, np.uint64)
+        walked: dict[WalkJob, Walked] = {}
+        counts = {name: np.zeros(rules.vocab_size, np.int64) for name in SPLITS}
+        progress = Progress(self.report, "checked", size)
+        for job, found in pool.run(walk_shard, jobs, workers if size > _LITTLE else 1, progress.tick):
+            progress.done(job.shard.bytes, job.shard.bytes)
+            counts[job.split] += found.counts
+            if found.whole:
+                hashes[begins[job] : begins[job] + found.rows] = np.concatenate(found.hashes)
+            walked[job] = found.without_arrays()
+            for reason in found.reasons:
+                self._fault(job.path.relative_to(self.folder), reason)
+            if found.reasons.more:
+                self.result.faults[str(job.path)].more += found.reasons.more
+        progress.line()
+        for name in SPLITS:
+            self.result.splits[name] = self._merge(name, [walked[job] for job in jobs if job.split == name])
+            self.result.splits[name].counts = counts[name]
+        return hashes
+
+    def _merge(self, name: SplitName, shards: list[Walked]) -> SplitContent:
+        """Sums over shards, and the documents that go on from one to the next."""
+        form, split = Rules.of(self.manifest).rows, self.manifest.splits[name]
+        content = SplitContent(whole=all(shard.whole for shard in shards))
+        extra = len(form.head) + len(form.tail)
+        last: int | None = None  # place where the last document starts, in the split's stream
+        for shard in shards:
+            content.lengths.update(shard.lengths)
+            offset = content.rows * form.width
+            if last is not None and shard.first_start is not None:
+                content.lengths[offset + shard.first_start - last - extra] += 1
+            if shard.last_start is not None:
+                last = offset + shard.last_start
+            if not shard.whole:
+                last = None  # how long this document is cannot be known
+            content.rows += shard.rows
+            content.starts += shard.starts
+        if last is not None:
+            stored = content.rows * form.width - last
+            if split.dropped_tokens == 0 or (form.tail and shards[-1].last_token == form.eos):
+                content.lengths[stored - extra] += 1
+            else:
+                content.cut_tokens = stored - len(form.head)
+        if content.whole and content.starts > split.documents:
+            self._fault(MANIFEST, f"splits.{name}.documents={split.documents}: {content.starts} start in its rows")
+        return content
+
+    def _entropies(self) -> None:
+        """The unigram figures of the manifest, from the rows."""
+        manifest, counts = self.manifest, {name: self.result.splits[name].counts for name in SPLITS}
+        stated = {"validation_unigram_nats": manifest.validation_unigram_nats}
+        found = {"validation_unigram_nats": unigram_nats(counts["validation"], counts["train"] + 1)}
+        for name, split in manifest.splits.items():
+            stated[f"splits.{name}.unigram_entropy"] = split.unigram_entropy
+            found[f"splits.{name}.unigram_entropy"] = unigram_nats(counts[name], counts[name])
+        for key, value in stated.items():
+            if not math.isclose(value, found[key], abs_tol=_CLOSE):
+                self._fault(MANIFEST, f"{key}={value:.6f}: the rows give {found[key]:.6f}")
+
+    def _duplicates(self, hashes: np.ndarray, readers: dict[SplitName, RowReader]) -> Duplicates:
+        first, second = (readers[name] for name in SPLITS)
+
+        def read(numbers: np.ndarray) -> np.ndarray:
+            rows = np.empty((len(numbers), first.length), first.dtype)
+            early = numbers < len(first)
+            rows[early] = first.rows(numbers[early])
+            rows[~early] = second.rows(numbers[~early] - len(first))
+            return rows
+
+        return find_duplicates(hashes, read)
+
+
+def _samples(
+    tokenizer: Tokenizer, manifest: Manifest, readers: dict[SplitName, RowReader], count: int, seed: int
+) -> Iterator[Sample]:
+    """``count`` rows of each split as text, cut where documents start."""
+    form = Rules.of(manifest).rows
+    for number, (name, reader) in enumerate(readers.items()):
+        rng = np.random.default_rng((seed, number))
+        chosen = np.sort(rng.choice(len(reader), min(count, len(reader)), replace=False))
+        for row, tokens, documents in zip(chosen.tolist(), reader.rows(chosen), reader.documents(chosen)):
+            inner = slice(form.shift, form.shift + form.width)
+            borders = np.flatnonzero(np.diff(documents[inner])) + 1
+            texts = [
+                tokenizer.decode(piece.tolist(), skip_special_tokens=True) for piece in np.split(tokens[inner], borders)
+            ]
+            goes_on = bool(row) and documents[0] == reader.documents(np.array([row - 1]))[0, -1]
+            yield Sample(name, row, bool(goes_on), texts)

@@ -1,0 +1,119 @@
+"""Checkpoint folders on disk: their names, their list of files, and whether they match it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bd3_common.atomic import sync
+from data_prep.format.files import sha256_file
+
+COMPLETE = "complete.json"
+_PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk. ``meta`` is what the training loop stored beside the tensors."""
+
+    path: Path
+    step: int
+    meta: dict[str, Any]
+
+
+def folder_of(run: Path, step: int) -> Path:
+    """Where the checkpoint of ``step`` lies."""
+    return run / "checkpoints" / f"{_PREFIX}{step:08d}"
+
+
+def partial_of(run: Path, step: int, writer: str) -> Path:
+    """Where ``writer`` prepares it; of another name for every job, as ranks of a dying one may still be writing."""
+    return run / "checkpoints" / f".{_PREFIX}{step:08d}.{writer}.partial"
+
+
+def folders(run: Path) -> list[Path]:
+    """Checkpoint folders by ascending step, complete or not."""
+    found = (run / "checkpoints").glob(f"{_PREFIX}*")
+    return sorted((path for path in found if path.name.removeprefix(_PREFIX).isdecimal()), key=step_of)
+
+
+def newest_complete(run: Path) -> Path | None:
+    """Folder of the newest checkpoint that was written to its end; whether its files are whole is not looked at."""
+    return next((path for path in reversed(folders(run)) if (path / COMPLETE).is_file()), None)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(path.name.removeprefix(_PREFIX))
+
+
+def start(partial: Path) -> None:
+    """An empty folder to write into; what killed writers left is removed."""
+    for left in partial.parent.glob(f".{_PREFIX}*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def publish(partial: Path, final: Path, meta: Mapping[str, Any], files: Mapping[str, Any]) -> None:
+    """Write the list of files and let the checkpoint appear under its name, on the disk as in the system's memory.
+
+    Args:
+        files: stamps (:func:`stamp`) by name.
+    """
+    listing = {"step": step_of(final), "meta": meta, "files": {name: files[name] for name in sorted(files)}}
+    (partial / COMPLETE).write_text(json.dumps(listing, indent=1))
+    sync(partial / COMPLETE)
+    sync(partial)
+    if final.exists():  # passed over as damaged, or the same again
+        aside = partial.with_suffix(".replaced.partial")
+        os.replace(final, aside)
+        os.replace(partial, final)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.replace(partial, final)
+    sync(final.parent)
+
+
+def retire(run: Path, step: int, keep: int, keep_every: int) -> None:
+    """After the checkpoint of ``step``: remove all but the newest ``keep`` and those of every ``keep_every``-th step.
+
+    A checkpoint of a later step is one that was passed over as damaged: it must not push out a good one.
+    """
+    for old in [path for path in folders(run) if step_of(path) <= step][:-keep]:
+        if not (keep_every and step_of(old) % keep_every == 0):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def read_listing(path: Path) -> dict[str, Any] | str:
+    """What ``complete.json`` of a folder says (step, meta, stamps of the files), or what is wrong with it."""
+    try:
+        listing = json.loads((path / COMPLETE).read_text())
+        stamps = {name: {"bytes": s["bytes"], "sha256": s["sha256"]} for name, s in listing["files"].items()}
+        return {"step": listing["step"], "meta": listing["meta"], "files": stamps}
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{COMPLETE} is unreadable"
+
+
+def problem(path: Path, stamps: Mapping[str, Any]) -> str | None:
+    """What is wrong with the first of these files of a folder that does not match its stamp."""
+    for name, expected in stamps.items():
+        try:
+            if (path / name).stat().st_size != expected["bytes"]:
+                return f"{name} has another size than listed"
+            if stamp(path / name)["sha256"] != expected["sha256"]:
+                return f"{name} has another checksum than listed"
+        except FileNotFoundError:
+            return f"{name} is missing"
+    return None
+
+
+def stamp(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}

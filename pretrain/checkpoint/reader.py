@@ -1,0 +1,179 @@
+"""Checkpoints that are complete or absent: written aside, checksummed, renamed.
+
+A checkpoint is a folder ``checkpoints/step-00001000`` with torch's distributed checkpoint files and ``complete.json``,
+which is written last and lists every file with its size and sha256. A newest checkpoint that does not match its list
+is skipped with a warning in favour of the one before. :mod:`pretrain.checkpoint.writer` writes them, here they are
+found and read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from bd3_common.errors import ConfigError
+from bd3_megatron.engine.base import Engine
+from bd3_megatron.engine.scaling import SECTION
+from bd3_megatron.parallel import World
+from bd3_megatron.shards import Held, Piece
+from pretrain.checkpoint.folder import COMPLETE, Checkpoint, folder_of, folders, problem, read_listing, step_of
+from pretrain.checkpoint.planner import LoadPieces
+from pretrain.checkpoint.writer import CheckpointWriter, Written, save
+from pretrain.distributed.collectives import on_each, on_first
+
+__all__ = [
+    "COMPLETE",
+    "Checkpoint",
+    "CheckpointWriter",
+    "Written",
+    "exists",
+    "find",
+    "newest",
+    "newest_together",
+    "read_weights",
+    "restore",
+    "save",
+]
+
+
+def newest(run: Path, warn: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
+    """The newest checkpoint whose files match its list, or None if there is none."""
+    for path in reversed(folders(run)):
+        found = _examine(path)
+        if isinstance(found, Checkpoint):
+            return found
+        warn(f"{path}: {found}; skipped")
+    return None
+
+
+def newest_together(
+    run: Path,
+    world: World,
+    warn: Callable[[str], None] = lambda _: None,
+    usable: Callable[[int, dict[str, Any]], bool] = lambda *_: True,
+) -> Checkpoint | None:
+    """:func:`newest` with the work shared: each rank checks a part of the files, and all come to the same verdict.
+
+    Args:
+        warn: called on the first rank.
+        usable: says of a checkpoint's step and meta whether it is wanted; others are passed over without a word.
+    """
+    for path in reversed(on_first(lambda: folders(run))):
+        found = on_first(partial(read_listing, path))
+        if isinstance(found, dict) and not usable(found["step"], found["meta"]):
+            continue
+        if isinstance(found, dict):
+            stamps = found["files"]
+            order = sorted(stamps, key=lambda name: (-stamps[name]["bytes"], name))
+            mine = {name: stamps[name] for name in order[world.rank :: world.size]}
+            problems = on_each(partial(problem, path, mine))
+            if not any(problems):
+                return Checkpoint(path, found["step"], found["meta"])
+            found = next(filter(None, problems))
+        if world.is_first:
+            warn(f"{path}: {found}; skipped")
+    return None
+
+
+def exists(run: Path) -> bool:
+    """Whether the run has any checkpoint, whole or not."""
+    return bool(folders(run))
+
+
+def find(run: Path, step: int | None = None) -> Checkpoint:
+    """The checkpoint of ``step``, or the newest complete one.
+
+    Raises:
+        ConfigError: there is none, or it is damaged.
+    """
+    if not (run / "checkpoints").is_dir():
+        raise ConfigError(f"{run}: holds no checkpoints; give the folder of a run that bd3 pretrain wrote")
+    if step is None:
+        found = newest(run)
+        if found is None:
+            raise ConfigError(f"{run}/checkpoints: no complete checkpoint; let bd3 pretrain reach one")
+        return found
+    path = folder_of(run, step)
+    if not path.is_dir():
+        there = ", ".join(str(step_of(p)) for p in folders(run)) or "none"
+        raise ConfigError(f"step {step}: no checkpoint {path}; there are: {there}")
+    found = _examine(path)
+    if not isinstance(found, Checkpoint):
+        raise ConfigError(f"{path}: {found}; use another step")
+    return found
+
+
+def restore(checkpoint: Checkpoint, engine: Engine, say: Callable[[str], None] = lambda _: None) -> None:
+    """Fill the engine's state from a checkpoint, in place.
+
+    Adam goes on counting from ``updates`` of the checkpoint's meta; where there is none, every step was one.
+    FP8 scales that the checkpoint lacks, because it was written in bf16 or with another recipe, start anew.
+
+    Args:
+        say: told so, on every rank that misses some.
+
+    Raises:
+        ConfigError: the checkpoint holds other tensors than this model has.
+    """
+    state = engine.state()
+    scales = {name: held for name, held in state.items() if name.startswith(f"{SECTION}/")}
+    if scales and not _holds(checkpoint, scales):
+        state = {name: held for name, held in state.items() if name not in scales}
+        say(f"{checkpoint.path}: holds no FP8 scales of this recipe and history; they start anew")
+    on_each(lambda: _check(checkpoint, state))  # stages hold different tensors
+    _load(checkpoint, state)
+    engine.loaded(checkpoint.meta.get("updates", checkpoint.step))
+
+
+def read_weights(checkpoint: Checkpoint, averaged: bool = True) -> dict[str, Tensor]:
+    """Whole fp32 weights by global parameter name, on the CPU; needs no process group.
+
+    Args:
+        averaged: take the EMA weights where the checkpoint has them.
+    """
+    known = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    section = "ema/" if averaged and any(name.startswith("ema/") for name in known) else "weights/"
+    tensors = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in known.items() if k.startswith(section)}
+    state = {k: Held(tuple(t.shape), (Piece((0,) * t.dim(), t),)) for k, t in tensors.items()}
+    _check(checkpoint, state)
+    _load(checkpoint, state, no_dist=True)
+    # Fused gate and up projections are stored as [2, ffn, h].
+    return {name.removeprefix(section): t.flatten(0, 1) if t.dim() == 3 else t for name, t in tensors.items()}
+
+
+def _holds(checkpoint: Checkpoint, state: dict[str, Held]) -> bool:
+    known = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    return all(name in known and tuple(known[name].size) == held.shape for name, held in state.items())
+
+
+def _check(checkpoint: Checkpoint, state: dict[str, Held]) -> None:
+    known = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    for name, held in state.items():
+        there = known.get(name)
+        if there is None or tuple(there.size) != held.shape:
+            found = "absent" if there is None else f"of shape {list(there.size)}"
+            raise ConfigError(
+                f"{checkpoint.path}: {name} is {found}, the configuration asks for {list(held.shape)}; "
+                f"use the configuration the run was started with"
+            )
+
+
+def _load(checkpoint: Checkpoint, state: dict[str, Held], **options: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state, checkpoint_id=checkpoint.path, planner=LoadPieces(), **options)
+
+
+def _examine(path: Path) -> Checkpoint | str:
+    """The checkpoint in a folder, or what is wrong with it."""
+    found = read_listing(path)
+    if isinstance(found, str):
+        return found
+    return problem(path, found["files"]) or Checkpoint(path, found["step"], found["meta"])

@@ -1,0 +1,292 @@
+"""Writing checkpoints while training goes on.
+
+``save`` copies the boxes that this rank writes to the CPU and returns; a thread per rank writes them with torch's
+distributed checkpoint over a process group of its own, because training uses the others at the same time. All threads
+end with the same result. Ranks look at it together, at step boundaries, so that a failure is raised on all of them at
+the same step and none waits in a collective for one that failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import hashlib
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from bd3_megatron.engine.base import Engine
+from bd3_megatron.shards import Held, Piece
+from pretrain.checkpoint import folder as files
+from pretrain.checkpoint.planner import SavePieces
+from pretrain.distributed.collectives import everywhere, on_each, on_first, together
+
+# Ranks wait for the slowest disk among them; a rank that died is noticed at once, by its closed connection.
+_PATIENCE = datetime.timedelta(hours=2)
+_LAST_WORDS = 10.0  # seconds that a run whose ranks may be gone waits for a write under way
+
+Box = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint that is complete.
+
+    Attributes:
+        stall_seconds: of training, inside ``save``.
+        write_seconds: from the call of ``save`` until the checkpoint was complete.
+        bytes: of all its files but their list.
+    """
+
+    step: int
+    stall_seconds: float
+    write_seconds: float
+    bytes: int
+
+
+class CheckpointWriter:
+    """Writes an engine's state into a run folder, one checkpoint at a time. Every rank calls every method.
+
+    Args:
+        keep, keep_every: retention, see :func:`pretrain.checkpoint.folder.retire`.
+        asynchronous: False waits for each checkpoint inside :meth:`save`.
+        report: told of every complete checkpoint, on every rank, by the thread that calls the methods.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        engine: Engine,
+        keep: int,
+        keep_every: int = 0,
+        asynchronous: bool = True,
+        report: Callable[[Written], None] = lambda _: None,
+    ):
+        self.run, self.engine, self.report = run, engine, report
+        self.keep, self.keep_every, self.asynchronous = keep, keep_every, asynchronous
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._name = on_first(lambda: os.urandom(3).hex(), self._group)
+        self._buffers: dict[Box, Tensor] | None = None
+        self._write: _Write | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self.close(error)
+
+    def save(self, step: int, meta: Mapping[str, Any]) -> None:
+        """Begin the checkpoint of ``step``; what the engine does afterwards does not change it.
+
+        Raises:
+            OSError: the previous checkpoint, or without ``asynchronous`` this one, cannot be written; those before
+                it are as they were.
+        """
+        begin = time.perf_counter()
+        self.wait()
+        staged = self._stage()
+        self._write = _Write(self, step, dict(meta), staged, begin)
+        if not self.asynchronous:
+            self._write.thread.join()
+        self._write.stall_seconds = time.perf_counter() - begin
+        if not self.asynchronous:
+            self.wait()
+
+    def poll(self) -> None:
+        """At a step boundary: raise what failed in the background, if anything did, on all ranks at the same step.
+
+        Raises:
+            OSError: as :meth:`save`.
+        """
+        if self._write is not None:
+            # Threads end at slightly different moments; when none runs any more, all hold the same result.
+            running = torch.tensor(float(self._write.thread.is_alive()), device=self.engine.world.device)
+            dist.all_reduce(running)
+            if running.item() == 0:
+                self.wait()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint under way is complete.
+
+        Raises:
+            OSError: as :meth:`save`.
+        """
+        if self._write is not None:
+            self._write.thread.join()
+            write, self._write = self._write, None
+            self.report(write.result())
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Complete the checkpoint under way, if any, and leave no thread and no group behind; raises nothing.
+
+        Args:
+            error: what ends the run. After a broken connection the others may never finish, and are not waited for.
+        """
+        ended = True
+        if self._write is not None:
+            self._write.thread.join(_LAST_WORDS if isinstance(error, RuntimeError) else None)
+            ended = not self._write.thread.is_alive()
+            self._write = None
+        self._buffers = None
+        if ended and self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
+
+    def _stage(self) -> dict[str, Held]:
+        """Copies of the boxes that this rank writes."""
+        state, world = self.engine.state(), self.engine.world
+        if self._buffers is None:
+            boxes = _share(state, world.rank, self._group)
+            shapes = {
+                (name, piece.offsets): piece.data.shape
+                for name, held in state.items()
+                for piece in held.pieces
+                if (name, piece.offsets) in boxes
+            }
+            self._buffers = _buffers(shapes, pinned=world.device.type == "cuda")
+        staged = {}
+        for name, held in state.items():
+            pieces = []
+            for piece in held.pieces:
+                buffer = self._buffers.get((name, piece.offsets))
+                if buffer is not None:
+                    buffer.copy_(piece.data, non_blocking=True)
+                    pieces.append(Piece(piece.offsets, buffer))
+            staged[name] = Held(held.shape, tuple(pieces))
+        if world.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return staged
+
+
+class _Write:
+    """One checkpoint on its way to the disk, in a thread."""
+
+    def __init__(
+        self, writer: CheckpointWriter, step: int, meta: dict[str, Any], staged: dict[str, Held], begin: float
+    ):
+        self.step, self.stall_seconds, self.write_seconds = step, 0.0, 0.0
+        self._writer, self._meta, self._staged, self._begin = writer, meta, staged, begin
+        self._bytes, self._error = 0, None
+        self.thread = threading.Thread(target=self._run, name=f"checkpoint of step {step}", daemon=True)
+        self.thread.start()
+
+    def result(self) -> Written:
+        """Of the thread, which has ended. Raises what it failed of."""
+        if self._error is not None:
+            raise self._error
+        return Written(self.step, self.stall_seconds, self.write_seconds, self._bytes)
+
+    def _run(self) -> None:
+        try:
+            self._bytes = self._save()
+            self.write_seconds = time.perf_counter() - self._begin
+        except BaseException as error:
+            self._error = error
+
+    def _use_device(self) -> None:
+        if self._writer.engine.world.device.type == "cuda":
+            torch.cuda.set_device(self._writer.engine.world.device)  # a new thread is on device 0
+
+    def _save(self) -> int:
+        writer, group = self._writer, self._writer._group
+        final = files.folder_of(writer.run, self.step)
+        partial = files.partial_of(writer.run, self.step, writer._name)
+        rank = writer.engine.world.rank
+        try:
+            together(self._use_device, group)
+            on_first(lambda: files.start(partial), group)
+            # No copies ahead: the tensors are on the CPU, and a thread beside training should use no CUDA stream.
+            storage = dcp.FileSystemWriter(partial, per_thread_copy_ahead=0)
+            with _plain_errors(final):
+                dcp.save(self._staged, storage_writer=storage, planner=SavePieces(), process_group=group)
+            parts = on_each(lambda: _stamps(partial, rank), group)
+            stamps = {name: stamp for part in parts for name, stamp in part.items()}
+            on_first(lambda: files.publish(partial, final, self._meta, stamps), group)
+        except BaseException:
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        on_first(lambda: files.retire(writer.run, self.step, writer.keep, writer.keep_every), group)
+        return sum(stamp["bytes"] for stamp in stamps.values())
+
+
+def _stamps(partial: Path, rank: int) -> dict[str, Any]:
+    """Stamps of the files that this rank has written."""
+    own = [*([".metadata"] if rank == 0 else []), *(path.name for path in partial.glob(f"__{rank}_*"))]
+    return {name: files.stamp(partial / name) for name in own}
+
+
+def save(run: Path, engine: Engine, step: int, meta: Mapping[str, Any], keep: int) -> Path:
+    """Write the engine's state as the checkpoint of ``step``, remove all but the newest ``keep``, return its folder.
+
+    Raises:
+        OSError: the disk is full or not writable; what was there before stays.
+    """
+    with CheckpointWriter(run, engine, keep, asynchronous=False) as writer:
+        writer.save(step, meta)
+    return files.folder_of(run, step)
+
+
+def _buffers(shapes: Mapping[Box, torch.Size], pinned: bool) -> dict[Box, Tensor]:
+    """fp32 tensors of these shapes; pinned ones are parts of one allocation, because the system rounds each up.
+
+    Others have an allocation each: torch's writer copies what is part of a larger one, and keeps all copies until the
+    file is written, which would be the whole checkpoint once more.
+    """
+    if not pinned:
+        return {box: torch.empty(shape, dtype=torch.float32) for box, shape in shapes.items()}
+    sizes = [shape.numel() for shape in shapes.values()]
+    parts = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=True).split(sizes)
+    return {box: part.view(shape) for (box, shape), part in zip(shapes.items(), parts)}
+
+
+def _share(state: Mapping[str, Held], rank: int, group: dist.ProcessGroup) -> set[Box]:
+    """The boxes that this rank writes: those that no other rank holds, and its part of what its replicas hold alike."""
+    sizes = {
+        (name, piece.offsets): piece.data.nbytes
+        for name, held in state.items()
+        if not held.duplicate
+        for piece in held.pieces
+    }
+    digest = hashlib.sha256(repr(sorted(sizes)).encode()).hexdigest()
+    digests = on_each(lambda: digest, group)
+    replicas = [other for other, theirs in enumerate(digests) if theirs == digest]
+    loads = dict.fromkeys(replicas, 0)
+    mine = set()
+    for box in sorted(sizes, key=lambda box: (-sizes[box], box)):
+        writer = min(replicas, key=loads.__getitem__)
+        loads[writer] += sizes[box]
+        if writer == rank:
+            mine.add(box)
+    return mine
+
+
+@contextlib.contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    """Raise what failed on the first failing rank, not torch's wrapper around it, which is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        if isinstance(cause, OSError) and cause.filename is None:
+            cause.filename = str(path)
+        if isinstance(cause, RuntimeError) and "inline_container" in str(cause):
+            # torch's archive writer lost the system's error and found its file shorter than it should be.
+            cause = OSError(errno.EIO, "some of it is missing; is the disk full?", str(path))
+        raise everywhere(cause) from error

@@ -1,0 +1,14 @@
+"""`bd3 pretrain`: train a model, or continue a run. One process is one rank."""
+
+from __future__ import annotations
+
+from pretrain.config.resolve import load_run_config
+from pretrain.distributed.collectives import alike
+from pretrain.trainer.loop import train
+
+
+def main(args: list[str]) -> None:
+    """`bd3 pretrain`: train, or go on from the newest checkpoint of the same run folder."""
+    with alike():
+        config = load_run_config(args)
+    train(config)

@@ -1,0 +1,81 @@
+"""`bd3 sample`: text from a run's checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from pydantic import Field
+
+from bd3_common.errors import ConfigError
+from bd3_megatron.config import Section, Seed
+from bd3_megatron.sampling.sampler import Sampling, sample
+from data_prep.format.tokenizer import load_tokenizer
+from pretrain.config.command_line import parse_options
+from pretrain.run_folder import run as runs
+
+
+class SampleOptions(Section):
+    """Sample text from a run's checkpoint, block by block."""
+
+    run: Annotated[str, tyro.conf.Positional] = Field(description="run folder")
+    prompt: str = Field("", description="text to continue; empty starts from BOS alone")
+    tokens: int | None = Field(None, ge=1, description="tokens to add; null fills the model's row")
+    count: int = Field(1, ge=1, description="samples")
+    method: Literal["first_hitting", "steps"] = Field("first_hitting", description="how a block is unmasked")
+    steps: int | None = Field(None, ge=1, description="steps per block for --method steps; null means one per token")
+    top_p: float = Field(0.9, gt=0, le=1, description="nucleus")
+    temperature: float = Field(1.0, ge=0, description="0 takes the most likely token")
+    seed: Seed = Field(0, description="seed of the samples")
+    step: int | None = Field(None, ge=0, description="checkpoint to take; null means the newest")
+    weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights")
+    stop: bool = Field(True, description="stop at EOS and at low entropy")
+    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="one line of JSON per sample")
+
+
+def main(args: list[str]) -> None:
+    """`bd3 sample RUN`."""
+    options = parse_options(SampleOptions, args, "bd3 sample")
+    run = Path(options.run)
+    loaded = runs.load(run, options.step, averaged=options.weights == "ema")
+    model = loaded.config.model
+    if not (run / runs.TOKENIZER).is_file():
+        raise ConfigError(f"{run}: has no {runs.TOKENIZER}; copy the one the model was trained with into it")
+    if model.bos_id is None:
+        raise ConfigError(f"{run / runs.CONFIG}: model.bos_id=null: set it to the id that begins a row")
+    tokenizer = load_tokenizer(run / runs.TOKENIZER)
+    prompt = [model.bos_id, *tokenizer.encode(options.prompt, add_special_tokens=False).ids]
+    if model.mask_id in prompt:
+        raise ConfigError(
+            f"--prompt: holds the mask token (id {model.mask_id}); leave it out, a prompt has real tokens only"
+        )
+    space = model.length - len(prompt)
+    if space < 1 or (options.tokens or 0) > space:
+        raise ConfigError(
+            f"--tokens {options.tokens or 1}: the prompt has {len(prompt)} tokens with BOS and a row of this model "
+            f"{model.length}; use {max(space, 0)} or fewer, or a shorter prompt"
+        )
+    sampling = Sampling(options.method, options.steps, options.top_p, options.temperature, options.stop)
+    with loaded.engine() as engine:
+        device = engine.world.device
+        result = sample(
+            engine.module,
+            torch.tensor([prompt] * options.count, device=device),
+            options.tokens or space,
+            sampling,
+            model.eos_id if options.stop else None,
+            torch.Generator(device).manual_seed(options.seed),
+        )
+    for number, (ids, end) in enumerate(zip(result.ids.tolist(), result.ends)):
+        text = tokenizer.decode(ids[1:end], skip_special_tokens=True)
+        if options.json_:
+            record = {"sample": number, "text": text, "tokens": end - len(prompt), "nfe": result.nfe}
+            print(json.dumps(record, ensure_ascii=False))
+        else:
+            print(text if options.count == 1 else f"--- sample {number + 1}\n{text}")
+    new = sum(end - len(prompt) for end in result.ends)
+    print(f"{new} new tokens in {result.nfe} calls (step {loaded.checkpoint.step})", file=sys.stderr)

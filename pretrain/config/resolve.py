@@ -1,0 +1,214 @@
+"""Where a run's configuration comes from: defaults < preset < file < flags; `bd3 config` shows it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field
+
+from bd3_common.atomic import write_bytes
+from bd3_common.errors import ConfigError
+from data_prep.format.remote import is_remote
+from pretrain.config.command_line import (
+    as_section,
+    check_value,
+    did_you_mean,
+    leaves,
+    parse_options,
+    put,
+    scan_options,
+    show,
+    unchecked,
+    validate,
+)
+from pretrain.config.schema import RunConfig, check_batches, check_run
+
+
+def presets() -> list[str]:
+    """Names that ``--preset`` takes, sorted."""
+    files = resources.files("pretrain").joinpath("presets").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+class RunOptions(RunConfig):
+    """A training run. Later wins: defaults, preset, file, flags."""
+
+    preset: str | None = Field(None, description="start from a preset: " + ", ".join(presets()))
+    config: str | None = Field(None, description="YAML file with any of these keys, as bd3 config prints them")
+
+
+class ShowOptions(RunOptions):
+    """Print the resolved configuration as YAML for --config. Later wins: defaults, preset, file, flags."""
+
+    world_size: int | None = Field(None, ge=1, description="check that the layout fits this number of processes")
+
+
+Options = TypeVar("Options", bound=RunOptions)
+
+
+def load_run_config(args: list[str], prog: str = "bd3 pretrain") -> RunConfig:
+    """Resolve a run's configuration from command-line arguments, including ``--preset`` and ``--config``.
+
+    Raises:
+        ConfigError: one line for the first mistake in the preset, the file, the flags or between sections.
+        OSError: the file cannot be read.
+    """
+    return resolve(RunOptions, args, prog)[0]
+
+
+def preset_config(name: str) -> RunConfig:
+    """The defaults under a preset.
+
+    Raises:
+        ConfigError: no such preset.
+    """
+    values = RunConfig().model_dump()
+    _overlay(values, *_preset(name))
+    return validate(RunConfig, values)
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write ``config`` as YAML under a temporary name and rename it: ``path`` is complete or untouched.
+
+    Paths of data sets and cache are stored absolute, because what reads the file later may be called from another
+    folder. URLs are stored as they are.
+    """
+    data = config.data
+    found = {"path": data.path and _absolute(data.path), "cache": data.cache and _absolute(data.cache)}
+    if data.mix is not None:
+        found["mix"] = {_absolute(path): weight for path, weight in data.mix.items()}
+    config = config.model_copy(update={"data": data.model_copy(update=found)})
+    write_bytes(path, to_yaml(config).encode())
+
+
+def _absolute(path: str) -> str:
+    return path if is_remote(path) else os.path.abspath(path)
+
+
+def load_saved(path: Path) -> RunConfig:
+    """Read what :func:`save_config` wrote.
+
+    Raises:
+        ConfigError: the file is missing, or one of its keys or values is wrong.
+    """
+    values: dict[str, Any] = {}
+    _overlay(values, path.name, _read_text(path))
+    return validate(RunConfig, values)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The configuration as YAML in ASCII, sections in their order; it reads back equal."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def _with_profile(args: list[str]) -> list[str]:
+    """``--profile`` is ``--profile.start 0``, and ``--profile N`` is ``--profile.start N``."""
+    out = []
+    args = [arg.replace("--profile=", "--profile.start=") if arg.startswith("--profile=") else arg for arg in args]
+    for arg, after in zip(args, [*args[1:], ""]):
+        out.append(("--profile.start" if after.isdecimal() else "--profile.start=0") if arg == "--profile" else arg)
+    return out
+
+
+def resolve(cls: type[Options], args: list[str], prog: str) -> tuple[RunConfig, Options]:
+    """A run's configuration, checked, and the options of ``cls`` that it was resolved from.
+
+    Raises:
+        ConfigError, OSError: as :func:`load_run_config`.
+    """
+    args = _with_profile(args)
+    given = scan_options(cls, args)
+    values = RunConfig().model_dump()
+    if "preset" in given:
+        _overlay(values, *_preset(given["preset"][0]))
+    if "config" in given:
+        path = Path(given["config"][0])
+        _overlay(values, str(path), _read_text(path))
+    under = {name: field.default for name, field in cls.model_fields.items() if name not in values} | values
+    options = parse_options(cls, args, prog, default=unchecked(cls, under))
+    config = RunConfig(**{name: getattr(options, name) for name in RunConfig.model_fields})
+    parallel = config.parallel
+    world_size = getattr(options, "world_size", None) or parallel.tensor * parallel.pipeline * parallel.context
+    data_size = check_run(config, world_size)
+    if getattr(options, "world_size", None):
+        check_batches(config.train, parallel, data_size)
+    return config, options
+
+
+def _preset(name: str) -> tuple[str, str]:
+    """A preset's name for messages and its text."""
+    if name not in presets():
+        raise ConfigError(f"preset={name}: unknown preset; use {', '.join(presets())}")
+    return f"preset {name}", resources.files("pretrain").joinpath("presets", f"{name}.yaml").read_text("utf-8")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: a folder, not a configuration file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
+
+
+def _overlay(values: dict[str, Any], source: str, text: str) -> None:
+    """Put the keys of a YAML document over ``values``; mistakes name ``source``."""
+    try:
+        document = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
+        raise ConfigError(f"{source}:{where} is not YAML: {problem}".replace(":  ", ": ")) from None
+    _overlay_section(values, RunConfig, document, source, prefix="")
+
+
+def _overlay_section(values: dict[str, Any], cls: type[BaseModel], document: Any, source: str, prefix: str) -> None:
+    if document is None:
+        return
+    if not isinstance(document, Mapping):
+        where = prefix.rstrip(".")
+        found = f"{where}={show(document)}: not a section" if where else "not a configuration"
+        raise ConfigError(f"{source}: {found}; write 'key: value' lines{' below it' if where else ''}")
+    for key, value in document.items():
+        path = f"{prefix}{key}"
+        if key not in cls.model_fields:
+            known = [*leaves(RunConfig), *RunConfig.model_fields]
+            raise ConfigError(f"{source}: {path}: unknown key{did_you_mean(path, known)}")
+        field = cls.model_fields[key]
+        if (section := as_section(field)) is not None:
+            _overlay_section(values, section, value, source, prefix=f"{path}.")
+            continue
+        try:
+            put(values, path, check_value(path, field, value))
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a key given twice is an error: the first would be lost without a word."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError):  # as in 2020-99-99, or !!int x
+            problem = f"{show(node.value)} is not the {node.tag.rpartition(':')[2]} it looks like; put quotes around it"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str) and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} is given twice", key_node.start_mark
+                )
+            seen.add(key if isinstance(key, str) else id(key_node))
+        return super().construct_mapping(node, deep)

@@ -1,0 +1,332 @@
+"""What the ranks of a preflight have measured, judged: who is slow, has other versions, another clock, another folder.
+
+Pure functions of what all ranks have gathered, so that every rank comes to the same findings by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, NamedTuple
+
+from pretrain.resilience.hang_detection import spans
+from slurm.environment import compress_hosts
+
+GIB = 2**30
+# What the process itself may hold of its GPU by then: its context and the buffers of the first communicator.
+OWN_MEMORY = 2 * GIB
+
+
+class Gpu(NamedTuple):
+    """A rank's GPU; memory in bytes. ``seen`` is how many GPUs the rank's process sees."""
+
+    name: str
+    total: int
+    free: int
+    seen: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank says of itself.
+
+    Attributes:
+        versions: by name; all ranks must have the same.
+        gpu: None on the CPU.
+        matmul: FLOP/s; 0 where the GPU had no memory left for it.
+    """
+
+    host: str
+    local_rank: int
+    versions: Mapping[str, str] = field(default_factory=dict)
+    gpu: Gpu | None = None
+    matmul: float = 0.0
+
+
+class Clock(NamedTuple):
+    """Seconds that a rank's clock is ahead of rank 0's, and how far from that it may be."""
+
+    offset: float
+    uncertainty: float
+
+
+class Place(NamedTuple):
+    """What a node says of a folder that all nodes share.
+
+    Attributes:
+        sees: whether the first node's file is there.
+        error: why this node cannot write there; empty if it can.
+        free: bytes.
+    """
+
+    sees: bool
+    error: str = ""
+    free: int = 0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: what, where, the value, the remedy.
+
+    Attributes:
+        hosts: to blame, and worth doing without.
+        fatal: the run cannot go on with this, strict or not.
+    """
+
+    line: str
+    hosts: tuple[str, ...] = ()
+    fatal: bool = False
+
+
+def hosts_of(reports: Sequence[Report]) -> dict[str, list[int]]:
+    """Ranks by host, hosts in the order of their first rank."""
+    ranks: dict[str, list[int]] = {}
+    for rank, report in enumerate(reports):
+        ranks.setdefault(report.host, []).append(rank)
+    return ranks
+
+
+def partners(members: int, rounds: int = 3) -> list[dict[int, int]]:
+    """Who meets whom in the first ``rounds`` rounds of a round-robin tournament, by the circle method.
+
+    Every member meets another one in each round, at most one of an odd number sits a round out, and no two meet twice.
+    """
+    even = members + members % 2
+    made = []
+    for turn in range(min(rounds, even - 1)):
+        pairs = [(turn, even - 1)]
+        pairs += [((turn + k) % (even - 1), (turn - k) % (even - 1)) for k in range(1, even // 2)]
+        meet = [pair for pair in pairs if max(pair) < members]
+        made.append({one: other for pair in meet for one, other in (pair, pair[::-1])})
+    return made
+
+
+def slow(scores: Mapping[Hashable, float], share: float) -> tuple[float, list[Any]]:
+    """(median, those below ``share`` of it). Fewer than half are named; of two, the median is their mean."""
+    if not scores:
+        return 0.0, []
+    middle = median(scores.values())
+    return middle, [name for name, score in scores.items() if score < share * middle]
+
+
+def differing(values: Sequence[Hashable], reports: Sequence[Report]) -> str | None:
+    """``"2.11.0 on node[1-3], 2.12.0 on node4"``, the most frequent value first; None if all ranks have the same.
+
+    A host whose ranks differ among themselves is told by ranks.
+    """
+    if len(set(values)) < 2:
+        return None
+    by_host = {host: {values[rank] for rank in ranks} for host, ranks in hosts_of(reports).items()}
+    words = []
+    for value in sorted(set(values), key=lambda value: (-values.count(value), values.index(value))):
+        alike = [host for host, found in by_host.items() if found == {value}]
+        ranks = [r for r, found in enumerate(values) if found == value and len(by_host[reports[r].host]) > 1]
+        named = ([compress_hosts(alike)] if alike else []) + ([_ranks(ranks)] if ranks else [])
+        words.append(f"{value} on {' and '.join(named)}")
+    return ", ".join(words)
+
+
+def versions(reports: Sequence[Report]) -> list[Finding]:
+    """Packages, drivers and sources that are not the same on all ranks."""
+    found = []
+    for name in dict.fromkeys(name for report in reports for name in report.versions):
+        # Of the ranks of a host, only the first may have looked.
+        looked = [report for report in reports if name in report.versions]
+        told = differing([report.versions[name] for report in looked], looked)
+        if told is not None:
+            found.append(Finding(f"{name}: {told}; all nodes must have the same", fatal=True))
+    return found
+
+
+def gpus(reports: Sequence[Report], free_share: float) -> list[Finding]:
+    """GPUs of another kind than most, too few of them on a node, and those that something else occupies."""
+    if all(report.gpu is None for report in reports):
+        return []
+    found = []
+    kinds = ["no GPU" if r.gpu is None else f"{r.gpu.name} ({r.gpu.total / GIB:.0f} GiB)" for r in reports]
+    if (told := differing(kinds, reports)) is not None:
+        usual = max(dict.fromkeys(kinds), key=kinds.count)
+        others = tuple(dict.fromkeys(r.host for r, kind in zip(reports, kinds) if kind != usual))
+        found.append(Finding(f"GPU: {told}; the slowest one sets the pace, use nodes of one kind", others))
+    for host, ranks in hosts_of(reports).items():
+        here = [report.gpu for rank in ranks if (report := reports[rank]).gpu]
+        seen = max((gpu.seen for gpu in here), default=0)
+        if here and 1 < seen < len(ranks):
+            found.append(Finding(f"{host}: {seen} GPUs for {len(ranks)} ranks; start one rank per GPU", fatal=True))
+        occupied = []
+        for rank in ranks:
+            gpu = reports[rank].gpu
+            if gpu and (reports[rank].matmul == 0 or min(gpu.free + OWN_MEMORY, gpu.total) < free_share * gpu.total):
+                occupied.append(f"{_device(reports, rank)} has {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free")
+        if occupied:
+            line = f"{host}: {_some(occupied)} (preflight.free_gpu_memory={free_share:g}); another job's process may "
+            full = any(reports[rank].gpu and reports[rank].matmul == 0 for rank in ranks)
+            found.append(Finding(f"{line}be left there: nvidia-smi shows it", (host,), fatal=full))
+    return found
+
+
+def rates(
+    scores: Mapping[int, float], reports: Sequence[Report], share: float, what: str, unit: Callable[[float], str]
+) -> list[Finding]:
+    """A line for each host on which ranks are slower than ``share`` of the median over ranks.
+
+    Args:
+        scores: by rank, more is better; 0 has been told already.
+        what: is measured, as in ``matmul``.
+        unit: a score as people read it.
+    """
+    middle, named = slow({rank: score for rank, score in scores.items() if score > 0}, share)
+    found = []
+    for host, ranks in hosts_of(reports).items():
+        here = [rank for rank in ranks if rank in named]
+        if here:
+            told = [f"{_device(reports, rank)} {unit(scores[rank])}" for rank in here]
+            line = f"{host}: {what} is slow: {_some(told)}, median {unit(middle)} (preflight.slowest={share:g})"
+            found.append(Finding(f"{line}; do without the node until it is mended", (host,)))
+    return found
+
+
+def links(
+    measured: Sequence[Mapping[int, float]], reports: Sequence[Report], share: float, between: bool
+) -> list[Finding]:
+    """Ranks that are slow with every partner, and single pairs that are slow although both are fast with others.
+
+    A pair is as slow as the slower of its two. So a rank counts for the best of its pairs, of which it has three
+    (:func:`partners`), lest all its partners are slow.
+
+    Args:
+        measured: bytes/s in one direction by partner's rank, of each rank.
+        between: nodes, or inside of them.
+    """
+    where = "network to other nodes" if between else "link to GPUs of the node"
+    mine = [
+        {other: rate for other, rate in pairs.items() if (reports[other].host != report.host) == between}
+        for report, pairs in zip(reports, measured)
+    ]
+    best = {rank: max(pairs.values()) for rank, pairs in enumerate(mine) if pairs}
+    found = rates(best, reports, share, where, gigabytes)
+    middle, named = slow(best, share)
+    single = [
+        f"{_place(reports, rank)} to {_place(reports, other)} {gigabytes(rate)}"
+        for rank, pairs in enumerate(mine)
+        for other, rate in pairs.items()
+        if rank < other and rate < share * middle and rank not in named and other not in named
+    ]
+    if single:
+        told = f"slow links: {_some(single)}, median {gigabytes(middle)} (preflight.slowest={share:g})"
+        found.append(Finding(f"{told}; both ends are fast with others"))
+    return found
+
+
+def clocks(measured: Sequence[Clock], reports: Sequence[Report], limit: float) -> tuple[list[Finding], float]:
+    """Hosts whose clocks differ from the middle one's by more than ``limit`` seconds for certain, and how far two of
+    them may differ.
+
+    Args:
+        measured: against rank 0, by rank.
+    """
+    by_host = {host: measured[ranks[0]] for host, ranks in hosts_of(reports).items()}
+    order = sorted(by_host, key=lambda host: by_host[host].offset)
+    middle = order[(len(order) - 1) // 2]
+    ends = [(clock.offset - clock.uncertainty, clock.offset + clock.uncertainty) for clock in by_host.values()]
+    found: list[Finding] = []
+    for host, clock in by_host.items():
+        if host == middle:
+            continue
+        apart = clock.offset - by_host[middle].offset
+        unsure = clock.uncertainty + by_host[middle].uncertainty
+        if abs(apart) - unsure > limit:
+            line = f"{host}: its clock is {abs(apart):.1f} s {'ahead of' if apart > 0 else 'behind'} {middle}'s"
+            # Of two nobody knows which one is right.
+            hosts = (host,) if len(by_host) > 2 else tuple(by_host)
+            found.append(Finding(f"{line} (preflight.clock_skew={limit:g}); set it by NTP", hosts))
+    return found, max(high for _, high in ends) - min(low for low, _ in ends)
+
+
+def folders(key: str, places: Mapping[str, Place], needed: float = 0.0) -> list[Finding]:
+    """Nodes that cannot write into a folder, or have another one under its name; too little space for checkpoints.
+
+    Args:
+        key: what the user sets, as in ``run=runs/a``.
+        places: by host; the first one wrote the file that all are to see.
+        needed: bytes.
+    """
+    first, *_ = places
+    found = []
+    blind = [host for host, place in places.items() if not place.sees]
+    if blind:
+        verb = "does" if len(blind) == 1 else "do"
+        line = f"{key}: {compress_hosts(blind)} {verb} not see what {first} wrote; the folder must be on a file system"
+        found.append(Finding(f"{line} that all nodes share", _few(blind, places), fatal=True))
+    errors: dict[str, list[str]] = {}
+    for host, place in places.items():
+        if place.sees and place.error:
+            errors.setdefault(place.error, []).append(host)
+    for error, hosts in errors.items():
+        line = f"{key}: {compress_hosts(hosts)} cannot write there ({error}); mend its rights or mount, or use another"
+        found.append(Finding(line, _few(hosts, places), fatal=True))
+    if not found and places[first].free < needed:
+        line = f"{key}: {places[first].free / 1e9:.1f} GB are free, the checkpoints to come take {needed / 1e9:.1f} GB"
+        found.append(Finding(f"{line} (checkpoint.keep and one more); make room"))
+    return found
+
+
+def failures(errors: Sequence[str | None], reports: Sequence[Report]) -> list[Finding]:
+    """Errors of ranks, each once, with the hosts that have it if not all do."""
+    hosts = hosts_of(reports)
+    found = []
+    for error in dict.fromkeys(filter(None, errors)):
+        blamed = list(dict.fromkeys(reports[rank].host for rank, told in enumerate(errors) if told == error))
+        where = f" (on {compress_hosts(blamed)}, {len(blamed)} of {len(hosts)} nodes)" if len(hosts) > 1 else ""
+        found.append(Finding(error + where * (len(blamed) < len(hosts)), _few(blamed, hosts), fatal=True))
+    return found
+
+
+def gigabytes(rate: float) -> str:
+    """``1.8e11 -> "180 GB/s"``"""
+    return f"{_three(rate / 1e9)} GB/s"
+
+
+def flops(rate: float) -> str:
+    """``6.12e14 -> "612 TFLOP/s"``"""
+    return f"{_three(rate / 1e12)} TFLOP/s" if rate >= 1e12 else f"{_three(rate / 1e9)} GFLOP/s"
+
+
+def spread(low: float, high: float, unit: Callable[[float], str]) -> str:
+    """``"612 to 655 TFLOP/s"``, and one number where they read the same."""
+    one, other = unit(low), unit(high)
+    if one == other:
+        return one
+    number, _, name = one.rpartition(" ")
+    return f"{number if other.endswith(name) else one} to {other}"
+
+
+def _few(hosts: Sequence[str], all_hosts: Mapping[str, Any]) -> tuple[str, ...]:
+    """The hosts, if they are so few that the fault is theirs."""
+    return tuple(hosts) if 2 * len(hosts) < len(all_hosts) else ()
+
+
+def _device(reports: Sequence[Report], rank: int) -> str:
+    return f"rank {rank}" if reports[rank].gpu is None else f"rank {rank} (GPU {reports[rank].local_rank})"
+
+
+def _place(reports: Sequence[Report], rank: int) -> str:
+    return f"{reports[rank].host} {_device(reports, rank)}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks).replace(' ', '')}"
+
+
+def _some(words: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more
+
+
+def _three(value: float) -> str:
+    """Three digits: 612, 45.3, 0.123."""
+    value = float(f"{value:.3g}")  # 99.96 is 100
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{min(max(0, digits), 6)}f}"

@@ -1,0 +1,293 @@
+"""What is checked by all ranks before the first step, at every start: nodes, links, clocks, folders and data.
+
+Every rank gathers what all have measured (:mod:`pretrain.preflight.probes`) and judges it by itself
+(:mod:`pretrain.preflight.findings`), so that all go on or end together.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bd3_common.atomic import write_bytes
+from bd3_common.errors import ConfigError, user_line
+from bd3_common.exit_codes import BAD_NODE
+from bd3_megatron import parallel
+from bd3_megatron.cost import memory
+from bd3_megatron.parallel import World
+from data_prep.read.stream import RowStream
+from pretrain.checkpoint.folder import folders as checkpoint_folders
+from pretrain.config.schema import RunConfig, check_run
+from pretrain.distributed.collectives import alike, everywhere, lost_ranks, on_each, on_first, outcomes, together
+from pretrain.distributed.ranks import Ranks, read_ranks, rendezvous
+from pretrain.preflight import findings, probes
+from pretrain.preflight.findings import Clock, Finding, Report
+from pretrain.resilience import signals
+from pretrain.resilience.supervisor import SUSPECTS
+from pretrain.resilience.watchdog import Watchdog
+from pretrain.run_folder import data as run_data
+from pretrain.run_folder.data import open_data
+
+REPORT = "preflight.json"
+_LINES = 4  # findings in a message
+
+Opened = tuple[RunConfig, RowStream, RowStream]
+
+
+def check(config: RunConfig) -> None:
+    """Check the nodes that this is started on, for a run of this configuration.
+
+    Raises:
+        ConfigError, BadNodes: as :class:`Preflight`.
+        LostRank: another rank died.
+    """
+    ranks = read_ranks()
+    with alike():
+        check_run(config, ranks.world_size)
+    watch = None
+    try:
+        with lost_ranks(ranks.rank, lambda: watch.phase if watch else "at the start"):
+            world = parallel.start(config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, rendezvous(ranks))
+            watch = Watchdog(ranks, config.parallel.timeout_minutes, Path(config.run) / "hang")
+            preflight = Preflight(config, ranks, world, watch)
+            preflight.nodes()
+            if config.data.weights():
+                config = preflight.data(lambda: open_data(config, world))[0]
+            on_first(lambda: Path(config.run).mkdir(parents=True, exist_ok=True))
+            preflight.folders(config)
+    finally:
+        if watch is not None:
+            watch.close(sys.exc_info()[1])
+        parallel.stop()
+
+
+class BadNodes(SystemExit):
+    """The run would go better without the nodes in :data:`SUSPECTS`; all ranks exit with :data:`BAD_NODE`."""
+
+
+class Preflight:
+    """The checks of one start, in the order of the methods. Without ``preflight.enabled`` they check nothing.
+
+    Raises:
+        ConfigError: from each method, on all ranks, for what the run cannot go on with.
+        BadNodes: likewise, with ``preflight.strict``, where some nodes are to blame for it.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks, world: World, watch: Watchdog):
+        self.config, self.options, self.run = config, config.preflight, Path(config.run)
+        self.ranks, self.world, self.watch = ranks, world, watch
+        self.reports: list[Report] = []
+        self.links: list[dict[int, float]] = []
+        self.clocks: list[Clock] = []
+        self.all_reduce, self.apart, self.seconds = 0.0, 0.0, 0.0
+        self.findings: list[Finding] = []
+
+    def nodes(self) -> None:
+        """Versions, GPUs, matmuls; between ranks clocks, the all-reduce and links."""
+        if not self.options.enabled:
+            return
+        with self._timed("of the nodes"):
+            options, device = self.options, self.world.device
+            self.reports = on_each(lambda: probes.report(self.ranks.local_rank, device))
+            reports = self.reports
+            found = findings.versions(reports) + findings.gpus(reports, options.free_gpu_memory)
+            if any(finding.fatal for finding in found):
+                self._conclude(found)
+            scores = {rank: report.matmul for rank, report in enumerate(reports)}
+            found += findings.rates(scores, reports, options.slowest, "matmul", findings.flops)
+            if self.world.size > 1:
+                found += self._between_ranks()
+            self._conclude(found)
+
+    def data(self, open_data: Callable[[], Opened]) -> Opened:
+        """Open the data sets on all ranks; the same ones everywhere, with what is missing and where."""
+        if not self.options.enabled:
+            return together(open_data)
+        opened: list[Opened] = []
+
+        def identify() -> str:
+            opened.append(open_data())
+            return run_data.data_identity(*opened[0][1].manifests)[:12]
+
+        self.watch.tick("in the preflight of the data", patient=True)  # checksums of all shards
+        told = outcomes(identify)
+        errors = [error for _, error in told if error is not None]
+        for error in errors:
+            # A mistake on all nodes is not about nodes, and a bug is shown as it is.
+            if user_line(error) is None or len(self._hosts_with(told)) == len(findings.hosts_of(self.reports)):
+                raise everywhere(error)
+        lines = [None if error is None else user_line(error) for _, error in told]
+        self._conclude(findings.failures(lines, self.reports))
+        if (differing := findings.differing([identity for identity, _ in told], self.reports)) is not None:
+            line = f"data set (digest of its shards): {differing}; give all nodes the same {' '.join(self._sources)}"
+            self._conclude([Finding(line, fatal=True)])
+        on_each(lambda: self._look_up_shards(*opened[0][1:]))
+        return opened[0]
+
+    def folders(self, config: RunConfig) -> None:
+        """Run and checkpoint folder, which must be there on the first rank; writes and prints what was found.
+
+        Args:
+            config: with what the data sets decide.
+        """
+        if not self.options.enabled:
+            return
+        with self._timed("of the folders"):
+            names = on_first(lambda: [path.name for path in self.run.glob("checkpoints") if path.is_dir()])
+            needed = self._checkpoints_to_come(config)
+            found = []
+            for name in ("", *names):
+                found += self._folder(self.run / name, 0.0 if names and not name else needed)
+            self._conclude(found)
+        on_first(self._write_report)
+        self._say(f"preflight: {self.summary()}")
+
+    def summary(self) -> str:
+        """``16 ranks on 2 nodes, matmul 612 to 655 TFLOP/s, all-reduce 180 GB/s, clocks within 3 ms, 4.1 s``"""
+        ranks, nodes = len(self.reports), len(findings.hosts_of(self.reports))
+        parts = [f"{ranks} rank{'s' * (ranks > 1)} on {nodes} node{'s' * (nodes > 1)}"]
+        matmuls = [report.matmul for report in self.reports]
+        parts.append(f"matmul {findings.spread(min(matmuls), max(matmuls), findings.flops)}")
+        if ranks > 1:
+            parts.append(f"all-reduce {findings.gigabytes(self.all_reduce)}")
+        if nodes > 1:
+            apart = f"{1e3 * self.apart:.1f} ms" if self.apart < 1 else f"{self.apart:.1f} s"
+            parts.append(f"clocks within {apart}")
+        return ", ".join([*parts, f"{self.seconds:.{1 if self.seconds >= 1 else 2}f} s"])
+
+    def record(self) -> dict[str, Any]:
+        """Everything measured, for JSON: FLOP/s, bytes/s, bytes and seconds."""
+        reports, hosts = self.reports, {}
+        for host, ranks in findings.hosts_of(reports).items():
+            gpus = [reports[rank].gpu for rank in ranks if reports[rank].gpu]
+            hosts[host] = {
+                "ranks": ranks,
+                "gpu": gpus[0].name if gpus else None,
+                "free_gpu_memory": [gpu.free for gpu in gpus],
+                "matmul": [round(reports[rank].matmul) for rank in ranks],
+                "links": [{other: round(rate) for other, rate in self.links[rank].items()} for rank in ranks]
+                if self.links
+                else [],
+                "clock": self.clocks[ranks[0]]._asdict() if self.clocks else None,
+            }
+        return {
+            "time": round(time.time(), 3),
+            "ranks": len(reports),
+            "seconds": round(self.seconds, 3),
+            "all_reduce": round(self.all_reduce),
+            "versions": {name: value for name, value in reports[0].versions.items() if value != probes.ABSENT},
+            "findings": [{"line": finding.line, "hosts": finding.hosts} for finding in self.findings],
+            "hosts": hosts,
+        }
+
+    def _between_ranks(self) -> list[Finding]:
+        reports, options, found = self.reports, self.options, []
+        device = self.world.device if dist.get_backend() == "nccl" else torch.device("cpu")
+        self.clocks = probes.clocks(device)
+        late, self.apart = findings.clocks(self.clocks, reports, options.clock_skew)
+        self.watch.tick("in the preflight of the links")
+        self.all_reduce = probes.all_reduce_rate(device)
+        measured = probes.link_rates(reports, self.world.rank, device, within=device.type == "cuda")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.links = on_each(lambda: measured)
+        for between in (False, True):
+            found += findings.links(self.links, reports, options.slowest, between)
+        return late + found
+
+    def _folder(self, folder: Path, needed: float) -> list[Finding]:
+        hosts = findings.hosts_of(self.reports)
+        with ExitStack() as stack:
+            name = on_first(lambda: stack.enter_context(probes.mark(folder))) if len(hosts) > 1 else None
+            places = on_each(lambda: probes.place(folder, name) if self._speaks_for_node() else None)
+        by_host = {host: places[ranks[0]] for host, ranks in hosts.items()}
+        return findings.folders(f"run={folder}", by_host, needed)
+
+    def _look_up_shards(self, *splits: RowStream) -> None:
+        """Each node looks up a share of the remote shards, so that one that is missing says nothing about the node."""
+        hosts = list(findings.hosts_of(self.reports))
+        for split in splits if self._speaks_for_node() else ():
+            probes.look_up_shards(split, hosts.index(self._mine.host), len(hosts))
+
+    def _checkpoints_to_come(self, config: RunConfig) -> float:
+        """Bytes that the checkpoints kept, and one while it is written, take beside those that are there."""
+        if config.model.vocab_size is None:  # no data set is given
+            return 0.0
+        one = memory.checkpoint_bytes(config.model, config.parallel, config.zero, config.train, self.world.data_size)
+        there = on_first(lambda: len(checkpoint_folders(self.run)))
+        return float(one * max(1, config.checkpoint.keep + 1 - there))
+
+    def _conclude(self, found: Sequence[Finding]) -> None:
+        """End the run, or warn: on all ranks, which have the same findings."""
+        self.findings += found
+        fatal = [finding for finding in found if finding.fatal]
+        blamed = [finding for finding in found if finding.hosts] if self.options.strict else []
+        if blamed and all(finding.hosts for finding in fatal):
+            on_first(lambda: self._name_suspects(blamed))
+            signals.ignore()
+            raise BadNodes(BAD_NODE)
+        if fatal:
+            raise everywhere(ConfigError(_joined(fatal)))
+        for finding in found:
+            self._say(f"preflight: {finding.line}")
+
+    def _name_suspects(self, blamed: Sequence[Finding]) -> None:
+        reasons: dict[str, str] = {}
+        for finding in blamed:
+            for host in finding.hosts:
+                reasons[host] = "; ".join(filter(None, [reasons.get(host), finding.line]))
+        self.run.mkdir(parents=True, exist_ok=True)
+        self._write_report()
+        named = {"hosts": list(reasons), "reasons": reasons}
+        write_bytes(self.run / SUSPECTS, f"{json.dumps(named, indent=1)}\n".encode())
+        self._say(f"preflight: {_joined(blamed)}; preflight.strict=true: start again without {', '.join(reasons)}")
+
+    def _write_report(self) -> None:
+        """A line per host, so that a person can read what a thousand ranks have measured."""
+        record = self.record()
+        hosts = ",\n".join(f"  {json.dumps(host)}: {json.dumps(values)}" for host, values in record["hosts"].items())
+        text = json.dumps(record | {"hosts": {}}, indent=1).replace(
+            '"hosts": {}\n}', f'"hosts": {{\n{hosts}\n }}\n}}\n'
+        )
+        write_bytes(self.run / REPORT, text.encode())
+
+    @contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        start = time.monotonic()
+        self.watch.tick(f"in the preflight {what}")
+        try:
+            yield
+        finally:
+            self.seconds += time.monotonic() - start
+        self.watch.tick("before the first step", patient=True)
+
+    @property
+    def _mine(self) -> Report:
+        return self.reports[self.world.rank]
+
+    @property
+    def _sources(self) -> list[str]:
+        return list(self.config.data.weights())
+
+    def _speaks_for_node(self) -> bool:
+        return findings.hosts_of(self.reports)[self._mine.host][0] == self.world.rank
+
+    def _hosts_with(self, told: Sequence[tuple[Any, Exception | None]]) -> set[str]:
+        return {report.host for report, (_, error) in zip(self.reports, told) if error is not None}
+
+    def _say(self, text: str) -> None:
+        if self.world.is_first:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _joined(found: Sequence[Finding]) -> str:
+    more = f" (and {len(found) - _LINES} more)" if len(found) > _LINES else ""
+    return "; ".join(finding.line for finding in found[:_LINES]) + more

@@ -1,0 +1,125 @@
+"""The data sets of a run: opened, verified, and checked against each other and the model."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+
+from bd3_common.errors import ConfigError
+from bd3_megatron import parallel
+from bd3_megatron.config import ModelConfig
+from data_prep.format.manifest import Manifest, SplitName
+from data_prep.format.remote import is_remote
+from data_prep.read.cache import ShardCache, default_folder
+from data_prep.read.reader import RowReader
+from data_prep.read.stream import RowStream
+from pretrain.config.schema import DataConfig, RunConfig
+
+
+def open_data(config: RunConfig, world: parallel.World) -> tuple[RunConfig, RowStream, RowStream]:
+    """The configuration with what the data sets decide, and both splits, verified by all ranks together."""
+    stream, validation = (
+        open_stream(config.data, split, config.model, order_seed(config)) for split in ("train", "validation")
+    )
+    for opened in (stream, validation):
+        verify(opened, config.data.verify_gb, world.rank, world.size)
+    model = resolve_model(config.model, stream.manifests[0], next(iter(config.data.weights())))
+    return config.model_copy(update={"model": model}), stream, validation
+
+
+def resolve_model(model: ModelConfig, manifest: Manifest, path: str) -> ModelConfig:
+    """Fill what the data set decides (vocabulary, special ids) and check what both state.
+
+    Raises:
+        ConfigError: model and data set disagree.
+    """
+    if model.length != manifest.length:
+        raise ConfigError(
+            f"model.length={model.length}: the rows of {path} have {manifest.length} tokens; "
+            f"use model.length={manifest.length}, or run bd3 prep with --length {model.length}"
+        )
+    decided = {}
+    for name in ("vocab_size", "mask_id", "bos_id", "eos_id"):
+        stated, there = getattr(model, name), getattr(manifest, name)
+        if stated is not None and stated != there and name != "vocab_size":
+            raise ConfigError(f"model.{name}={stated}: {path} has {there}; leave model.{name} null to follow the data")
+        if name == "vocab_size" and stated is not None and stated < there:
+            raise ConfigError(
+                f"model.vocab_size={stated}: {path} has {there} ids; use {there} or more, or leave it null"
+            )
+        decided[name] = there if stated is None else stated
+    return ModelConfig(**model.model_dump() | decided)
+
+
+def check_documents(stream: RowStream, asked: str) -> None:
+    """Check that the data sets say where documents start.
+
+    Raises:
+        ConfigError: one does not; ``asked`` is the option that needs it.
+    """
+    for reader in stream.readers:
+        if not reader.manifest.recipe.documents:
+            raise ConfigError(
+                f"{asked}: {reader.folder} was written without document starts; run bd3 prep with --documents"
+            )
+
+
+def data_identity(*manifests: Manifest) -> str:
+    """Digest of what the rows and the tokenizer are, of all data sets of a mix, wherever they lie."""
+    digest = hashlib.sha256(manifests[0].tokenizer_sha256.encode())
+    for number, manifest in enumerate(manifests):
+        if number:
+            digest.update(b"next data set")
+        for split in manifest.splits.values():
+            for shard in split.shards:
+                digest.update(shard.sha256.encode())
+    return digest.hexdigest()
+
+
+def open_stream(data: DataConfig, split: SplitName, model: ModelConfig, seed: int = 0) -> RowStream:
+    """A split of the configured data sets, checked against each other and the model; ``seed`` is of the order.
+
+    Raises:
+        ConfigError: no data set is named, or one does not fit the model.
+        DataError: no data set there, damaged shards, data sets that do not go together, or no cache for remote ones.
+    """
+    weights = data.weights()
+    if not weights:
+        raise ConfigError("data.path: not set; give the folder that bd3 prep wrote with --data.path (bd3 eval: --data)")
+    cache = None
+    if any(map(is_remote, weights)):
+        cache = ShardCache(data.cache or default_folder(), round(data.cache_gb * 1e9))
+    readers = [RowReader(path, split, cache if is_remote(path) else None) for path in weights]
+    for path, reader in zip(weights, readers):
+        resolve_model(model, reader.manifest, path)
+    stream = RowStream(readers, list(weights.values()), seed, data.order, data.lanes)
+    if data.document_mask:
+        check_documents(stream, "data.document_mask=true")
+    return stream
+
+
+def verify(stream: RowStream, verify_gb: float, rank: int = 0, size: int = 1) -> None:
+    """Compare this rank's share of the local shards with their sha256, unless it is more than ``verify_gb``.
+
+    A flipped bit or another tokenizer would train on without a word; shards of URLs are checked as they come.
+
+    Raises:
+        DataError: names the file that differs.
+    """
+    for reader in stream.readers:
+        if reader.remote:
+            continue
+        if reader.bytes > verify_gb * 1e9 * size:
+            if rank == 0:
+                print(
+                    f"{reader.folder}: the {reader.split} split has {reader.bytes / 1e9:.1f} GB and is not verified "
+                    f"(data.verify_gb={verify_gb:g} for each of {size} ranks); bd3 check does it",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            continue
+        reader.verify(rank, size)
+
+
+def order_seed(config: RunConfig) -> int:
+    return config.train.seed if config.data.seed is None else config.data.seed

@@ -1,0 +1,135 @@
+"""What `bd3 launch` keeps of what it submits: script, configuration, code and environment, in a folder of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import distributions
+from pathlib import Path
+
+from bd3_common import PACKAGES
+from bd3_common.errors import ConfigError
+from pretrain.config.resolve import save_config
+from pretrain.config.schema import RunConfig
+from pretrain.run_folder import events
+from slurm import client
+from slurm.options import JobOptions
+
+FOLDER = "launch"
+# Variables that change how a job computes or talks, kept for whoever wonders later.
+_TELLING = ("CUDA_", "NCCL_", "UCX_", "FI_", "OMP_", "MKL_", "NVTE_", "TORCH", "PYTHON", "MASTER_", "SLURM_", "BD3_")
+_TELLING += ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "LOADEDMODULES")
+
+
+class LaunchFolder:
+    """The folder ``<root>/launch/<number>``: code, configuration, environment and script of what was submitted."""
+
+    def __init__(self, root: Path, options: JobOptions):
+        name = " ".join(str(root).split())
+        if found := re.search(r"[%\\\n]", str(root)):
+            raise ConfigError(f"{name}: holds {found[0]!r}, which Slurm replaces in names of logs; use another name")
+        self.root, self.options = root, options
+        taken = [int(path.name) for path in (root / FOLDER).glob("[0-9]*") if path.name.isdecimal()]
+        self.name = f"{max(taken, default=-1) + 1:03d}"
+        self.folder = root / FOLDER / self.name
+        self.script = self.folder / "job.sbatch"
+        self.jobs: list[int] = []
+
+    def environment(self) -> list[str]:
+        """Lines of the shell: what the site needs, then this interpreter and the copy of the code."""
+        options = self.options
+        binaries = os.path.dirname(sys.executable)
+        if not os.access(os.path.join(binaries, "bd3"), os.X_OK):
+            raise ConfigError(f"{binaries}/bd3: not there; install the project for {sys.executable}: pip install -e .")
+        container = [f"--{word.lstrip('-')}" for word in options.srun]
+        threads = [] if "OMP_NUM_THREADS" in options.env else ["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}"]
+        return [
+            f"CONTAINER=({quote(*container)})",
+            *options.setup,
+            *(f"export {name}={quote(value)}" for name, value in options.env.items()),
+            *threads,
+            f"export PATH={quote(binaries)}:$PATH",
+            f"export PYTHONPATH={quote(self.folder / 'code')}${{PYTHONPATH:+:$PYTHONPATH}}",
+        ]
+
+    @contextlib.contextmanager
+    def written(self, text: str, files: Mapping[str, RunConfig | str]) -> Iterator[None]:
+        """Write the folder; if the context fails, jobs submitted in it are cancelled and what was written goes again.
+
+        Args:
+            text: of the batch script.
+            files: by name in the folder, or by absolute path.
+        """
+        paths = {self.folder / name: content for name, content in files.items()}
+        folders = [self.folder, self.root / "logs", *(path.parent for path in paths)]
+        new = [path for path in paths if not path.exists()]
+        made = {path for folder in folders for path in (folder, *folder.parents) if not path.exists()}
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir()
+        except FileExistsError:
+            raise ConfigError(f"{self.folder}: another bd3 launch is making it; start this one again") from None
+        try:
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+            for room in PACKAGES:
+                source = Path(importlib.util.find_spec(room).origin).parent
+                shutil.copytree(source, self.folder / "code" / room, ignore=shutil.ignore_patterns("__pycache__"))
+            for path, content in paths.items():
+                if isinstance(content, str):
+                    path.write_text(content)
+                else:
+                    save_config(content, path)
+            (self.folder / "environment.txt").write_text(_environment_text())
+            self.script.write_text(text)
+            yield
+            events.record(self.root, "launched", jobs=list(map(str, self.jobs)), launch=self.name)
+        except BaseException:
+            for number in self.jobs:
+                with contextlib.suppress(client.SlurmError):
+                    client.call("scancel", str(number))
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for path in new:
+                path.unlink(missing_ok=True)
+            for folder in sorted(made, reverse=True):  # what is deeper comes first
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # if it is empty
+            raise
+
+    def submit(self, *options: str) -> int:
+        """Submit the script; the job's number."""
+        self.jobs.append(client.submit(self.script, *options))
+        return self.jobs[-1]
+
+
+def _environment_text() -> str:
+    lines = [f"python {platform.python_version()} {sys.executable}", *_git_state(), ""]
+    lines += [*sorted(f"{found.name}=={found.version}" for found in distributions() if found.name), ""]
+    lines += sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(_TELLING))
+    return "\n".join(lines) + "\n"
+
+
+def _git_state() -> list[str]:
+    """Commit of the code and what differs from it, where it lies in a checkout."""
+    folder = Path(__file__).parent
+    try:
+        answers = [
+            subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, timeout=20, check=True).stdout
+            for words in (("rev-parse", "HEAD"), ("status", "--short", "--untracked-files=no"))
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return ["not in a git checkout"]
+    return [f"commit {answers[0].strip()}", *(f"changed {line.strip()}" for line in answers[1].splitlines())]
+
+
+def quote(*words: object) -> str:
+    """Words for a line of the shell."""
+    return " ".join(shlex.quote(str(word)) for word in words)

@@ -1,0 +1,66 @@
+"""A run folder: its configuration, its data and its checkpoints, as the commands after training need them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from bd3_common.errors import ConfigError
+from bd3_megatron import parallel
+from bd3_megatron.config import ParallelConfig
+from bd3_megatron.engine.megatron import MegatronEngine
+from bd3_megatron.hf.mapping import check_shapes, entries
+from pretrain.checkpoint import reader as checkpoint
+from pretrain.config.resolve import load_saved
+from pretrain.config.schema import RunConfig
+
+CONFIG = "config.yaml"
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass
+class LoadedRun:
+    """A run's configuration and one checkpoint's weights."""
+
+    config: RunConfig
+    checkpoint: checkpoint.Checkpoint
+    weights: dict[str, Tensor]
+
+    @contextmanager
+    def engine(self) -> Iterator[MegatronEngine]:
+        """The model with these weights, ready to evaluate or sample, in a world of 1 that ends with the context."""
+        config, alone = self.config, ParallelConfig()
+        # Another machine than the one trained on may have no GPU. FP8 is for training: here it is bf16.
+        other = {"layers": "auto"} | ({"attention": "auto"} if config.kernels.attention in ("flash", "flex") else {})
+        kernels = config.kernels.model_copy(update=other)
+        world = parallel.start(alone)
+        try:
+            engine = MegatronEngine(config.model, config.diffusion, kernels, alone, config.train, world, training=False)
+            engine.set_weights(self.weights)
+            yield engine
+        finally:
+            parallel.stop()
+
+
+def load(run: Path, step: int | None = None, averaged: bool = True) -> LoadedRun:
+    """Read a run folder.
+
+    Raises:
+        ConfigError: not a run folder, no such checkpoint, or one of another model than the configuration's.
+    """
+    if not (run / CONFIG).is_file():
+        raise ConfigError(f"{run}: not a run folder ({CONFIG} is missing); give the folder that bd3 pretrain wrote")
+    config = load_saved(run / CONFIG)
+    found = checkpoint.find(run, step)
+    if config.model.mask_id is None:
+        raise ConfigError(f"{run / CONFIG}: model.mask_id=null: set it to the id the model was trained with")
+    weights = checkpoint.read_weights(found, averaged)
+    try:
+        check_shapes(weights, {entry.megatron: entry.shape for entry in entries(config.model)})
+    except ConfigError as error:
+        raise ConfigError(f"{run / CONFIG}: {error}") from None
+    return LoadedRun(config, found, weights)

@@ -1,0 +1,90 @@
+"""Which rows make up a step, and the noise that belongs to them: functions of (seed, step), whatever the layout."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bd3_megatron.attention.mask import Streams
+from bd3_megatron.config import DiffusionConfig, ModelConfig
+from bd3_megatron.diffusion.batch import Batch, causal_batch, diffusion_batch
+from bd3_megatron.diffusion.noise import Purpose, SampleKeys, draw_noise
+from data_prep.read.reader import RowReader
+from data_prep.read.stream import RowStream
+
+_AHEAD = 4  # steps whose shards are fetched before they are due, of data sets that lie elsewhere
+
+
+class Batches:
+    """Micro-batches of the training stream for one data-parallel rank.
+
+    Args:
+        stream: the rows in their order.
+        global_batch: rows per batch over all data-parallel ranks.
+        micro_batch: rows per micro-batch.
+        rank, size: this data-parallel rank's coordinates; :meth:`RowStream.slots` says which rows of a batch it takes.
+        noise_seed: of the noise.
+        document_mask: whether attention keeps to the documents of a row.
+    """
+
+    def __init__(
+        self,
+        stream: RowStream,
+        model: ModelConfig,
+        diffusion: DiffusionConfig,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        size: int = 1,
+        noise_seed: int = 0,
+        document_mask: bool = False,
+    ):
+        self.stream, self.model, self.diffusion = stream, model, diffusion
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        self.rank, self.size = rank, size
+        self.noise_seed, self.document_mask = noise_seed, document_mask
+        self._fetched = 0  # steps before this one have been prefetched
+
+    def at(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of global batch ``step`` (0 is the first); the last may be smaller."""
+        if self.stream.remote:
+            for ahead in range(max(step, self._fetched), step + 1 + _AHEAD):
+                self.stream.prefetch(self.keys(ahead).rows)
+            self._fetched = step + 1 + _AHEAD
+        keys = self.keys(step)
+        parts = [slice(start, start + self.micro_batch) for start in range(0, len(keys.rows), self.micro_batch)]
+        return [
+            make_batch(
+                self.stream,
+                self.model,
+                self.diffusion,
+                keys.part(part),
+                self.noise_seed,
+                document_mask=self.document_mask,
+            )
+            for part in parts
+        ]
+
+    def keys(self, step: int) -> SampleKeys:
+        """What this rank reads in global batch ``step``: rows, their epochs and their slots."""
+        slots = self.stream.slots(step, self.global_batch, self.rank, self.size)
+        epochs, rows = self.stream.at(step * self.global_batch + slots)
+        return SampleKeys(epochs, rows, slots, batch=step, batch_rows=self.global_batch)
+
+
+def make_batch(
+    reader: RowReader | RowStream,
+    model: ModelConfig,
+    diffusion: DiffusionConfig,
+    keys: SampleKeys,
+    noise_seed: int,
+    purpose: Purpose = Purpose.TRAIN,
+    document_mask: bool = False,
+) -> Batch:
+    """Read the keyed rows and noise them as the objective asks; with ``document_mask`` also their documents."""
+    tokens = reader.rows(keys.rows).astype(np.int64)
+    documents = reader.documents(keys.rows) if document_mask else None
+    if diffusion.objective == "causal":
+        return causal_batch(tokens, documents)
+    noise = draw_noise(diffusion, model.length, noise_seed, keys, purpose)
+    return diffusion_batch(tokens, noise, model.mask_id, Streams.of(diffusion, model.length), documents)

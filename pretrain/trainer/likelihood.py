@@ -1,0 +1,152 @@
+"""Evaluation: the NELBO per token on the validation split, with a standard error; `bd3 eval`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from bd3_megatron.config import DiffusionConfig, ModelConfig
+from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.diffusion.noise import Purpose, SampleKeys
+from bd3_megatron.engine.base import Engine
+from data_prep.read.order import RowOrder
+from data_prep.read.reader import RowReader
+from data_prep.read.stream import RowStream
+from pretrain.config.schema import EvalConfig
+from pretrain.trainer.batches import make_batch
+from pretrain.trainer.document_likelihood import DocumentTally, ratio
+
+# Micro-batches given to the engine at once: enough to fill a pipeline, few enough to hold their results.
+_GROUP = 16
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result over the validation rows; position 0 (BOS) is left out of sums and counts (objective, step 6), and under
+    the causal objective with document masks so is every first token of a document, which nothing predicts.
+
+    Attributes:
+        nelbo: negative evidence lower bound, nats per token: an upper bound on the negative log-likelihood.
+        nelbo_stderr: its standard error over rows (rows are independent samples; tokens of one row are not).
+        perplexity, perplexity_stderr: exp(nelbo), and its standard error to first order.
+        rows, tokens: what the mean runs over.
+    """
+
+    nelbo: float
+    nelbo_stderr: float
+    perplexity: float
+    perplexity_stderr: float
+    rows: int
+    tokens: int
+
+    def record(self) -> dict[str, float | int | None]:
+        """The fields for JSON, which has no NaN: the standard error of a single row is null."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
+
+
+def likelihood_bound(diffusion: DiffusionConfig) -> DiffusionConfig:
+    """The objective under which likelihood is reported, whatever interval and schedule it was trained on.
+
+    It is the log-linear schedule on the full interval: the bound does not depend on the schedule, and clipping would
+    no longer bound anything. With blocks of one token everything is masked (t = 1), which gives the same expectation
+    without noise, so that the value is exact.
+    """
+    beta = 1.0 if diffusion.block_size == 1 else 1e-3
+    full = {"schedule": "loglinear", "beta": beta, "omega": 1.0, "resample": False, "stratify": True}
+    return diffusion.model_copy(update=full)
+
+
+def evaluate(
+    engine: Engine,
+    reader: RowReader | RowStream,
+    model: ModelConfig,
+    diffusion: DiffusionConfig,
+    options: EvalConfig,
+    micro: int,
+    progress: Callable[[], None] = lambda: None,
+    document_mask: bool = False,
+    tally: DocumentTally | None = None,
+) -> Evaluation:
+    """NELBO of the engine's current weights over ``options.rows`` rows and ``options.draws`` noise draws each.
+
+    ``progress`` is called after every group of micro-batches; ``document_mask`` is that of training; ``tally``
+    gets the nll of every token of this rank's rows.
+
+    Rows are split over data-parallel ranks; the result is the same on every rank and under every layout.
+    """
+    diffusion = likelihood_bound(diffusion)
+    count = min(options.rows or len(reader), len(reader))
+    # Always the same rows, whatever the seed: it is of the noise alone. Documents lie in consecutive rows: among rows
+    # at random only short ones would be whole.
+    rows = np.arange(count)
+    if tally is None:
+        _, rows = RowOrder(len(reader), 0).epoch_and_row(rows)
+    share = -(-count // engine.world.data_size)
+    # Every rank has as many rows, because ranks may need each other in a forward pass (ZeRO-3 gathers weights there):
+    # the last row stands in for those that are missing.
+    mine = np.arange(engine.world.data_rank * share, (engine.world.data_rank + 1) * share)
+    sums, tokens = np.zeros(len(mine)), np.zeros(len(mine), np.int64)
+    # The causal objective has no noise: one pass is all there is.
+    draws = 1 if diffusion.objective == "causal" else options.draws
+    for draw in range(draws):
+        for group in _groups(mine, micro):
+            batches = []
+            for slots in (np.minimum(slots, count - 1) for slots in group):
+                keys = SampleKeys(np.full(len(slots), draw), rows[slots], slots, batch=draw, batch_rows=count)
+                batches.append(
+                    make_batch(reader, model, diffusion, keys, options.seed, Purpose.EVALUATE, document_mask)
+                )
+            for slots, batch, weighted in zip(group, batches, engine.forward(batches)):
+                per_draw = weighted.double().sum(1).view(-1, len(slots))  # [K, b]
+                sums[slots - mine[0]] += per_draw.mean(0).numpy() / draws
+                counted = counted_tokens(batch, diffusion)
+                tokens[slots - mine[0]] = counted.sum(1)
+                if tally is not None:
+                    own = slots < count
+                    nats = _nats_by_token(weighted, len(slots), diffusion) / draws
+                    # Later draws bring further parts of the mean, but no further tokens.
+                    tally.add(rows[slots[own]], nats[own], counted[own] & (draw == 0))
+            progress()
+    gathered: list[tuple] = [()] * engine.world.data_size
+    dist.all_gather_object(gathered, (sums, tokens), parallel_state.get_data_parallel_group())
+    sums, tokens = (np.concatenate(parts)[:count] for parts in zip(*gathered))
+    return summarize(sums, tokens)
+
+
+def counted_tokens(batch: Batch, diffusion: DiffusionConfig) -> np.ndarray:
+    """Which tokens of its rows count, bool ``[b, L]``: all but position 0 and what the causal objective predicts from
+    nothing."""
+    if diffusion.objective == "causal":
+        return (batch.weight != 0).roll(1, 1).numpy()  # position l predicts token l + 1
+    rows, length = batch.labels.shape
+    return np.tile(np.arange(length) > 0, (rows // diffusion.draws, 1))
+
+
+def _nats_by_token(weighted: torch.Tensor, rows: int, diffusion: DiffusionConfig) -> np.ndarray:
+    """Nats of every token ``[b, L]``, the mean over K draws, from the weighted nll of every prediction ``[K b, L]``."""
+    nats = weighted.double().view(-1, rows, weighted.shape[1]).mean(0)
+    return (nats.roll(1, 1) if diffusion.objective == "causal" else nats).numpy()
+
+
+def summarize(row_sums: np.ndarray, tokens: np.ndarray | int) -> Evaluation:
+    """Mean and standard error from each row's nll in nats ``[n]`` and its tokens, one number for all or ``[n]``."""
+    mean, error = ratio(row_sums, tokens)
+    perplexity = math.exp(min(mean, 700.0))
+    count = len(row_sums)
+    return Evaluation(mean, error, perplexity, perplexity * error, count, int(np.broadcast_to(tokens, count).sum()))
+
+
+def _groups(slots: np.ndarray, micro: int) -> Iterator[list[np.ndarray]]:
+    """Micro-batches in groups of equal size (a pipeline needs that); a smaller last one comes alone."""
+    whole = len(slots) // micro * micro
+    batches = [slots[start : start + micro] for start in range(0, whole, micro)]
+    for start in range(0, len(batches), _GROUP):
+        yield batches[start : start + _GROUP]
+    if whole < len(slots):
+        yield [slots[whole:]]

@@ -1,0 +1,152 @@
+"""Where a step's time and memory go: a trace of a few steps, and what was allocated when memory ran out."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from bd3_common.errors import ConfigError
+from pretrain.config.schema import ProfileConfig, RunConfig
+
+# Steps before the trace with profile.start=0: kernels are compiled and buffers allocated in the first ones.
+_WARM_UP = 2
+
+
+class Profiler:
+    """Traces the configured steps of this start of a run; writes ``<run>/profile/steps-N-M.rank-R.json.gz``.
+
+    The trace is in Chrome's format (chrome://tracing, ui.perfetto.dev). Traced steps take longer than others.
+
+    Args:
+        folder: the run folder.
+        rank: this process's rank.
+        step: steps done before this process began.
+        say: called with a line for the user.
+    """
+
+    def __init__(self, options: ProfileConfig, folder: Path, rank: int, step: int, say: Callable[[str], None]):
+        self.options, self.folder, self.rank, self._say = options, folder / "profile", rank, say
+        self._first = step + 1 + _WARM_UP if options.start == 0 else options.start
+        self._profile: profile | None = None
+        self._last: int | None = None
+        if self._first is None or rank not in options.ranks:
+            self._first = None
+        elif self._first <= step:
+            say(f"profile.start={self._first}: the run goes on after step {step}; use 0 or a later step for a trace")
+            self._first = None
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Step ``number`` (1 is the first) happens inside."""
+        if number == self._first:
+            self._start()
+        if self._profile is None:
+            yield
+            return
+        with record_function(f"step {number}"):
+            yield
+        self._last = number
+        if number == self._first + self.options.steps - 1:
+            self.close()
+
+    def _start(self) -> None:
+        activities = [ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(ProfilerActivity.CUDA)
+        options = self.options
+        self._profile = profile(activities=activities, record_shapes=options.shapes, profile_memory=options.memory)
+        self._profile.start()
+
+    def close(self) -> None:
+        """Write the trace of the steps so far, if one is being taken; a run goes on without a trace that fails."""
+        if self._profile is None:
+            if self._first is not None and self._last is None:
+                self._say(
+                    f"profile.start={self.options.start}: no trace, because the run ended before step {self._first}"
+                )
+            return
+        traced, self._profile = self._profile, None
+        try:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            traced.stop()
+            if self._last is not None:  # else the first of them failed
+                self._write(traced, self._last)
+        except (OSError, RuntimeError) as error:
+            self._say(f"no trace in {self.folder}: {' '.join(str(error).split())}")
+
+    def _write(self, traced: profile, last: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"steps-{self._first}-{last}.rank-{self.rank}.json.gz"
+        partial = path.with_name(f".{path.name}")  # ends in .gz, by which torch knows to compress
+        traced.export_chrome_trace(str(partial))
+        partial.replace(path)
+        self._say(f"trace of steps {self._first} to {last}: {path}")
+
+
+def record_allocations(options: ProfileConfig) -> None:
+    """Keep the stacks of the newest allocations on this process's GPU, where ``profile.memory_history`` asks for it."""
+    if options.memory_history and torch.cuda.is_available():
+        torch.cuda.memory._record_memory_history(stacks="python", max_entries=options.memory_history)
+
+
+@contextlib.contextmanager
+def out_of_memory(
+    config: RunConfig, rank: int, phase: Callable[[], str], dump: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Turn torch's out-of-memory error into one line, and leave a snapshot in ``<run>/oom/rank-N.pickle``.
+
+    Args:
+        phase: says where in the run this happened, as in ``in step 12``.
+        dump: writes the snapshot; None means torch's, on CUDA.
+
+    Raises:
+        ConfigError: memory ran out; what to change, and where the snapshot is.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        where = f"{phase()} rank {rank} ran out of memory" + (f" when it asked for {asked[1]}" if asked else "")
+        key, remedies = _remedies(config, "evaluation" in where)
+        seen = _snapshot(Path(config.run) / "oom" / f"rank-{rank}.pickle", dump)
+        raise ConfigError(f"{key}: {where}; use {' or '.join(remedies)}; {seen}") from None
+
+
+def _remedies(config: RunConfig, evaluating: bool) -> tuple[str, list[str]]:
+    """The setting that decides, and what takes less memory: the cheapest in time first, two at the most."""
+    train, parallel, model = config.train, config.parallel, config.model
+    if evaluating:
+        rows = config.eval.micro_batch or train.micro_batch
+        key, smaller = f"eval.micro_batch={rows}", [f"eval.micro_batch={rows // 2}"] if rows > 1 else []
+    else:
+        rows = train.micro_batch
+        fitting = [size for size in range(1, rows) if rows % size == 0]
+        key, smaller = f"train.micro_batch={rows}", [f"train.micro_batch={size}" for size in fitting[-1:]]
+        if parallel.recompute != "full":
+            smaller.append(f"parallel.recompute={'selective' if parallel.recompute == 'none' else 'full'}")
+        if config.zero.stage == 0 and not parallel.distributed_optimizer:
+            smaller.append("parallel.distributed_optimizer=true on more ranks")
+    wider = 2 * parallel.tensor
+    if all(size % wider == 0 for size in (model.heads, model.groups, model.ffn)):
+        smaller.append(f"parallel.tensor={wider}")
+    return key, (smaller or ["a smaller model"])[:2]
+
+
+def _snapshot(path: Path, dump: Callable[[str], None] | None) -> str:
+    """Write the snapshot; says where it is, or why there is none."""
+    if dump is None:
+        if not torch.cuda.is_available():
+            return "there is no snapshot without CUDA"
+        dump = torch.cuda.memory._dump_snapshot
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        dump(str(path))
+    except (OSError, RuntimeError) as error:
+        return f"no snapshot could be written: {' '.join(str(error).split())}"
+    return f"pytorch.org/memory_viz shows what was allocated from {path}"

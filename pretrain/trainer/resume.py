@@ -1,0 +1,113 @@
+"""What a run that goes on may change, and where it goes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bd3_common.errors import ConfigError
+from bd3_megatron.parallel import World
+from data_prep.read.stream import RowStream
+from pretrain.checkpoint import reader as checkpoint
+from pretrain.config.resolve import load_saved
+from pretrain.config.schema import RunConfig
+from pretrain.distributed.collectives import everywhere, on_first
+from pretrain.run_folder import data as run_data
+from pretrain.run_folder import run as runs
+from pretrain.run_folder.data import order_seed
+from pretrain.trainer import stability as guard
+
+# What may change when a run goes on: how long, where and how it is watched. (A decaying learning rate follows
+# train.steps, so a longer run has another rate from here on.) All kernels compute one function up to rounding, and the
+# next machine may not have those of the last; FP8 rounds more. guard.skip changes what is trained, but of steps to come
+# only (pretrain.trainer.stability.check_skips).
+_FREE = ("run", "parallel", "zero", "kernels", "fp8", "log", "profile", "preflight", "eval", "checkpoint")
+_FREE += ("guard", "train.steps", "train.micro_batch", "data.path", "data.cache", "data.cache_gb", "data.verify_gb")
+
+
+def check_same_run(run: Path, config: RunConfig) -> None:
+    """A run folder goes on with the configuration it was started with."""
+    if not (run / runs.CONFIG).is_file():
+        if (run / "checkpoints").exists():
+            raise ConfigError(f"run={run}: has checkpoints but no {runs.CONFIG}; put it back or use another --run")
+        return
+    before, now = (_comparable(found) for found in (load_saved(run / runs.CONFIG), config))
+    for path, old, new in _differences(before, now):
+        if not any(path == free or path.startswith(free + ".") for free in _FREE):
+            raise ConfigError(f"{path}={new}: the run in {run} was started with {old}; use that, or another --run")
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    """The configuration as values; of a mix the weights alone, because data sets may move."""
+    values = config.model_dump()
+    if config.data.mix is not None:
+        values["data"]["mix"] = list(config.data.mix.values())
+    return values
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""):
+    for key, old in before.items():
+        new = now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"{prefix}{key}", old, new
+
+
+def position(config: RunConfig, step: int, stream: RowStream) -> dict[str, Any]:
+    """What decides, with the data set, which rows and which noise follow after ``step`` steps, on any layout.
+
+    ``data_positions`` is how many rows of each data set have been read.
+    """
+    rows, data = step * config.train.global_batch, config.data
+    return {
+        "rows": rows,
+        "data_positions": stream.positions(rows),
+        "order": f"lanes {data.lanes}" if data.order == "lanes" else data.order,
+        "seed": config.train.seed,
+        "order_seed": order_seed(config),
+        "beta": config.diffusion.beta,
+        "omega": config.diffusion.omega,
+    }
+
+
+def _named(config: RunConfig) -> str:
+    data = config.data
+    return f"data.path={data.path}" if data.mix is None else f"data.mix={' '.join(data.mix)}"
+
+
+def checkpoint_to_resume(run: Path, config: RunConfig, stream: RowStream, world: World) -> checkpoint.Checkpoint | None:
+    """The newest good checkpoint, or None for a new run; refuses to go on from another position or with other data."""
+    left_out = on_first(lambda: guard.read_ranges(run))
+    found = checkpoint.newest_together(
+        run,
+        world,
+        warn=lambda text: print(text, file=sys.stderr, flush=True),
+        usable=lambda step, meta: not guard.undone(left_out, step, meta),
+    )
+    if found is None:
+        if on_first(lambda: checkpoint.exists(run)):
+            raise everywhere(
+                ConfigError(f"{run}/checkpoints: none is whole; put one back, or start again with another --run")
+            )
+        return None
+    data = run_data.data_identity(*stream.manifests)
+    if found.meta.get("data", data) != data:
+        raise everywhere(
+            ConfigError(
+                f"{_named(config)}: not the data {found.path} was trained on; "
+                f"use the data set of the run, or another --run"
+            )
+        )
+    for name, value in position(config, found.step, stream).items():
+        if found.meta.get(name, value) != value:
+            raise everywhere(
+                ConfigError(
+                    f"{found.path}: written with {name} {found.meta[name]}, the configuration gives {value}; "
+                    f"use the configuration the run was started with"
+                )
+            )
+    on_first(lambda: guard.check_skips(run, config.guard, found.step))
+    return found

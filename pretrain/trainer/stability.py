@@ -1,0 +1,305 @@
+"""Steps that go wrong: a loss that is not finite, and a loss that jumps and stays up.
+
+Every rank holds the same :class:`Guard` and decides alike, from losses and norms that are equal on all ranks. What it
+knows of earlier steps follows from ``metrics.jsonl`` up to the step that a run goes on from, so that a run that was
+killed decides as one that was not.
+
+A step without a finite loss and gradient makes no update (:mod:`bd3_megatron.engine.base`); its batch is written down.
+After a spike of the loss the run goes back to a checkpoint from before it and leaves the batches around it out, as in
+PaLM (arXiv 2204.02311, section 5.1). The steps left out are on the disk before anything is undone, and a checkpoint
+says how many such ranges it knows: one that has trained on what is left out is never taken again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bd3_common.atomic import write_bytes, write_text
+from bd3_common.errors import ConfigError
+from bd3_megatron.engine.base import StepResult
+from bd3_megatron.parallel import World
+from pretrain.checkpoint import folder as checkpoint_files
+from pretrain.checkpoint import reader as checkpoint
+from pretrain.config.schema import GuardConfig, RunConfig
+from pretrain.distributed.collectives import everywhere, on_each, on_first
+from pretrain.tracking.metrics import read_metrics
+from pretrain.trainer.batches import Batches
+
+RANGES = "skips.json"
+BATCHES = "skipped"
+_NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
+
+
+@dataclass(frozen=True)
+class Range:
+    """Steps ``first`` to ``last``, left out because the losses of ``spike_first`` to ``spike_last`` were a spike."""
+
+    first: int
+    last: int
+    spike_first: int
+    spike_last: int
+
+
+@dataclass(frozen=True)
+class History:
+    """What the records of a run say.
+
+    Attributes:
+        skipped: steps without an update.
+        nonfinite: steps of the last ``guard.window`` without a finite loss and gradient.
+        losses: (step, loss) of the last updates, as many as spikes depend on.
+    """
+
+    skipped: int
+    nonfinite: list[int]
+    losses: list[tuple[int, float]]
+
+
+class SpikeDetector:
+    """Finds losses that are high for several steps in a row; a function of the last losses alone.
+
+    A loss is high above ``median + spike * 1.4826 * MAD`` of the ``spike_window`` losses before it (MAD: median
+    absolute deviation), once there are so many.
+    """
+
+    def __init__(self, config: GuardConfig):
+        self.config = config
+        self.losses: deque[float] = deque(maxlen=config.spike_window)
+        self.high: list[int] = []
+
+    def observe(self, step: int, loss: float) -> tuple[int, int] | None:
+        """Take the loss of a step; first and last step of the spike that it completes, or None."""
+        limit = self.limit()
+        self.high = [*self.high, step] if limit is not None and loss > limit else []
+        self.losses.append(loss)
+        return (self.high[0], step) if len(self.high) >= self.config.spike_patience else None
+
+    def limit(self) -> float | None:
+        """What the next loss must be above to be high; None while too few are known."""
+        if self.config.spike is None or len(self.losses) < self.config.spike_window:
+            return None
+        median = statistics.median(self.losses)
+        spread = statistics.median([abs(loss - median) for loss in self.losses])
+        return median + self.config.spike * _NORMAL * spread
+
+
+class Guard:
+    """What a run does about steps that go wrong. Every rank calls every method.
+
+    Args:
+        batches: of the run; which rows a batch is made of.
+        say: called with a line for the user.
+    """
+
+    def __init__(self, config: RunConfig, run: Path, batches: Batches, world: World, say: Callable[[str], None]):
+        self.config, self.options, self.run = config, config.guard, run
+        self._batches, self._world, self._say = batches, world, say
+        self.ranges: list[Range] = on_first(lambda: read_ranges(run))
+        self.spike: tuple[int, int] | None = None
+
+    def resume(self, step: int) -> None:
+        """Know what there is to know after ``step`` steps, from the records of the run."""
+        history = on_first(lambda: self._at(step))
+        self.skipped, self.nonfinite, self.spike = history.skipped, history.nonfinite, None
+        self._detector = SpikeDetector(self.options)
+        for earlier, loss in history.losses:
+            self._detector.observe(earlier, loss)
+
+    def leaves_out(self, step: int) -> bool:
+        """Whether the batch of step ``step`` (1 is the first) is not to be trained on."""
+        by_hand = any(first <= step <= last for first, last in self.options.ranges())
+        return by_hand or any(found.first <= step <= found.last for found in self.ranges)
+
+    def fields(self, result: StepResult | None) -> dict[str, Any]:
+        """What ``metrics.jsonl`` says of a step: of one that was left out (None) it has no gradient norm at all."""
+        if result is None:
+            return {"loss": None, "skipped": 1}
+        numbers = {"loss": result.loss, "grad_norm": result.grad_norm}
+        values = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+        return values if result.applied else values | {"skipped": 1}
+
+    def after(self, step: int, result: StepResult | None, lr: float) -> None:
+        """Count a step that was recorded; ``self.spike`` tells whether it completed one.
+
+        Raises:
+            ConfigError: too many steps without a finite loss and gradient.
+        """
+        if result is None or not result.applied:
+            self.skipped += 1
+        if result is None:
+            return
+        if result.applied:
+            self.spike = self._detector.observe(step, result.loss) if self.options.spike is not None else None
+            return
+        suspects = on_each(lambda: (self._world.data_rank, result.suspects))
+        path = on_first(lambda: self._write_batch(step, result, suspects))
+        limit, window = self.options.nonfinite, self.options.window
+        self.nonfinite = [earlier for earlier in [*self.nonfinite, step] if earlier > step - window]
+        self._say(
+            f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}: no update "
+            f"({len(self.nonfinite)} of guard.nonfinite={limit} in {window} steps); its batch is in {path}"
+        )
+        if len(self.nonfinite) >= limit:
+            raise everywhere(
+                ConfigError(
+                    f"guard.nonfinite={limit}: no finite loss and gradient in steps "
+                    f"{' '.join(map(str, self.nonfinite))} (batches in {path.parent}); lower train.lr={lr:g} in "
+                    f"another --run, or go on with --guard.skip {self.nonfinite[0]}-{step}, or raise guard.nonfinite"
+                )
+            )
+
+    def go_back(self) -> checkpoint.Checkpoint:
+        """Leave the batches around ``self.spike`` out from now on; the checkpoint from before them to go on from.
+
+        Raises:
+            ConfigError: the run went back too often, or there is no checkpoint from before.
+        """
+        first, last = self.spike
+        options, known = self.options, list(self.ranges)
+        begin, end = max(1, first - options.spike_before), last + options.spike_after
+        what = f"the losses of steps {first} to {last} are a spike (last {self._detector.losses[-1]:.4g})"
+        if len(known) >= options.spike_limit:
+            raise everywhere(
+                ConfigError(
+                    f"guard.spike_limit={options.spike_limit}: {what}, and {len(known)} ranges of steps are left out "
+                    f"already ({self.run / RANGES}); lower train.lr={self.config.train.lr:g} in another --run, "
+                    f"or raise guard.spike_limit"
+                )
+            )
+        found = checkpoint.newest_together(
+            self.run,
+            self._world,
+            warn=self._say,
+            usable=lambda step, meta: step < begin and not undone(known, step, meta),
+        )
+        if found is None:
+            raise everywhere(
+                ConfigError(
+                    f"guard.spike={options.spike:g}: {what}, and there is no checkpoint from before step {begin} to go "
+                    f"back to; start another --run with --guard.skip {begin}-{end} or a lower train.lr, or a smaller "
+                    f"checkpoint.every"
+                )
+            )
+        self.ranges = [*known, Range(begin, end, first, last)]
+        on_first(lambda: self._remember())
+        self._say(
+            f"{what}: going back to step {found.step} and leaving out steps {begin} to {end} "
+            f"({len(self.ranges)} of guard.spike_limit={options.spike_limit}, {self.run / RANGES})"
+        )
+        return found
+
+    def _remember(self) -> None:
+        ranges = [asdict(found) for found in self.ranges]
+        write_text(self.run / RANGES, json.dumps({"ranges": ranges}, indent=1) + "\n")
+        _remove_undone(self.run, self.ranges)
+
+    def _at(self, step: int) -> History:
+        _remove_undone(self.run, self.ranges)
+        for path in (self.run / BATCHES).glob("step-*.json"):
+            if path.stem.removeprefix("step-").isdecimal() and int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+        return read_history(self.run, step, self.options)
+
+    def _write_batch(self, step: int, result: StepResult, suspects: Sequence[tuple[int, tuple[int, ...]]]) -> Path:
+        """Say which rows the global batch of a step was made of, and which of them are to blame where that is known."""
+        batches, train = self._batches, self.config.train
+        stream, position = batches.stream, step - 1
+        slots = stream.slots(position, batches.global_batch, 0, 1)
+        epochs, numbers = stream.at(position * batches.global_batch + slots)
+        blamed: set[int] = set()
+        for rank, micros in suspects:
+            mine = stream.slots(position, batches.global_batch, rank, self._world.data_size).tolist()
+            blamed.update(slot for n in micros for slot in mine[n * train.micro_batch : (n + 1) * train.micro_batch])
+        rows = [
+            {"slot": slot, "epoch": epoch, "number": number, **place} | ({"suspect": True} if slot in blamed else {})
+            for slot, epoch, number, place in zip(
+                slots.tolist(), epochs.tolist(), numbers.tolist(), stream.locate(numbers)
+            )
+        ]
+        head = {
+            "step": step,
+            "reason": "loss" if not math.isfinite(result.loss) else "gradient norm",
+            "loss": str(result.loss),
+            "grad_norm": str(result.grad_norm),
+            "split": stream.readers[0].split,
+            "noise_seed": batches.noise_seed,
+        }
+        lines = ",\n  ".join(map(json.dumps, rows))
+        path = self.run / BATCHES / f"step-{step:08d}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_bytes(path, f'{json.dumps(head)[:-1]},\n "rows": [\n  {lines}\n ]}}\n'.encode())
+        return path
+
+
+def read_history(run: Path, step: int, options: GuardConfig) -> History:
+    """What the records of a run's first ``step`` steps say."""
+    records = [r for r in read_metrics(run) if r["split"] == "train" and r["step"] <= step]
+    nonfinite = [r["step"] for r in records if r.get("skipped") and "grad_norm" in r]
+    last = (r for r in reversed(records) if not r.get("skipped"))
+    wanted = options.spike_window + options.spike_patience if options.spike is not None else 0
+    losses = [(r["step"], r["loss"]) for r, _ in zip(last, range(wanted))][::-1]
+    return History(
+        skipped=sum(1 for r in records if r.get("skipped")),
+        nonfinite=[earlier for earlier in nonfinite if earlier > step - options.window],
+        losses=losses,
+    )
+
+
+def read_ranges(run: Path) -> list[Range]:
+    """The steps that a run has decided to leave out, in the order of the decisions.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    try:
+        return [Range(**found) for found in json.loads((run / RANGES).read_text())["ranges"]]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{run / RANGES}: not a list of ranges of steps; put back what bd3 pretrain wrote") from None
+
+
+def undone(ranges: Sequence[Range], step: int, meta: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint has trained on what was left out later: it knows too few ranges for its step."""
+    return any(step >= found.first for found in ranges[meta.get("skips", 0) :])
+
+
+def check_skips(run: Path, options: GuardConfig, step: int) -> None:
+    """Check that a run that goes on from ``step`` has not trained on what ``guard.skip`` leaves out.
+
+    Raises:
+        ConfigError: it has; which checkpoint to go back to.
+    """
+    if not options.skip or step == 0:
+        return
+    trained = [r["step"] for r in read_metrics(run) if r["split"] == "train" and not r.get("skipped")]
+    for text, (first, last) in zip(options.skip, options.ranges()):
+        done = [number for number in trained if first <= number <= min(last, step)]
+        if done:
+            steps = [checkpoint_files.step_of(path) for path in checkpoint_files.folders(run)]
+            before = [number for number in steps if number < done[0]]
+            back = (
+                f"remove the checkpoints after that of step {before[-1]} from {run / 'checkpoints'} to go back to it"
+                if before
+                else "there is no checkpoint from before it, so use another --run"
+            )
+            raise ConfigError(
+                f"guard.skip={text}: step {done[0]} is trained already, and the run goes on from step {step}; "
+                f"{back}, or give steps from {step + 1} on"
+            )
+
+
+def _remove_undone(run: Path, ranges: Sequence[Range]) -> None:
+    """Remove checkpoints that will never be taken again, so that retention does not count them."""
+    for path in checkpoint_files.folders(run) if ranges else ():
+        listing = checkpoint_files.read_listing(path)
+        if isinstance(listing, dict) and undone(ranges, listing["step"], listing["meta"]):
+            shutil.rmtree(path, ignore_errors=True)
