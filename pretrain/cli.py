@@ -23,7 +23,7 @@ COMMANDS = {
     "check": ("pretrain.commands.check:main", "verify a data set and show what is in it"),
     "pretrain": ("pretrain.commands.pretrain:main", "train a model, or continue a run"),
     "preflight": (
-        "pretrain.preflight.run:main",
+        "pretrain.commands.preflight:main",
         "check nodes, links, folders and data before a run, and start nothing",
     ),
     "eval": ("pretrain.commands.eval:main", "evaluate a run's checkpoint on the validation split"),

@@ -137,7 +137,7 @@ def test_rows_stay_readable_while_their_shard_is_evicted(far, tmp_path):
 
 def test_processes_of_a_machine_fetch_each_shard_once_and_keep_the_limit(far, tmp_path, store):
     code = (
-        "import sys, numpy as np; from tests.unit import test_data_cache as t; t.Store.delay = 0.02\n"
+        "import sys, numpy as np; from tests.unit.data_prep.read import test_cache as t; t.Store.delay = 0.02\n"
         "from data_prep.read.reader import RowReader; from data_prep.read.cache import ShardCache\n"
         "r = RowReader(sys.argv[1], 'train', ShardCache(sys.argv[2], int(sys.argv[3])))\n"
         "[r.rows(np.arange(len(r))) for _ in range(2)]; print(len(t.shards_read()), int(r.rows(np.arange(9)).sum()))"
