@@ -256,6 +256,15 @@ class OptimizationConfig(Section):
     clip_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0 leaves it")
     ema_decay: float = Field(0.9999, ge=0, lt=1, description="decay min(ema_decay, (1+n)/(10+n)); 0 keeps no EMA")
 
+    @property
+    def bf16(self) -> bool:
+        return self.precision == "bf16"
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.bf16 else 4
+
 
 class ParallelConfig(Section):
     """How the model is spread over ranks; data parallelism takes what the others leave of the world."""
@@ -292,6 +301,22 @@ class ZeroConfig(Section):
     offload: bool = Field(False, description="keep optimizer state and its update on the CPU (stages 2 and 3)")
 
 
+class EngineConfig(Section):
+    """The sections that decide what an engine computes and how it is sharded."""
+
+    model: ModelConfig = Field(default=ModelConfig())
+    diffusion: DiffusionConfig = Field(default=DiffusionConfig())
+    kernels: KernelConfig = Field(default=KernelConfig())
+    fp8: Fp8Config = Field(default=Fp8Config())
+    parallel: ParallelConfig = Field(default=ParallelConfig())
+    zero: ZeroConfig = Field(default=ZeroConfig())
+    optimization: OptimizationConfig = Field(default=OptimizationConfig())
+
+    def replace(self, **sections: Section) -> EngineConfig:
+        """A copy with other sections."""
+        return self.model_copy(update=sections)
+
+
 def split_layers(layers: int, stages: int, embedding_weight: float = 0.0, head_weight: float = 0.0) -> list[int]:
     """Layers of each (virtual) stage, in order, so that the heaviest stage is as light as can be.
 
@@ -315,19 +340,13 @@ def split_layers(layers: int, stages: int, embedding_weight: float = 0.0, head_w
     return counts
 
 
-def check_layout(
-    model: ModelConfig,
-    diffusion: DiffusionConfig,
-    parallel: ParallelConfig,
-    world_size: int,
-    zero: ZeroConfig | None = None,
-) -> int:
+def check_layout(config: EngineConfig, world_size: int) -> int:
     """Check the layout against the model and return the data-parallel size.
 
     Raises:
         ConfigError: one line with the key, its value and the values that fit.
     """
-    zero = zero or ZeroConfig()
+    model, diffusion, parallel = config.model, config.diffusion, config.parallel
     if model.length % diffusion.block_size:
         raise ConfigError(
             f"diffusion.block_size={diffusion.block_size}: model.length={model.length} is not divisible by "
@@ -336,7 +355,7 @@ def check_layout(
     _check_tensor(model, parallel)
     _check_context(model, diffusion, parallel)
     _check_pipeline(model, parallel)
-    _check_zero(model, parallel, zero)
+    _check_zero(model, parallel, config.zero)
     size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size % size:
         raise ConfigError(

@@ -27,7 +27,7 @@ from bd3_megatron.attention.backends import choose
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.limits import clean_multiple, skips_last_block
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.config import DiffusionConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig
+from bd3_megatron.config import EngineConfig, ModelConfig
 from bd3_megatron.cost.partition import padded_rows
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.layers import transformer_engine as te
@@ -45,11 +45,10 @@ class BlockDiffusionModel(LanguageModule):
     One instance is one pipeline stage: the first holds the embedding, the last the final norm and the head.
 
     Args:
-        model: shape, with ``vocab_size`` and ``mask_id`` resolved.
-        bf16: parameters and activations in bf16 instead of fp32.
-        pre_process, post_process: whether this stage is the first, the last.
-        chunk: which of the stage's model chunks this is, under the interleaved schedule; else None.
-        config: Megatron's, of the same model; made here where it is None.
+        config: with ``model.vocab_size`` and ``model.mask_id`` resolved.
+        pre_process, post_process: True on the first stage, on the last.
+        chunk: number of this chunk on its stage under the interleaved schedule, else None.
+        megatron: :func:`bd3_megatron.layers.specs.transformer_config` of ``config``; made here if None.
 
     Raises:
         ConfigError: the attention backend that was asked for cannot do this here.
@@ -57,23 +56,18 @@ class BlockDiffusionModel(LanguageModule):
 
     def __init__(
         self,
-        model: ModelConfig,
-        diffusion: DiffusionConfig,
-        kernels: KernelConfig | None = None,
-        parallel: ParallelConfig | None = None,
-        bf16: bool = False,
+        config: EngineConfig,
         pre_process: bool = True,
         post_process: bool = True,
         chunk: int | None = None,
-        config: TransformerConfig | None = None,
-        fp8: Fp8Config | None = None,
+        megatron: TransformerConfig | None = None,
     ):
-        kernels, parallel = kernels or KernelConfig(), parallel or ParallelConfig()
-        config = config or transformer_config(model, parallel, bf16, kernels, fp8)
-        super().__init__(config)
+        model, kernels, parallel = config.model, config.kernels, config.parallel
+        megatron = megatron or transformer_config(config)
+        super().__init__(megatron)  # self.config
         self.vp_stage = chunk  # Megatron's name for it
         self.model, self.kernels = model, kernels
-        self.streams = streams_of(model, diffusion, kernels, parallel, fp8)
+        self.streams = streams_of(config)
         self.pre_process, self.post_process = pre_process, post_process
         self.model_type = ModelType.encoder_or_decoder  # read by Megatron's schedules
         self.share_embeddings_and_output_weights = model.tie_embeddings
@@ -81,7 +75,7 @@ class BlockDiffusionModel(LanguageModule):
 
         if pre_process:
             self.embedding = LanguageModelEmbedding(
-                config=_without_dropout(config),
+                config=_without_dropout(megatron),
                 vocab_size=self.vocab_size,
                 max_sequence_length=model.length,
                 position_embedding_type="rope",
@@ -90,22 +84,22 @@ class BlockDiffusionModel(LanguageModule):
             kv_channels=model.width_per_head,
             rotary_percent=1.0,
             rotary_base=model.rope_theta,
-            use_cpu_initialization=config.use_cpu_initialization,
+            use_cpu_initialization=megatron.use_cpu_initialization,
         )
         self.context = ContextShard.of_this_rank(model.length)
         # Every attention chooses for itself; to an error of theirs Megatron would add the modules it was building.
-        width, dtype, device = model.width_per_head, config.params_dtype, cpu_compat.device()
+        width, dtype, device = model.width_per_head, megatron.params_dtype, cpu_compat.device()
         choose(kernels.attention, self.streams, self.context, head_dim=width, dtype=dtype, device=device)
-        specs = [layer_spec(model, self.streams, kernels, self.context)] * get_num_layers_to_build(config, chunk)
+        specs = [layer_spec(model, self.streams, kernels, self.context)] * get_num_layers_to_build(megatron, chunk)
         if post_process and kernels.skip_last_clean_queries and self.streams.noisy and self.streams.clean:
             specs[-1] = layer_spec(model, self.streams, kernels, self.context, last=True)
         layers = TransformerBlockSubmodules(layer_specs=specs)
         # The final norm runs on the rows that the head reads, so it lies here and not in the block.
         self.decoder = TransformerBlock(
-            config, layers, post_layer_norm=False, pre_process=pre_process, post_process=post_process, vp_stage=chunk
+            megatron, layers, post_layer_norm=False, pre_process=pre_process, post_process=post_process, vp_stage=chunk
         )
         if post_process:
-            self._make_head(config)
+            self._make_head(megatron)
         if model.tie_embeddings:
             self.setup_embeddings_and_output_layer()
 
@@ -232,16 +226,11 @@ class BlockDiffusionModel(LanguageModule):
         return torch.where(batch.weight != 0, nll * batch.weight, 0.0)
 
 
-def streams_of(
-    model: ModelConfig,
-    diffusion: DiffusionConfig,
-    kernels: KernelConfig,
-    parallel: ParallelConfig,
-    fp8: Fp8Config | None = None,
-) -> Streams:
+def streams_of(config: EngineConfig) -> Streams:
     """The streams that are computed under this layout."""
-    multiple = clean_multiple(model, kernels, parallel, fp8 or Fp8Config(), torch.cuda.is_available())
-    return Streams.of(diffusion, model.length, skips_last_block(kernels, parallel), multiple)
+    model, kernels, parallel = config.model, config.kernels, config.parallel
+    multiple = clean_multiple(model, kernels, parallel, config.fp8, torch.cuda.is_available())
+    return Streams.of(config.diffusion, model.length, skips_last_block(kernels, parallel), multiple)
 
 
 def _without_dropout(config):

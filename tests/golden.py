@@ -27,7 +27,7 @@ from torch.func import functional_call
 
 from bd3_common.errors import ConfigError
 from bd3_megatron import parallel
-from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig
+from bd3_megatron.config import DiffusionConfig, EngineConfig, ModelConfig, OptimizationConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.hf.convert import TokenIds, fold_reference, hf_config
 from bd3_megatron.hf.files import read_safetensors
@@ -160,7 +160,8 @@ def megatron_nll(
     """The model that is trained, in a world of 1."""
     if not dist.is_initialized():
         parallel.start(ParallelConfig())
-    network = BlockDiffusionModel(model, diffusion)
+    fp32 = OptimizationConfig(precision="fp32")
+    network = BlockDiffusionModel(EngineConfig(model=model, diffusion=diffusion, optimization=fp32))
     masked = xt == model.mask_id
     streams = torch.cat([xt, x0]) if network.streams.clean else xt
     batch = Batch(streams, x0, torch.where(masked, 1 / t, 0.0), tokens=x0.numel())

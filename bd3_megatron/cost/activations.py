@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from bd3_megatron.attention.limits import clean_multiple, clean_positions, skips_last_block, tile_size
-from bd3_megatron.config import DiffusionConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig
+from bd3_megatron.config import EngineConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig
 from bd3_megatron.cost.partition import Chunk, padded_rows, rows_per_chunk
 
 _FP32, _INT64 = 4, 8
@@ -51,15 +51,9 @@ class Rows:
         return self.predicting if self.leaves_clean else self.positions
 
     @classmethod
-    def of(
-        cls,
-        model: ModelConfig,
-        diffusion: DiffusionConfig,
-        kernels: KernelConfig,
-        parallel: ParallelConfig,
-        cuda: bool = False,
-    ) -> Rows:
-        """Of a configuration, as :func:`bd3_megatron.model.streams_of` has them."""
+    def of(cls, config: EngineConfig, cuda: bool = False) -> Rows:
+        """Rows of a configuration, as :func:`bd3_megatron.model.streams_of` has them."""
+        model, diffusion, kernels, parallel = config.model, config.diffusion, config.kernels, config.parallel
         length, block = model.length, diffusion.block_size
         if diffusion.objective == "causal":
             return cls(length, 0, length, 1, False)
@@ -111,26 +105,39 @@ class Counter:
     """Counts for one configuration.
 
     Args:
+        config: with ``model.vocab_size`` resolved.
         micro_batch: rows b of a micro-batch.
-        size: bytes of an activation, 2 or 4.
         masked_rate: fraction of noisy tokens that the head reads.
         cuda: on CUDA torch keeps no normalized values of RMSNorm and one byte per dropout bit.
         packed: attention keeps to the documents of a row: rows have masks of their own.
     """
 
-    model: ModelConfig
-    diffusion: DiffusionConfig
-    kernels: KernelConfig
-    parallel: ParallelConfig
+    config: EngineConfig
     micro_batch: int
-    size: int
     masked_rate: float
     cuda: bool = False
     packed: bool = False
 
     @property
     def rows(self) -> Rows:
-        return Rows.of(self.model, self.diffusion, self.kernels, self.parallel, self.cuda)
+        return Rows.of(self.config, self.cuda)
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    @property
+    def kernels(self) -> KernelConfig:
+        return self.config.kernels
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return self.config.parallel
+
+    @property
+    def size(self) -> int:
+        """Bytes of an activation."""
+        return self.config.optimization.element_bytes
 
     def chunk(self, chunk: Chunk) -> Activations:
         """What a model chunk keeps of one micro-batch."""
@@ -209,7 +216,7 @@ class Counter:
         everything = self._cells(self.rows.predicting)
         if not self.kernels.masked_rows_only:
             return self._cells(self.rows.after)
-        rate = 1 - 1 / self.model.length if self.diffusion.objective == "causal" else self.masked_rate
+        rate = 1 - 1 / self.model.length if self.config.diffusion.objective == "causal" else self.masked_rate
         unit = 16 * math.ceil(everything / (64 * 16))
         return min(math.ceil(everything * rate / unit - 1e-9) * unit, everything)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from bd3_megatron.config import ModelConfig, OptimizationConfig, ParallelConfig, ZeroConfig
+from bd3_megatron.config import EngineConfig, OptimizationConfig, ParallelConfig, ZeroConfig
 from bd3_megatron.cost.partition import Shape, gradient_buffer, parameter_shapes, stage_chunks
 
 # Elements of DeepSpeed's buffer for gradients on their way to other ranks (``reduce_bucket_size``, stages 2 and 3).
@@ -53,32 +53,21 @@ class State:
         return {name: values[name] for name in ("weights", "gradients", "masters", "moments", "ema")}
 
 
-def element_bytes(optimization: OptimizationConfig) -> int:
-    """Bytes of a weight or activation in the precision of training."""
-    return 2 if optimization.precision == "bf16" else _FP32
-
-
-def state_bytes(
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    zero: ZeroConfig,
-    optimization: OptimizationConfig,
-    data_size: int,
-    stage: int = 0,
-) -> list[State]:
+def state_bytes(config: EngineConfig, data_size: int, stage: int = 0) -> list[State]:
     """State of every data-parallel rank of a pipeline stage, one entry per rank that shards it differently.
 
     Args:
-        model: with ``vocab_size`` resolved.
+        config: with ``model.vocab_size`` resolved.
         data_size: data-parallel ranks, context-parallel ones not included.
 
     Returns:
         One entry where all data-parallel ranks hold the same, else one for each (context-parallel ranks included).
     """
+    model, parallel, optimization = config.model, config.parallel, config.optimization
     chunks = [parameter_shapes(model, chunk, parallel.tensor) for chunk in stage_chunks(model, parallel)[stage]]
-    if zero.stage:
-        return _zero(chunks[0], zero, optimization, data_size)
-    size, ranks = element_bytes(optimization), data_size * parallel.context
+    if config.zero.stage:
+        return _zero(chunks[0], config.zero, optimization, data_size)
+    size, ranks = optimization.element_bytes, data_size * parallel.context
     parameters = sum(_elements(shapes) for shapes in chunks)
     # Megatron reduces in buckets on the first stage only, where the reduction is on the critical path.
     bucket = max(40_000_000, 1_000_000 * data_size) if parallel.overlap and stage == 0 else None
@@ -114,7 +103,7 @@ def _zero(shapes: dict[str, Shape], zero: ZeroConfig, optimization: Optimization
     Stages 1 and 2 keep the flattened weights; stage 1 in bf16 keeps all gradients in fp32 (its ``BF16_Optimizer``)
     and stage 1 in fp32 those of autograd. Stage 3 cuts every parameter by itself and keeps small ones whole.
     """
-    size, parameters = element_bytes(optimization), _elements(shapes)
+    size, parameters = optimization.element_bytes, _elements(shapes)
     if zero.stage == 3:
         part = sum(-(-math.prod(shape) // ranks) for shape in shapes.values())
         small = sum(n for n in map(math.prod, shapes.values()) if n <= _PERSISTENT)
@@ -144,20 +133,15 @@ _BOX_INDEX_BYTES = 300
 _LISTING_BYTES = 1_200
 
 
-def checkpoint_bytes(
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    zero: ZeroConfig,
-    optimization: OptimizationConfig,
-    data_size: int,
-) -> int:
+def checkpoint_bytes(config: EngineConfig, data_size: int) -> int:
     """Bytes of one checkpoint folder: fp32 boxes of weights, two moments and EMA, their index and the list of files.
 
     The vocabulary is unpadded, and what several ranks hold alike is written once. Every tensor-parallel shard is a box
     of its own; sharded optimizers cut some parameters into up to three boxes for every rank that holds a part.
     """
+    model, parallel, zero = config.model, config.parallel, config.zero
     whole = parameter_shapes(model, stage_chunks(model, ParallelConfig())[0][0])
-    sections = 4 if optimization.ema_decay > 0 else 3
+    sections = 4 if config.optimization.ema_decay > 0 else 3
     boxes = 0
     for shape in whole.values():
         boxes += parallel.tensor if len(shape) > 1 else 1

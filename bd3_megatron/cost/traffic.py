@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig, ZeroConfig
+from bd3_megatron.config import EngineConfig, ModelConfig, ParallelConfig, ZeroConfig
 from bd3_megatron.cost.memory import State
 from bd3_megatron.cost.partition import Chunk, padded_rows
 
@@ -40,10 +40,7 @@ def spans(parallel: ParallelConfig, world_size: int) -> dict[str, int]:
 
 
 def step_traffic(
-    model: ModelConfig,
-    diffusion: DiffusionConfig,
-    parallel: ParallelConfig,
-    zero: ZeroConfig,
+    config: EngineConfig,
     *,
     chunks: list[Chunk],
     stages: list[tuple[int, int]],
@@ -55,7 +52,6 @@ def step_traffic(
     micro_batch: int,
     micro_batches: int,
     data_size: int,
-    size: int,
 ) -> list[Traffic]:
     """Traffic of one rank of a pipeline stage; kinds without any are left out.
 
@@ -67,8 +63,8 @@ def step_traffic(
         after: of these, those that go on after the last layer's keys and values.
         clean_positions: of these, whose keys and values context-parallel ranks exchange.
         head_rows: rows of a micro-batch that the head reads on one rank.
-        size: bytes of an activation.
     """
+    model, parallel, size = config.model, config.parallel, config.optimization.element_bytes
     reach = spans(parallel, data_size * parallel.tensor * parallel.context * parallel.pipeline)
     hidden = positions / parallel.context * micro_batch * model.hidden * size  # one activation of all streams
     layers = sum(chunk.layers for chunk in chunks)
@@ -87,7 +83,7 @@ def step_traffic(
             gathered * layers * (passes + 1) * micro_batches,
             reach["context"],
         ),
-        *_data(parallel, zero, state, data_size, size, micro_batches, reach["data"]),
+        *_data(parallel, config.zero, state, data_size, size, micro_batches, reach["data"]),
     ]
     if model.tie_embeddings and parallel.pipeline > 1 and any(chunk.embedding or chunk.head for chunk in chunks):
         table = padded_rows(model.vocab_size, parallel.tensor) // parallel.tensor * model.hidden * _FP32

@@ -16,14 +16,7 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
 from bd3_megatron import cpu_compat
-from bd3_megatron.config import (
-    DiffusionConfig,
-    Fp8Config,
-    KernelConfig,
-    ModelConfig,
-    OptimizationConfig,
-    ParallelConfig,
-)
+from bd3_megatron.config import EngineConfig, OptimizationConfig
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.engine.base import StepResult
 from bd3_megatron.engine.masters import Master, MasterWeights, OwnsMasters
@@ -51,30 +44,17 @@ class MegatronEngine(OwnsMasters):
         training: False builds the model alone, for evaluation and sampling.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        diffusion: DiffusionConfig,
-        kernels: KernelConfig,
-        parallel: ParallelConfig,
-        optimization: OptimizationConfig,
-        world: World,
-        seed: int = 0,
-        training: bool = True,
-        fp8: Fp8Config | None = None,
-    ):
-        self.world, self.parallel, self.optimization = world, parallel, optimization
-        bf16 = optimization.precision == "bf16"
-        self.modules = build_stage(
-            model, diffusion, kernels, parallel, bf16, world.device, seed, fp8, main_grads=training
-        )
+    def __init__(self, config: EngineConfig, world: World, seed: int = 0, training: bool = True):
+        self.world, self.parallel, self.optimization = world, config.parallel, config.optimization
+        bf16 = self.optimization.bf16
+        self.modules = build_stage(config, world.device, seed, main_grads=training)
         self.config = self.modules[0].config
         self.chunks = [Float16Module(self.config, module) if bf16 else module for module in self.modules]
         self.updates = 0
         self.masters: MasterWeights | None = None
         self.fp8 = Fp8State(self.modules if training else ())
         if training:
-            self._prepare_training(bf16)
+            self._prepare_training()
 
     @property
     def module(self) -> BlockDiffusionModel:
@@ -82,14 +62,14 @@ class MegatronEngine(OwnsMasters):
         (module,) = self.modules
         return module
 
-    def _prepare_training(self, bf16: bool) -> None:
+    def _prepare_training(self) -> None:
         sharded, overlap = self.parallel.distributed_optimizer, self.parallel.overlap
         reduction = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True, overlap_grad_reduce=overlap, use_distributed_optimizer=sharded
         )
         self.chunks = [DistributedDataParallel(self.config, reduction, chunk) for chunk in self.chunks]
         with cpu_compat.redirected():
-            self.optimizer = get_megatron_optimizer(_optimizer_config(self.optimization, bf16, sharded), self.chunks)
+            self.optimizer = get_megatron_optimizer(_optimizer_config(self.optimization, sharded), self.chunks)
         self.config.finalize_model_grads_func = finalize_model_grads
         self.config.grad_scale_func = self.optimizer.scale_loss
         if overlap:  # gradients are reduced once, in the backward pass of the last micro-batch
@@ -213,7 +193,7 @@ def _count(optimizer: torch.optim.Optimizer, updates: int) -> None:
         group["step"] = updates
 
 
-def _optimizer_config(optimization: OptimizationConfig, bf16: bool, sharded: bool) -> OptimizerConfig:
+def _optimizer_config(optimization: OptimizationConfig, sharded: bool) -> OptimizerConfig:
     return OptimizerConfig(
         optimizer="adam",
         lr=0.0,  # set at every step
@@ -223,7 +203,7 @@ def _optimizer_config(optimization: OptimizationConfig, bf16: bool, sharded: boo
         adam_eps=optimization.adam_eps,
         weight_decay=optimization.weight_decay,
         clip_grad=optimization.clip_norm,
-        bf16=bf16,
-        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        bf16=optimization.bf16,
+        params_dtype=torch.bfloat16 if optimization.bf16 else torch.float32,
         use_distributed_optimizer=sharded,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bd3_megatron import cpu_compat
 from bd3_megatron.attention.context import ContextShard
-from bd3_megatron.config import DiffusionConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig
+from bd3_megatron.config import EngineConfig
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.layers.specs import transformer_config
 from bd3_megatron.model import EMBEDDING, BlockDiffusionModel, global_name, initialize, vocabulary_rows
@@ -24,15 +24,7 @@ from bd3_megatron.shards import ShardSpec, shard_spec
 
 
 def build_stage(
-    model: ModelConfig,
-    diffusion: DiffusionConfig,
-    kernels: KernelConfig,
-    parallel: ParallelConfig,
-    bf16: bool,
-    device: torch.device,
-    seed: int,
-    fp8: Fp8Config | None = None,
-    main_grads: bool = False,
+    config: EngineConfig, device: torch.device, seed: int = 0, main_grads: bool = False
 ) -> list[BlockDiffusionModel]:
     """This rank's model chunks with initial weights: one, or ``parallel.interleave`` of them.
 
@@ -40,22 +32,17 @@ def build_stage(
         main_grads: the chunks will be wrapped by Megatron's data parallelism.
     """
     # Shared, because the schedules read it from the first chunk.
-    config = transformer_config(model, parallel, bf16, kernels, fp8, main_grads)
-    modules = []
-    for number in range(parallel.interleave):
-        chunk = number if parallel.interleave > 1 else None
+    megatron = transformer_config(config, main_grads)
+    modules, chunks = [], config.parallel.interleave
+    for number in range(chunks):
+        chunk = number if chunks > 1 else None
         with cpu_compat.redirected():  # tied weights over stages are shared by a call that names CUDA
             module = BlockDiffusionModel(
-                model,
-                diffusion,
-                kernels,
-                parallel,
-                bf16=bf16,
+                config,
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
                 chunk=chunk,
-                config=config,
-                fp8=fp8,
+                megatron=megatron,
             )
         initialize(module, seed)
         modules.append(module.to(device))

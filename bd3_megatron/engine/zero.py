@@ -12,15 +12,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from bd3_megatron import cpu_compat
-from bd3_megatron.config import (
-    DiffusionConfig,
-    Fp8Config,
-    KernelConfig,
-    ModelConfig,
-    OptimizationConfig,
-    ParallelConfig,
-    ZeroConfig,
-)
+from bd3_megatron.config import EngineConfig, OptimizationConfig, ZeroConfig
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.engine import ops
 from bd3_megatron.engine.base import StepResult
@@ -51,27 +43,17 @@ class ZeroEngine(OwnsMasters):
         ConfigError: DeepSpeed is not installed, or what offloading needs is not built.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        diffusion: DiffusionConfig,
-        kernels: KernelConfig,
-        parallel: ParallelConfig,
-        zero: ZeroConfig,
-        optimization: OptimizationConfig,
-        world: World,
-        seed: int = 0,
-        fp8: Fp8Config | None = None,
-    ):
+    def __init__(self, config: EngineConfig, world: World, seed: int = 0):
+        zero, optimization = config.zero, config.optimization
         deepspeed = ops.import_deepspeed(f"zero.stage={zero.stage}")
         if zero.offload:
             ops.load()
         self.world, self.zero, self.optimization = world, zero, optimization
-        bf16 = optimization.precision == "bf16"
-        if zero.stage == 3 and kernels.layers == "auto":  # Transformer Engine's layers keep weights for backward passes
-            kernels = kernels.model_copy(update={"layers": "local"})
-        (self.module,) = build_stage(model, diffusion, kernels, parallel, bf16, world.device, seed, fp8)
-        if bf16:
+        # Transformer Engine's layers keep weights for backward passes, which stage 3 releases.
+        if zero.stage == 3 and config.kernels.layers == "auto":
+            config = config.replace(kernels=config.kernels.model_copy(update={"layers": "local"}))
+        (self.module,) = build_stage(config, world.device, seed)
+        if optimization.bf16:
             self.module.bfloat16()
         # Stage 3 leaves parameters without a shape, so all that depends on it comes first.
         self.specs = {name: parameter_spec(name, p, module) for name, p, module in named_parameters([self.module])}

@@ -7,7 +7,7 @@ over tokens, so the tokens that enter a layer count as well as its widths. Block
 from __future__ import annotations
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.config import Fp8Config, KernelConfig, ModelConfig, OptimizationConfig, ParallelConfig, ZeroConfig
+from bd3_megatron.config import EngineConfig, Fp8Config, ModelConfig, ParallelConfig
 
 
 def unit(fp8: Fp8Config) -> int:
@@ -17,28 +17,22 @@ def unit(fp8: Fp8Config) -> int:
     return 128 if fp8.recipe == "block" else 16
 
 
-def check_fp8(
-    fp8: Fp8Config,
-    model: ModelConfig,
-    kernels: KernelConfig,
-    parallel: ParallelConfig,
-    zero: ZeroConfig,
-    optimization: OptimizationConfig,
-) -> None:
-    """Check all that depends on the configuration alone; what depends on the machine is in :mod:`.transformer_engine`.
+def check_fp8(config: EngineConfig) -> None:
+    """Check FP8 against the other sections; :mod:`.transformer_engine` checks the machine.
 
     Raises:
         ConfigError: one line with the key, its value and what to use instead.
     """
+    fp8, model, parallel, optimization = config.fp8, config.model, config.parallel, config.optimization
     if not fp8.enabled:
         return
-    if kernels.layers == "local":
+    if config.kernels.layers == "local":
         raise ConfigError("fp8.enabled=true: kernels.layers=local has no FP8; use kernels.layers=te or auto")
     if optimization.precision != "bf16":
         raise ConfigError(
             f"fp8.enabled=true: weights of train.precision={optimization.precision}; use train.precision=bf16"
         )
-    if zero.stage == 3:
+    if config.zero.stage == 3:
         raise ConfigError(
             "fp8.enabled=true: with zero.stage=3 every rank would keep whole weights in FP8; use zero.stage=1 or 2"
         )

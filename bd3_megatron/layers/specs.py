@@ -28,7 +28,7 @@ from torch import Tensor
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.core import TwoStreamAttention
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.config import Fp8Config, KernelConfig, ModelConfig, ParallelConfig, split_layers
+from bd3_megatron.config import EngineConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig, split_layers
 from bd3_megatron.layers import transformer_engine as te
 
 
@@ -137,23 +137,16 @@ def tanh_gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def transformer_config(
-    model: ModelConfig,
-    parallel: ParallelConfig,
-    bf16: bool,
-    kernels: KernelConfig | None = None,
-    fp8: Fp8Config | None = None,
-    main_grads: bool = False,
-) -> TransformerConfig:
+def transformer_config(config: EngineConfig, main_grads: bool = False) -> TransformerConfig:
     """Megatron's configuration of the backbone on this machine.
 
     Args:
         main_grads: parameters will have the fp32 ``main_grad`` of Megatron's data parallelism.
     """
-    kernels, fp8 = kernels or KernelConfig(), fp8 or Fp8Config()
+    model, parallel, bf16 = config.model, config.parallel, config.optimization.bf16
     dit = model.backbone == "dit"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    fused = fusions(kernels, main_grads)
+    fused = fusions(config.kernels, main_grads)
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -172,7 +165,7 @@ def transformer_config(
         **fused,
         masked_softmax_fusion=False,  # the attention is not Megatron's
         persist_layer_norm=False,  # neither are the norms
-        **fp8_options(fp8),
+        **fp8_options(config.fp8),
         use_cpu_initialization=not torch.cuda.is_available(),
         bf16=bf16,
         params_dtype=dtype,

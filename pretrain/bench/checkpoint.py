@@ -15,7 +15,7 @@ from pydantic import Field
 
 from bd3_megatron import parallel
 from bd3_megatron.config import (
-    KernelConfig,
+    EngineConfig,
     OptimizationConfig,
     ParallelConfig,
 )
@@ -44,7 +44,7 @@ def bench_checkpoint(args: list[str]) -> None:
     world = parallel.start(ParallelConfig())
     try:
         optimization = OptimizationConfig(precision=options.precision)
-        engine = MegatronEngine(model, diffusion, KernelConfig(), ParallelConfig(), optimization, world)
+        engine = MegatronEngine(EngineConfig(model=model, diffusion=diffusion, optimization=optimization), world)
         batch = random_batch(model, diffusion, options.batch, step=0)
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             found = _measure(engine, lambda: engine.train_step([batch], lr=1e-4), Path(folder), options.repeats)

@@ -14,7 +14,7 @@ from pydantic import Field
 from bd3_megatron import parallel
 from bd3_megatron.config import (
     DiffusionConfig,
-    KernelConfig,
+    EngineConfig,
     ModelConfig,
     OptimizationConfig,
     ParallelConfig,
@@ -109,7 +109,9 @@ def _row(kind: str, model: ModelConfig, diffusion: DiffusionConfig, batch: Batch
     layout = ParallelConfig(recompute=kind)
     world = parallel.start(layout)
     try:
-        engine = MegatronEngine(model, diffusion, KernelConfig(), layout, OptimizationConfig(precision="fp32"), world)
+        optimization = OptimizationConfig(precision="fp32")
+        config = EngineConfig(model=model, diffusion=diffusion, parallel=layout, optimization=optimization)
+        engine = MegatronEngine(config, world)
         timed_step(engine, batch)  # warm up
         row = {"recompute": kind, "seconds": timed_step(engine, batch)}
         cuda = world.device.type == "cuda"

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig, Section, check_layout
+from bd3_megatron.config import DiffusionConfig, EngineConfig, ModelConfig, Section, check_layout
 from bd3_megatron.diffusion.batch import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine.base import Engine
@@ -51,7 +51,7 @@ def model_of(options: ModelOptions, length: int) -> tuple[ModelConfig, Diffusion
     more = {"ffn_hidden": 4 * hidden if options.backbone == "dit" else gated, "length": length}
     model = validate(ModelConfig, values | more | {"mask_id": options.vocab_size - 1})
     diffusion = DiffusionConfig(block_size=options.block_size)
-    check_layout(model, diffusion, ParallelConfig(), world_size=1)
+    check_layout(EngineConfig(model=model, diffusion=diffusion), world_size=1)
     return model, diffusion
 
 

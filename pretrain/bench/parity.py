@@ -25,6 +25,7 @@ from bd3_megatron import parallel
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import (
     DiffusionConfig,
+    EngineConfig,
     Fp8Config,
     KernelConfig,
     ModelConfig,
@@ -54,6 +55,17 @@ class Layout(NamedTuple):
     size: int
     parallel: ParallelConfig
     zero: ZeroConfig = ZeroConfig()
+
+    def config(self, task: Task) -> EngineConfig:
+        """The task under this layout."""
+        return EngineConfig(
+            model=task.model,
+            diffusion=task.diffusion,
+            kernels=task.kernels,
+            fp8=task.fp8,
+            parallel=self.parallel,
+            zero=self.zero,
+        )
 
 
 def _layout(size: int, zero: int = 0, **options: Any) -> Layout:
@@ -165,9 +177,7 @@ def make_engine(world: parallel.World, layout: Layout, task: Task) -> Engine:
     optimization = OptimizationConfig(
         precision=task.precision, clip_norm=CLIP_NORM, ema_decay=0.9, beta1=BETA1, weight_decay=0.1, adam_eps=1e-4
     )
-    engine = build_engine(
-        task.model, task.diffusion, task.kernels, layout.parallel, layout.zero, optimization, world, fp8=task.fp8
-    )
+    engine = build_engine(layout.config(task).replace(optimization=optimization), world)
     engine.set_weights(_weights(task.model))
     return engine
 
@@ -380,7 +390,7 @@ def _task(options: ParityOptions) -> Task:
 def _check(name: str, layout: Layout, task: Task) -> None:
     """Refuse what a layout cannot run before any process starts."""
     try:
-        data = check_layout(task.model, task.diffusion, layout.parallel, layout.size, layout.zero)
+        data = check_layout(layout.config(task), layout.size)
     except ConfigError as error:
         raise ConfigError(f"layout {name}: {error}; or leave it out with --layouts") from None
     try:

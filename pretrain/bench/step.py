@@ -17,12 +17,12 @@ from bd3_megatron import parallel
 from bd3_megatron.config import (
     PLAIN,
     DiffusionConfig,
+    EngineConfig,
     Fp8Config,
     KernelConfig,
     ModelConfig,
     OptimizationConfig,
     ParallelConfig,
-    ZeroConfig,
 )
 from bd3_megatron.cost import flops
 from bd3_megatron.diffusion.batch import Batch
@@ -100,8 +100,8 @@ def _check(options: StepOptions, models: list[tuple[ModelConfig, DiffusionConfig
     """
     kernels = KernelConfig(layers=options.layers_kind)
     for model, _ in models:
-        layout, precision = ParallelConfig(), OptimizationConfig(precision=options.precision)
-        check_fp8(_fp8(options), model, kernels, layout, ZeroConfig(), precision)
+        precision = OptimizationConfig(precision=options.precision)
+        check_fp8(EngineConfig(model=model, kernels=kernels, fp8=_fp8(options), optimization=precision))
     te.check(kernels, _fp8(options))
 
 
@@ -175,8 +175,15 @@ def _measure(
     optimization = OptimizationConfig(precision=options.precision)
     peak, paths = 0, {}
     for name, (kernels, diffusion) in kinds.items():
-        eight = _fp8(options) if name == "ours" else Fp8Config()
-        engine = MegatronEngine(model, diffusion, kernels, layout, optimization, world, fp8=eight)
+        config = EngineConfig(
+            model=model,
+            diffusion=diffusion,
+            kernels=kernels,
+            fp8=_fp8(options) if name == "ours" else Fp8Config(),
+            parallel=layout,
+            optimization=optimization,
+        )
+        engine = MegatronEngine(config, world)
         batches = [random_batch(model, diffusion, options.batch, step) for step in range(options.repeats + 1)]
         path: Callable[[Batch], float] = partial(timed_step, engine)
         path(batches[-1])  # warm up

@@ -93,7 +93,7 @@ def import_run(args: list[str]) -> None:
     config = RunConfig(run=str(run), model=model, diffusion=diffusion, train=TrainConfig(precision=options.precision))
     world = parallel.start(ParallelConfig())
     try:
-        engine = MegatronEngine(model, diffusion, config.kernels, config.parallel, config.train, world)
+        engine = MegatronEngine(config.engine(), world)
         engine.set_weights(weights)
         with staged(run.absolute(), overwrite=False) as folder:
             checkpoint.save(folder, engine, 0, {"tokens": 0, "imported_from": source.name}, keep=1)

@@ -54,7 +54,7 @@ def predict(config: RunConfig, options: EstimateOptions) -> Prediction:
     config = with_vocabulary(config)
     parallel = config.parallel
     world = options.world_size or parallel.tensor * parallel.pipeline * parallel.context
-    data_size = check_layout(config.model, config.diffusion, parallel, world, config.zero)
+    data_size = check_layout(config.engine(), world)
     check_batches(config.train, parallel, data_size)
     device: Device = this_cpu() if options.device == "cpu" else DEVICES[options.device]
     if config.fp8.enabled and device.fp8_flops is None:

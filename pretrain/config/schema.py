@@ -11,6 +11,7 @@ from bd3_common.errors import ConfigError
 from bd3_megatron.attention.limits import Demand, check_kernels
 from bd3_megatron.config import (
     DiffusionConfig,
+    EngineConfig,
     Fp8Config,
     KernelConfig,
     ModelConfig,
@@ -212,6 +213,18 @@ class RunConfig(Section):
     profile: ProfileConfig = ProfileConfig()
     preflight: PreflightConfig = PreflightConfig()
 
+    def engine(self) -> EngineConfig:
+        """The sections that an engine is built from."""
+        return EngineConfig(
+            model=self.model,
+            diffusion=self.diffusion,
+            kernels=self.kernels,
+            fp8=self.fp8,
+            parallel=self.parallel,
+            zero=self.zero,
+            optimization=self.train,
+        )
+
 
 def check_run(config: RunConfig, world_size: int) -> int:
     """Check what the configuration alone decides for so many processes; the data-parallel size.
@@ -219,9 +232,10 @@ def check_run(config: RunConfig, world_size: int) -> int:
     Raises:
         ConfigError: one line with the key, its value and what would fit.
     """
-    data_size = check_layout(config.model, config.diffusion, config.parallel, world_size, config.zero)
+    engine = config.engine()
+    data_size = check_layout(engine, world_size)
     check_kernels(config.kernels, Demand.of(config.model, config.diffusion, config.parallel, config.train.precision))
-    check_fp8(config.fp8, config.model, config.kernels, config.parallel, config.zero, config.train)
+    check_fp8(engine)
     _check_guard(config.guard, config.checkpoint)
     return data_size
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from bd3_megatron.config import ModelConfig
 from bd3_megatron.cost import flops, memory, traffic
 from bd3_megatron.cost.activations import Activations, Counter
-from bd3_megatron.cost.memory import State, element_bytes, heaviest
+from bd3_megatron.cost.memory import State, heaviest
 from bd3_megatron.cost.partition import Chunk, parameter_count, stage_chunks
 from bd3_megatron.diffusion.schedule import mean_mask_probability
 from pretrain.config.schema import RunConfig
@@ -122,18 +122,13 @@ class Prediction:
 
     @property
     def checkpoint_bytes(self) -> int:
-        config = self.config
-        return memory.checkpoint_bytes(self.model, config.parallel, config.zero, config.train, self.data_size)
+        return memory.checkpoint_bytes(self.config.engine(), self.data_size)
 
     def counter(self, micro_batch: int | None = None) -> Counter:
         config = self.config
         return Counter(
-            self.model,
-            config.diffusion,
-            config.kernels,
-            config.parallel,
+            config.engine(),
             micro_batch or config.train.micro_batch,
-            element_bytes(config.train),
             self.mask_rate,
             self.cuda,
             config.data.document_mask,
@@ -172,8 +167,8 @@ class Prediction:
         return max(self.stages, key=lambda stage: stage.total)
 
     def _stage(self, number: int, chunks: list[Chunk]) -> Stage:
-        config, parallel, counter = self.config, self.parallel, self.counter()
-        state = heaviest(memory.state_bytes(self.model, parallel, config.zero, config.train, self.data_size, number))
+        parallel, counter = self.parallel, self.counter()
+        state = heaviest(memory.state_bytes(self.config.engine(), self.data_size, number))
         flying = in_flight(parallel.pipeline, len(chunks), number, self.micro_batches)
         kept = Activations()
         for chunk, count in zip(chunks, flying):
@@ -208,7 +203,7 @@ class Prediction:
 
     def _buffers(self, counter: Counter) -> float:
         """Gathered activations of sequence parallelism, what pipelines receive, and ZeRO's buckets."""
-        parallel, zero, size = self.parallel, self.config.zero, element_bytes(self.config.train)
+        parallel, zero, size = self.parallel, self.config.zero, self.config.train.element_bytes
         whole = counter.rows.positions / parallel.context * counter.micro_batch * self.model.hidden * size
         found = whole if parallel.sequence else 0.0
         if parallel.pipeline > 1:
@@ -236,10 +231,7 @@ class Prediction:
         last = parallel.pipeline * parallel.interleave - 1
         virtual = [number + parallel.pipeline * place for place in range(len(chunks))]
         return traffic.step_traffic(
-            self.model,
-            self.config.diffusion,
-            parallel,
-            self.config.zero,
+            self.config.engine(),
             chunks=chunks,
             stages=[(v, last - v) for v in virtual],
             state=state,
@@ -250,7 +242,6 @@ class Prediction:
             micro_batch=counter.micro_batch,
             micro_batches=self.micro_batches,
             data_size=self.data_size,
-            size=element_bytes(self.config.train),
         )
 
     # ---- time ----

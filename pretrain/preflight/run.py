@@ -221,7 +221,7 @@ class Preflight:
         """Bytes that the checkpoints kept, and one while it is written, take beside those that are there."""
         if config.model.vocab_size is None:  # no data set is given
             return 0.0
-        one = memory.checkpoint_bytes(config.model, config.parallel, config.zero, config.train, self.world.data_size)
+        one = memory.checkpoint_bytes(config.engine(), self.world.data_size)
         there = on_first(lambda: len(checkpoint_folders(self.run)))
         return float(one * max(1, config.checkpoint.keep + 1 - there))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bd3_common.errors import ConfigError
 from bd3_megatron import parallel
-from bd3_megatron.config import ParallelConfig
+from bd3_megatron.config import Fp8Config, ParallelConfig, ZeroConfig
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.hf.mapping import check_shapes, entries
 from pretrain.checkpoint import reader as checkpoint
@@ -33,13 +33,14 @@ class LoadedRun:
     @contextmanager
     def engine(self) -> Iterator[MegatronEngine]:
         """The model with these weights, ready to evaluate or sample, in a world of 1 that ends with the context."""
-        config, alone = self.config, ParallelConfig()
+        config = self.config.engine()
         # Another machine than the one trained on may have no GPU. FP8 is for training: here it is bf16.
         other = {"layers": "auto"} | ({"attention": "auto"} if config.kernels.attention in ("flash", "flex") else {})
         kernels = config.kernels.model_copy(update=other)
-        world = parallel.start(alone)
+        config = config.replace(kernels=kernels, parallel=ParallelConfig(), zero=ZeroConfig(), fp8=Fp8Config())
+        world = parallel.start(config.parallel)
         try:
-            engine = MegatronEngine(config.model, config.diffusion, kernels, alone, config.train, world, training=False)
+            engine = MegatronEngine(config, world, training=False)
             engine.set_weights(self.weights)
             yield engine
         finally:

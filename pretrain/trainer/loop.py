@@ -67,7 +67,7 @@ def train(config: RunConfig) -> Path:
             record_allocations(config.profile)
             watch = Watchdog(ranks, config.parallel.timeout_minutes, Path(config.run) / "hang")
             # From here on what may fail on one rank alone is agreed on by all.
-            together(lambda: check_installed(config.zero, config.kernels, config.fp8))
+            together(lambda: check_installed(config.engine()))
             preflight = Preflight(config, ranks, world, watch)
             preflight.nodes()
             config, stream, validation = preflight.data(lambda: open_data(config, world))
@@ -76,17 +76,7 @@ def train(config: RunConfig) -> Path:
             found = checkpoint_to_resume(run, config, stream, world)
             lock = on_first(lambda: _prepare_folder(run, config, stream))
             preflight.folders(config)
-            engine = build_engine(
-                config.model,
-                config.diffusion,
-                config.kernels,
-                config.parallel,
-                config.zero,
-                config.train,
-                world,
-                config.train.seed,
-                config.fp8,
-            )
+            engine = build_engine(config.engine(), world, config.train.seed)
             if found is not None:
                 checkpoint.restore(found, engine, say=_warn if world.is_first else lambda _: None)
             with Trainer(config, run, engine, stream, validation, found.step if found else 0, watch) as trainer:

@@ -15,10 +15,11 @@ from megatron.core import parallel_state
 from bd3_megatron import parallel
 from bd3_megatron.config import (
     DiffusionConfig,
-    KernelConfig,
+    EngineConfig,
     ModelConfig,
     OptimizationConfig,
     ParallelConfig,
+    Section,
     ZeroConfig,
 )
 from bd3_megatron.cost.memory import state_bytes
@@ -51,16 +52,18 @@ LAYOUTS = {
 CASES = [(model, layout, precision) for model in MODELS for layout in LAYOUTS for precision in ("fp32", "bf16")]
 
 
+def config_of(model: ModelConfig, precision: str, **sections: Section) -> EngineConfig:
+    optimization = OptimizationConfig(precision=precision)
+    return EngineConfig(model=model, diffusion=DiffusionConfig(block_size=4), optimization=optimization, **sections)
+
+
 def held(rank: int, size: int, store: dist.Store, cases: list[tuple[str, str, str]]) -> list[dict]:
     """Of each case: this rank's place, its parameters, and bytes of what its engine keeps."""
     found = []
     for name, layout, precision in cases:
         options = ParallelConfig(**LAYOUTS[layout][1])
         world = parallel.start(options, rank, size, rank, dist.PrefixStore(f"{name} {layout} {precision}", store))
-        optimization = OptimizationConfig(precision=precision)
-        engine = MegatronEngine(
-            MODELS[name], DiffusionConfig(block_size=4), KernelConfig(), options, optimization, world
-        )
+        engine = MegatronEngine(config_of(MODELS[name], precision, parallel=options), world)
         masters = engine.masters.masters.values()
         buffers = [buffer for chunk in engine.chunks for buffer in chunk.buffers]
         parameters = [(n, tuple(p.shape)) for n, p, _ in named_parameters(engine.modules)]
@@ -100,12 +103,12 @@ def worlds() -> dict[tuple[str, str, str], list[dict]]:
 def test_every_rank_holds_what_is_counted(worlds, case):
     name, layout, precision = case
     model, options = MODELS[name], ParallelConfig(**LAYOUTS[layout][1])
-    optimization = OptimizationConfig(precision=precision)
+    config = config_of(model, precision, parallel=options)
     for rank in worlds[case]:
         chunks = stage_chunks(model, options)[rank["stage"]]
         expected = [item for chunk in chunks for item in parameter_shapes(model, chunk, options.tensor).items()]
         assert rank["parameters"] == expected
-        states = state_bytes(model, options, ZeroConfig(), optimization, rank["data_size"], rank["stage"])
+        states = state_bytes(config, rank["data_size"], rank["stage"])
         state = states[rank["data"] if len(states) > 1 else 0]
         assert state.parts() == {part: rank[part] for part in state.parts()}
 
@@ -120,9 +123,7 @@ def partitions(rank: int, size: int, store: dist.Store, cases: list[tuple[int, s
     found, alone = [], ParallelConfig()
     for stage, precision in cases:
         world = parallel.start(alone, rank, size, rank, dist.PrefixStore(f"{stage} {precision}", store))
-        optimization = OptimizationConfig(precision=precision)
-        zero = ZeroConfig(stage=stage)
-        engine = build_engine(QWEN3, DiffusionConfig(block_size=4), KernelConfig(), alone, zero, optimization, world)
+        engine = build_engine(config_of(QWEN3, precision, zero=ZeroConfig(stage=stage)), world)
         flats = engine._partitions()
         slots = [engine.adam.state[flat] for flat in flats]
         found.append(
@@ -140,8 +141,7 @@ def partitions(rank: int, size: int, store: dist.Store, cases: list[tuple[int, s
 def test_zero_partitions_are_as_large_as_counted():
     first, _ = run_world(2, partitions, ZERO)
     for (stage, precision), held in zip(ZERO, first):
-        optimization = OptimizationConfig(precision=precision)
-        (state,) = state_bytes(QWEN3, ParallelConfig(), ZeroConfig(stage=stage), optimization, 2)
+        (state,) = state_bytes(config_of(QWEN3, precision, zero=ZeroConfig(stage=stage)), 2)
         assert {name: state.parts()[name] for name in held} == held, (stage, precision)
 
 

@@ -9,7 +9,7 @@ from megatron.core import parallel_state
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd3_megatron import parallel
-from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig
+from bd3_megatron.config import DiffusionConfig, EngineConfig, ModelConfig, ParallelConfig
 from bd3_megatron.engine.megatron import MegatronEngine
 from pretrain.bench.models import random_batch
 from pretrain.config.schema import LogConfig, RunConfig, TrainConfig
@@ -73,7 +73,8 @@ def sent(rank: int, size: int, store: dist.Store, cases: list[tuple[str, str]]) 
     for model, layout in cases:
         options = ParallelConfig(**LAYOUTS[layout])
         world = parallel.start(options, rank, size, rank, dist.PrefixStore(f"{model} {layout}", store))
-        engine = MegatronEngine(MODELS[model], BLOCKS, KernelConfig(), options, TRAIN, world)
+        config = EngineConfig(model=MODELS[model], diffusion=BLOCKS, parallel=options, optimization=TRAIN)
+        engine = MegatronEngine(config, world)
         batches = [random_batch(MODELS[model], BLOCKS, 2, step) for step in range(4 // world.data_size)]
         with Sent() as counted:
             engine.train_step(batches, lr=1e-4)

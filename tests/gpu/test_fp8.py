@@ -74,8 +74,9 @@ def engine(
     world, kernels=TE, fp8: Fp8Config | None = None, backbone="qwen3", parallel: ParallelConfig | None = None, **options
 ) -> MegatronEngine:
     optimization = OptimizationConfig(**{"beta1": 0.0, "clip_norm": 0.0, "ema_decay": 0.0, **options})
-    parallel = parallel or ParallelConfig()
-    made = MegatronEngine(shape(backbone), DIFFUSION, kernels, parallel, optimization, world, fp8=fp8)
+    sections = {"fp8": fp8 or Fp8Config(), "parallel": parallel or ParallelConfig()}
+    config = tiny.config(shape(backbone), DIFFUSION, kernels=kernels, optimization=optimization, **sections)
+    made = MegatronEngine(config, world)
     made.set_weights(weights(backbone))
     return made
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bd3_megatron import config, parallel
-from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, OptimizationConfig, ParallelConfig
+from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig
 from bd3_megatron.diffusion.batch import Batch
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.layers import head
@@ -95,8 +95,7 @@ def test_chunked_cross_entropy_equals_whole_logits(monkeypatch, dtype):
 @pytest.mark.parametrize("backbone", tiny.BACKBONES)
 def test_training_learns_what_it_is_shown(world, backbone, precision):
     model, diffusion = shape(backbone), DiffusionConfig(block_size=16)
-    optimization = OptimizationConfig(precision=precision)
-    engine = MegatronEngine(model, diffusion, KernelConfig(), ParallelConfig(), optimization, world)
+    engine = MegatronEngine(tiny.config(model, diffusion, precision), world)
     batch = tiny.batch_of(model, diffusion, 4)
     losses = [engine.train_step([batch], lr=3e-3).loss for _ in range(100)]
     assert losses[0] == pytest.approx(math.log(model.vocab_size), rel=0.5)
@@ -106,9 +105,7 @@ def test_training_learns_what_it_is_shown(world, backbone, precision):
 def test_a_step_makes_no_new_shapes_once_warm(world):
     """Micro-batches mask different numbers of tokens; the head sees few sizes and the allocator serves them."""
     model, diffusion = shape("qwen3"), DiffusionConfig(block_size=16)
-    engine = MegatronEngine(
-        model, diffusion, KernelConfig(), ParallelConfig(), OptimizationConfig(precision="bf16"), world
-    )
+    engine = MegatronEngine(tiny.config(model, diffusion, "bf16"), world)
     batches = [tiny.batch_of(model, diffusion, 4, seed) for seed in range(20)]
     assert len({len(batch.predicted) for batch in batches}) < len({int((b.weight != 0).sum()) for b in batches})
     for batch in batches:

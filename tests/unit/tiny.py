@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, OptimizationConfig, ParallelConfig
+from bd3_megatron.config import DiffusionConfig, EngineConfig, KernelConfig, ModelConfig, OptimizationConfig, Section
 from bd3_megatron.diffusion.batch import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine.base import Engine
@@ -32,6 +32,14 @@ def shape(backbone: str = "qwen3", **changes) -> ModelConfig:
     return ModelConfig(**{"backbone": backbone, **sizes, **ids, **grouped, **changes})
 
 
+def config(
+    model: ModelConfig, diffusion: DiffusionConfig, precision: str = "fp32", **sections: Section
+) -> EngineConfig:
+    """What an engine of the model is built from, in fp32 unless stated."""
+    sections = {"optimization": OptimizationConfig(precision=precision), **sections}
+    return EngineConfig(model=model, diffusion=diffusion, **sections)
+
+
 def weights_of(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     """Random weights under Megatron names, every norm and bias included."""
     generator = torch.Generator().manual_seed(seed)
@@ -47,7 +55,9 @@ def build(
     bf16: bool = False,
 ) -> BlockDiffusionModel:
     """The model that is trained, with these weights."""
-    network = BlockDiffusionModel(model, diffusion, kernels, bf16=bf16)
+    network = BlockDiffusionModel(
+        config(model, diffusion, "bf16" if bf16 else "fp32", kernels=kernels or KernelConfig())
+    )
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.copy_(weights[global_name(name, network)])
@@ -57,7 +67,7 @@ def build(
 def engine(world: World, model: ModelConfig, diffusion: DiffusionConfig, seed: int = 0, **options) -> MegatronEngine:
     """A training engine with random weights; ``options`` of the optimizer, in fp32 unless they say otherwise."""
     optimization = OptimizationConfig(**{"precision": "fp32", **options})
-    made = MegatronEngine(model, diffusion, KernelConfig(), ParallelConfig(), optimization, world)
+    made = MegatronEngine(config(model, diffusion, optimization=optimization), world)
     made.set_weights(weights_of(model, seed))
     return made
 

@@ -201,4 +201,4 @@ def test_a_backend_that_cannot_run_here_is_refused_in_one_line():
     """Not in Megatron's words, which add the modules that it was building."""
     model, kernels = tiny.shape(head_dim=64, length=256), KernelConfig(attention="flash")
     with pytest.raises(ConfigError, match=r"^kernels.attention=flash: needs .*; use auto, flex or chunked$"):
-        BlockDiffusionModel(model, DiffusionConfig(block_size=4), kernels, bf16=True)
+        BlockDiffusionModel(tiny.config(model, DiffusionConfig(block_size=4), "bf16", kernels=kernels))

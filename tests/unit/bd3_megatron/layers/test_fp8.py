@@ -7,7 +7,7 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.config import Fp8Config, KernelConfig, ModelConfig, OptimizationConfig, ParallelConfig, ZeroConfig
+from bd3_megatron.config import EngineConfig, Fp8Config, KernelConfig
 from bd3_megatron.layers import transformer_engine as te
 from bd3_megatron.layers.fp8 import check_fp8
 from pretrain.config.resolve import load_run_config, presets
@@ -20,12 +20,14 @@ MODEL = {"layers": 4, "hidden": 256, "heads": 4, "kv_heads": 2, "ffn_hidden": 76
 
 def check(fp8=None, model=None, layers="auto", parallel=None, stage=0, precision="bf16") -> None:
     check_fp8(
-        Fp8Config(**{"enabled": True, **(fp8 or {})}),
-        ModelConfig(**{**MODEL, **(model or {})}),
-        KernelConfig(layers=layers),
-        ParallelConfig(**(parallel or {})),
-        ZeroConfig(stage=stage),
-        OptimizationConfig(precision=precision),
+        EngineConfig(
+            fp8={"enabled": True, **(fp8 or {})},
+            model={**MODEL, **(model or {})},
+            kernels={"layers": layers},
+            parallel=parallel or {},
+            zero={"stage": stage},
+            optimization={"precision": precision},
+        )
     )
 
 

@@ -57,9 +57,10 @@ def loss_and_gradients(network: BlockDiffusionModel, batch) -> tuple[float, dict
 
 def engine(world, kernels: KernelConfig, fp8: Fp8Config | None = None, backbone: str = "qwen3", **options):
     optimization = OptimizationConfig(**{"precision": "bf16" if fp8 else "fp32", "ema_decay": 0.5, **options})
-    made = MegatronEngine(
-        tiny.shape(backbone), DIFFUSION, kernels, ParallelConfig(), optimization, world, seed=1, fp8=fp8
+    config = tiny.config(
+        tiny.shape(backbone), DIFFUSION, kernels=kernels, fp8=fp8 or Fp8Config(), optimization=optimization
     )
+    made = MegatronEngine(config, world, seed=1)
     made.set_weights(tiny.weights_of(tiny.shape(backbone)))
     return made
 
@@ -90,7 +91,9 @@ def test_parameters_have_the_names_shapes_and_tags_of_the_local_layers(backbone)
 
 @pytest.mark.parametrize("backbone", tiny.BACKBONES)
 def test_initial_weights_are_the_same(backbone):
-    first, second = (BlockDiffusionModel(tiny.shape(backbone), DIFFUSION, kernels) for kernels in (LOCAL, TE))
+    first, second = (
+        BlockDiffusionModel(tiny.config(tiny.shape(backbone), DIFFUSION, kernels=kernels)) for kernels in (LOCAL, TE)
+    )
     for made in (first, second):
         for parameter in made.parameters():
             parameter.data.fill_(7.0)
@@ -283,7 +286,7 @@ def test_a_run_may_go_on_with_other_kernels_and_another_recipe(tmp_path):
 )
 def test_megatron_is_told_the_recipe(section, expected):
     model = tiny.shape(layers=6)
-    made = layers.transformer_config(model, ParallelConfig(), True, TE, Fp8Config(**section))
+    made = layers.transformer_config(tiny.config(model, DIFFUSION, "bf16", kernels=TE, fp8=Fp8Config(**section)))
     assert {name: getattr(made, name) for name in expected} == expected
     assert made.fp8_param is False
 
@@ -296,14 +299,15 @@ def test_streams_have_tokens_that_fit():
     for size in (1, 4, 16, 32, 256):
         diffusion = DiffusionConfig(block_size=size)
         for parallel in (ParallelConfig(), ParallelConfig(tensor=2, sequence=True), ParallelConfig(context=2)):
-            streams = streams_of(model, diffusion, KernelConfig(), parallel, fp8)
+            config = tiny.config(model, diffusion, parallel=parallel)
+            streams = streams_of(config.replace(fp8=fp8))
             shared = 2 if parallel.sequence else 1
             held = streams.length // parallel.context
             clean = min(streams.clean, held)
             assert (held + clean) % (16 * shared) == held % (16 * shared) == 0
-            assert streams.clean >= streams_of(model, diffusion, KernelConfig(), parallel).clean
-    assert streams_of(model, DiffusionConfig(block_size=4), KernelConfig(), ParallelConfig(), fp8).clean == 256
-    assert streams_of(model, DiffusionConfig(block_size=32), KernelConfig(), ParallelConfig(), fp8).clean == 224
+            assert streams.clean >= streams_of(config).clean
+    for size, clean in ((4, 256), (32, 224)):
+        assert streams_of(tiny.config(model, DiffusionConfig(block_size=size), fp8=fp8)).clean == clean
 
 
 # ---- fusions ----
@@ -349,10 +353,6 @@ def test_nothing_is_fused_without_cuda_or_when_switched_off(monkeypatch):
 
 
 def test_the_engine_hands_the_section_on(world):
-    from bd3_megatron.config import ZeroConfig
-
-    made = build_engine(
-        tiny.shape(), DIFFUSION, TE, ParallelConfig(), ZeroConfig(), OptimizationConfig(), world, fp8=DELAYED
-    )
+    made = build_engine(tiny.config(tiny.shape(), DIFFUSION, "bf16", kernels=TE, fp8=DELAYED), world)
     assert made.module.config.fp8 == "hybrid"
     assert len(made.fp8.tensors) == 32

@@ -66,8 +66,7 @@ def test_the_gradient_is_that_of_a_training_step(run, micro):
         twice = draws._gradient(options, loaded, engine, stream, [batches.keys(0)] * 2, 0)
     torch.testing.assert_close(twice, found)
     world = parallel.start(ParallelConfig())
-    layout = config.parallel
-    trained = MegatronEngine(config.model, config.diffusion, config.kernels, layout, config.train, world)
+    trained = MegatronEngine(config.engine(), world)
     trained.set_weights(loaded.weights)
     assert found.norm().item() == pytest.approx(trained.train_step(batches.at(0), 1e-3).grad_norm, rel=1e-5)
     parallel.stop()

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import (
     DiffusionConfig,
-    KernelConfig,
+    EngineConfig,
     ModelConfig,
     OptimizationConfig,
     ParallelConfig,
@@ -44,6 +44,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.estimate import cpu_peak as footprint
 from pretrain.estimate.devices import DEVICES
 from pretrain.estimate.prediction import Prediction, in_flight
+from tests.unit import tiny
 
 BLOCKS = DiffusionConfig(block_size=4)
 ALONE = ParallelConfig()
@@ -71,7 +72,7 @@ def shrunk(preset: str) -> ModelConfig:
 @pytest.mark.parametrize("preset", presets())
 def test_the_shapes_are_those_of_the_model_that_is_built(world, preset):
     shape = shrunk(preset)
-    built = build_stage(shape, BLOCKS, KernelConfig(), ALONE, False, world.device, 0)
+    built = build_stage(tiny.config(shape, BLOCKS), world.device)
     ((chunk,),) = stage_chunks(shape, ALONE)
     assert [(n, tuple(p.shape)) for n, p, _ in named_parameters(built)] == list(parameter_shapes(shape, chunk).items())
     assert parameter_count(shape, chunk) == shape.parameters(101)
@@ -128,15 +129,15 @@ def test_activations_are_those_that_autograd_keeps(world, name):
     shape, diffusion, precision, recompute = MEASURED[name]
     packed = name == "packed"
     layout = ParallelConfig(recompute=recompute)
-    engine = MegatronEngine(shape, diffusion, KernelConfig(), layout, OptimizationConfig(precision=precision), world)
+    config = tiny.config(shape, diffusion, precision, parallel=layout)
+    engine = MegatronEngine(config, world)
     batch = random_batch(shape, diffusion, 3, 0)
     if packed:  # one document, which hides no key
         batch = replace(batch, documents=torch.zeros(3, shape.length, dtype=torch.int64))
     with saved_for_backward(engine.module.parameters()) as saved:
         engine.train_step([batch], lr=1e-4)
     rate = (batch.weight != 0).float().mean().item()
-    size = 2 if precision == "bf16" else 4
-    counter = Counter(shape, diffusion, KernelConfig(), layout, 3, size, rate, packed=packed)
+    counter = Counter(config, 3, rate, packed=packed)
     ((chunk,),) = stage_chunks(shape, layout)
     assert counter.peak(chunk) == pytest.approx(saved.peak, rel=0.01)
 
@@ -168,14 +169,14 @@ class Alive(TorchDispatchMode):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("shape", [model(hidden=128), model("dit", hidden=128), model(vocab_size=9000, mask_id=8999)])
 def test_an_evaluation_has_the_counted_tensors_alive(world, shape, precision):
-    optimization = OptimizationConfig(precision=precision)
-    engine = MegatronEngine(shape, BLOCKS, KernelConfig(), ALONE, optimization, world, training=False)
+    config = tiny.config(shape, BLOCKS, precision)
+    engine = MegatronEngine(config, world, training=False)
     batch = random_batch(shape, BLOCKS, 16, 0)
     engine.forward([batch])  # masks and rotary embeddings stay
     with Alive() as alive:
         engine.forward([batch])
     rate = (batch.weight != 0).float().mean().item()
-    counter = Counter(shape, BLOCKS, KernelConfig(), ALONE, 16, 2 if precision == "bf16" else 4, rate)
+    counter = Counter(config, 16, rate)
     ((chunk,),) = stage_chunks(shape, ALONE)
     assert max(map(sum, counter.evaluating(chunk))) == pytest.approx(alive.peak, rel=0.1)
 
@@ -210,11 +211,11 @@ def test_micro_batches_in_flight(layout, stage, micro_batches, counts):
     ids=["tiny", "dit", "3.2M"],
 )
 def test_a_checkpoint_has_the_predicted_size(world, tmp_path, shape, ema):
-    optimization = OptimizationConfig(precision="fp32", ema_decay=ema)
-    engine = MegatronEngine(shape, BLOCKS, KernelConfig(), ALONE, optimization, world)
+    config = tiny.config(shape, BLOCKS, optimization=OptimizationConfig(precision="fp32", ema_decay=ema))
+    engine = MegatronEngine(config, world)
     folder = checkpoint.save(tmp_path, engine, 1, {"tokens": 1, "data": "0" * 64}, keep=1)
     written = sum(file.stat().st_size for file in folder.iterdir())
-    assert checkpoint_bytes(shape, ALONE, ZeroConfig(), optimization, 1) == pytest.approx(written, rel=0.02)
+    assert checkpoint_bytes(config, 1) == pytest.approx(written, rel=0.02)
 
 
 # ---- the whole prediction ----
@@ -283,9 +284,9 @@ def test_the_table_of_devices_is_the_list_of_the_option():
 
 def test_zero_and_offload():
     def state(stage: int, **options):
-        return state_bytes(model(), ALONE, ZeroConfig(stage=stage, **options), OptimizationConfig(), 4)[0]
+        return state_bytes(EngineConfig(model=model(), zero=ZeroConfig(stage=stage, **options)), 4)[0]
 
-    plain = state_bytes(model(), ALONE, ZeroConfig(), OptimizationConfig(), 4)[0]
+    plain = state(0)
     assert state(1).moments == pytest.approx(plain.moments / 4, rel=0.01)
     assert state(2).gradients == pytest.approx(plain.gradients / 4, rel=0.01)
     assert state(2, offload=True).total == state(2).weights

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig, ZeroConfig, check_layout, split_layers
+from bd3_megatron.config import EngineConfig, ModelConfig, check_layout, split_layers
 
 MODEL = ModelConfig(layers=6, hidden=64, heads=8, kv_heads=4, ffn_hidden=192, length=64)
 
@@ -15,8 +15,9 @@ MODEL = ModelConfig(layers=6, hidden=64, heads=8, kv_heads=4, ffn_hidden=192, le
 def check(
     world: int, model: ModelConfig = MODEL, block_size: int = 4, stage: int = 0, offload: bool = False, **parallel
 ) -> int:
-    zero = ZeroConfig(stage=stage, offload=offload)
-    return check_layout(model, DiffusionConfig(block_size=block_size), ParallelConfig(**parallel), world, zero)
+    zero = {"stage": stage, "offload": offload}
+    config = EngineConfig(model=model, diffusion={"block_size": block_size}, parallel=parallel, zero=zero)
+    return check_layout(config, world)
 
 
 @settings(max_examples=200, deadline=None)

@@ -54,7 +54,7 @@ def test_every_preset_is_in_the_table() -> None:
 def test_preset(name: str) -> None:
     config = load_run_config(["--preset", name])
     tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    assert check_layout(config.model, config.diffusion, config.parallel, 8 * tensor * pipeline) == 8
+    assert check_layout(config.engine(), 8 * tensor * pipeline) == 8
     vocab = config.model.vocab_size or GPT2_AND_MASK
     count = config.model.parameters(vocab)
     assert count == sum(math.prod(shape) for shape in shapes(config.model, vocab))
