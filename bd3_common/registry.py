@@ -49,6 +49,7 @@ class Registry(Generic[T]):
         self.kind, self.key, self.package, self.group, self.base = kind, key, package, group, base
         self._added: dict[str, tuple[Entry, type[T] | None]] = {}
         self._found: dict[str, Entry] | None = None
+        self._installed: dict[str, Entry] | None = None
 
     def add(self, name: str, target: type[T] | str, summary: str = "") -> None:
         """Add an entry from a plugin.
@@ -113,9 +114,9 @@ class Registry(Generic[T]):
 
     def _entries(self) -> dict[str, Entry]:
         plugins.load()
-        entries = dict(self._built_in())
-        for point in entry_points(group=self.group):
-            entries.setdefault(point.name, Entry(point.name, point.value))
+        if self._installed is None:  # reading the metadata of all distributions takes milliseconds
+            self._installed = {point.name: Entry(point.name, point.value) for point in entry_points(group=self.group)}
+        entries = self._built_in() | {k: v for k, v in self._installed.items() if k not in self._built_in()}
         return entries | {name: entry for name, (entry, _) in self._added.items()}
 
     def _built_in(self) -> dict[str, Entry]:

@@ -13,6 +13,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bd3_common.errors import ConfigError
+from bd3_common.registry import Choice
+from bd3_megatron.diffusion.schedules import SCHEDULES, get_schedule
 
 # What Philox, torch's generators and JSON all take.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -135,7 +137,9 @@ class DiffusionConfig(Section):
         description="diffusion: noisy stream predicts masked tokens; causal: shifted next-token loss",
     )
     block_size: int = Field(16, ge=1, description="tokens per block, B'")
-    schedule: Literal["loglinear", "square", "square_root", "log", "cosine"] = "loglinear"
+    schedule: Annotated[str, Choice(SCHEDULES)] = Field(
+        default="loglinear", description="noise schedule: mask probability by noise level t"
+    )
     beta: float = Field(1e-3, gt=0, le=1, description="lower end of the interval of noise levels t")
     omega: float = Field(1.0, gt=0, le=1, description="upper end of the interval of noise levels t")
     resample: bool = Field(False, description="redraw a block's bits until its masked fraction lies in [beta, omega]")
@@ -178,15 +182,18 @@ class DiffusionConfig(Section):
                 f"diffusion.draws={self.draws}: diffusion.coupling={self.coupling} takes draws in pairs; "
                 f"use an even number, or diffusion.coupling=independent"
             )
-        # Resampling conditions the masked fraction; only here is the complement under the same condition.
-        alike = self.schedule == "loglinear" and abs(self.beta + self.omega - 1) < 1e-9
-        if self.coupling == "complementary" and self.resample and not self.full_interval and not alike:
+        if self.coupling == "complementary" and self.resample and not self.full_interval and not self._mirrored:
             raise ValueError(
                 f"diffusion.resample=true: with diffusion.coupling=complementary it needs the loglinear schedule and "
                 f"beta + omega = 1, not {self.schedule} and {self.beta + self.omega:g}; use "
                 f"diffusion.coupling=antithetic or diffusion.resample=false"
             )
         return self
+
+    @property
+    def _mirrored(self) -> bool:
+        """True if a block inside the interval has its complement inside it too, as resampling of pairs needs."""
+        return get_schedule(self.schedule).linear and abs(self.beta + self.omega - 1) < 1e-9
 
     @property
     def full_interval(self) -> bool:

@@ -29,7 +29,7 @@ from bd3_megatron.attention.limits import clean_multiple, skips_last_block
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import EngineConfig, ModelConfig
 from bd3_megatron.cost.partition import padded_rows
-from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.diffusion.batches import Batch
 from bd3_megatron.layers import transformer_engine as te
 from bd3_megatron.layers.head import VocabularyShard, cross_entropy, linear_cross_entropy
 from bd3_megatron.layers.specs import Norm, layer_spec, transformer_config

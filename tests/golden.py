@@ -28,7 +28,7 @@ from torch.func import functional_call
 from bd3_common.errors import ConfigError
 from bd3_megatron import parallel
 from bd3_megatron.config import DiffusionConfig, EngineConfig, ModelConfig, OptimizationConfig, ParallelConfig
-from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.diffusion.batches import Batch
 from bd3_megatron.hf.convert import TokenIds, fold_reference, hf_config
 from bd3_megatron.hf.files import read_safetensors
 from bd3_megatron.hf.mapping import to_hf

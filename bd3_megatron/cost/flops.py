@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bd3_megatron.config import DiffusionConfig, ModelConfig
-from bd3_megatron.diffusion.schedule import mean_mask_probability
+from bd3_megatron.diffusion.schedules import get_schedule
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def forward_flops(model: ModelConfig, diffusion: DiffusionConfig, mask_rate: flo
         mask_rate: fraction of tokens masked; None takes the mean of the configured schedule and interval.
     """
     if mask_rate is None:
-        mask_rate = mean_mask_probability(diffusion.schedule, diffusion.beta, diffusion.omega)
+        mask_rate = get_schedule(diffusion.schedule).mean_mask_probability(diffusion.beta, diffusion.omega)
     weights = layer_parameters(model)
     per_stream = 2 * sum(weights.values())
     pair = 4 * model.heads * model.width_per_head  # two products per admitted pair, over all heads

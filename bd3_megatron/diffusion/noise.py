@@ -1,8 +1,8 @@
-"""Noise that belongs to the sample: drawn from Philox, keyed by (seed, purpose, draw, epoch, row).
+"""Noise draws keyed by sample: Philox with (seed, purpose, draw, epoch, row).
 
-No rank's generator is involved, so the same run draws the same noise under every layout, after every resume, and on
-every pipeline stage without a broadcast. numpy's Philox is a counter-based generator whose raw output is fixed across
-versions; uniforms are made from the raw words here so that nothing else can change them.
+No rank's generator is involved: a run draws the same noise under every layout, after every resume, and on every
+pipeline stage without a broadcast. numpy fixes the raw output of Philox across versions; uniforms are made from the
+raw words here, so that no change of numpy's distributions moves them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import DiffusionConfig
-from bd3_megatron.diffusion.schedule import mask_probability_and_weight
+from bd3_megatron.diffusion.schedules import get_schedule
 
-# A clip interval that schedule and block size practically never meet would redraw for ever.
-_MOST_REDRAWS = 10_000
+# Without a limit, a clip interval that blocks practically never meet would redraw forever.
+_MAX_REDRAWS = 10_000
 
 
 class Purpose(IntEnum):
@@ -31,12 +31,12 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True)
 class SampleKeys:
-    """Which samples noise is drawn for.
+    """Keys of the samples that noise is drawn for.
 
     Attributes:
-        epochs, rows: int64 ``[n]``: the data set's row and the pass over it; together they key the sample.
+        epochs, rows: int64 ``[n]``: row of the data set and pass over it; the pair is the sample's key.
         slots: int64 ``[n]``: place of each sample in its global batch, which decides its strata.
-        batch: index of the global batch (the optimizer step), the same for all samples here.
+        batch: index of the global batch (the optimizer step), one for all samples.
         batch_rows: rows in the global batch.
     """
 
@@ -47,7 +47,7 @@ class SampleKeys:
     batch_rows: int
 
     def part(self, samples: slice) -> SampleKeys:
-        """The keys of some of these samples."""
+        """Keys of a slice of the samples."""
         return replace(self, epochs=self.epochs[samples], rows=self.rows[samples], slots=self.slots[samples])
 
 
@@ -67,10 +67,10 @@ class Noise:
 
 
 class _Uniforms:
-    """Stream of uniforms in [0, 1) with 53 bits, for one key."""
+    """Uniforms in [0, 1) with 53 bits, in order, for one key."""
 
     def __init__(self, seed: int, purpose: Purpose, draw: int, epoch: int, row: int):
-        # The lowest counter word runs; the other three and the key tell the streams apart.
+        # The lowest counter word counts up; the other three and the key tell the streams apart.
         self._bits = np.random.Philox(key=[seed, int(purpose)], counter=[0, draw, epoch, row])
 
     def __call__(self, n: int) -> NDArray[np.float64]:
@@ -84,47 +84,51 @@ def draw_noise(
 
     With ``stratify``, the levels of a global batch of G rows fill the ``G K L / B'`` strata of the unit interval,
     one each. Strata are assigned in order from a random start per batch, which makes every single level exactly
-    uniform (without it, block j of a small batch would always see the same part of the interval).
+    uniform. (Otherwise block j of a small batch would always see the same part of the interval.)
 
-    With a coupling, draws 2j and 2j + 1 are a pair: the first is at level t, the second at ``beta + omega - t``, so
-    that weights ``w(t)`` that are high in one are low in the other. ``antithetic`` draws the bits of the two apart;
-    ``complementary`` masks the first where ``r <= p(t)`` and the second where ``1 - r <= p(beta + omega - t)`` with one
-    uniform r per position, so that where the two probabilities add up to 1 every position is masked in one of the
-    two. The law of each draw by itself stays that of a single draw, and so does the mean of the loss. First draws
-    fill ``G K / 2 L / B'`` strata, one each, and so do the second ones.
+    With a coupling, draws 2j and 2j + 1 are a pair at levels t and ``beta + omega - t``: where the weight ``w(t)`` of
+    one is high, that of the other is low. ``antithetic`` draws the mask bits of the two independently.
+    ``complementary`` draws one uniform r per position and masks the first where ``r <= p(t)``, the second where
+    ``1 - r <= p(beta + omega - t)``: if the two probabilities add up to 1, exactly one of the two masks the position.
+    Each draw by itself has the distribution of a single draw, so the mean of the loss is the same. First draws fill
+    ``G K / 2 L / B'`` strata, one each, and so do second draws.
+
+    Args:
+        length: L.
+        seed: of the run; with ``keys`` and ``purpose`` it decides every value.
 
     Raises:
-        ConfigError: the clip interval is practically never met by a resampled block.
+        ConfigError: resampled blocks practically never meet the clip interval.
     """
     blocks, count, draws = length // diffusion.block_size, len(keys.rows), diffusion.draws
     levels = np.empty((draws, count, blocks))
     masked = np.empty((draws, count, length), dtype=bool)
-    together = 1 if diffusion.coupling == "independent" else 2  # draws that share one level
-    groups = draws // together
+    coupled = 1 if diffusion.coupling == "independent" else 2  # draws per group; a group shares one level
+    groups = draws // coupled
     strata = keys.batch_rows * groups * blocks
     start = int(_Uniforms(seed, Purpose.STRATA, int(purpose), 0, keys.batch)(1)[0] * strata)
     for group in range(groups):
-        members = range(together * group, together * (group + 1))
+        members = range(coupled * group, coupled * (group + 1))
         place = slice(members.start, members.stop)
         for n in range(count):
             streams = [_Uniforms(seed, purpose, draw, int(keys.epochs[n]), int(keys.rows[n])) for draw in members]
             u = streams[0](blocks)
             if diffusion.stratify:
                 slot = int(keys.slots[n])
-                # Pairs of one row lie far apart; independent draws are neighbours, as they have always been.
-                first = slot * groups + group if together == 1 else group * keys.batch_rows + slot
+                # Pairs of one row lie far apart. Independent draws are neighbours: old runs must resume bitwise.
+                first = slot * groups + group if coupled == 1 else group * keys.batch_rows + slot
                 u = ((start + first * blocks + np.arange(blocks)) % strata + u) / strata
-            mirrored = np.stack([u, 1 - u][:together])
+            mirrored = np.stack([u, 1 - u][:coupled])
             levels[place, n] = diffusion.beta + mirrored * (diffusion.omega - diffusion.beta)
             masked[place, n] = _draw_masks(diffusion, levels[place, n], streams)
     masked[:, :, 0] = False
-    _, weight = mask_probability_and_weight(diffusion.schedule, levels)
+    weight = get_schedule(diffusion.schedule).loss_weight(levels)
     weight = np.repeat(weight, diffusion.block_size, axis=-1).astype(np.float32)
     return Noise(levels, masked, np.where(masked, weight, np.float32(0)))
 
 
 def _draw_masks(diffusion: DiffusionConfig, t: NDArray[np.float64], streams: list[_Uniforms]) -> NDArray[np.bool_]:
-    """Mask bits ``[D, L]`` of the D draws that share one level, at ``t`` ``[D, L / B']``."""
+    """Mask bits ``[D, L]`` of a group of D draws at levels ``[D, L / B']``."""
     if diffusion.coupling == "complementary":
         return _draw_complements(diffusion, t, streams[0])
     return np.stack([_draw_mask(diffusion, levels, uniforms) for levels, uniforms in zip(t, streams)])
@@ -133,11 +137,11 @@ def _draw_masks(diffusion: DiffusionConfig, t: NDArray[np.float64], streams: lis
 def _draw_mask(diffusion: DiffusionConfig, t: NDArray[np.float64], uniforms: _Uniforms) -> NDArray[np.bool_]:
     """Mask bits ``[L]`` of one row, redrawn per block while a clipped interval is missed (objective, steps 2 and 7)."""
     size = diffusion.block_size
-    p = mask_probability_and_weight(diffusion.schedule, t)[0][:, None]
+    p = get_schedule(diffusion.schedule).mask_probability(t)[:, None]
     bits = uniforms(t.size * size).reshape(-1, size) <= p
     if not _redrawn(diffusion):
         return bits.reshape(-1)
-    for _ in range(_MOST_REDRAWS):
+    for _ in range(_MAX_REDRAWS):
         missed = _missed(diffusion, bits)
         if not missed.any():
             return bits.reshape(-1)
@@ -147,12 +151,12 @@ def _draw_mask(diffusion: DiffusionConfig, t: NDArray[np.float64], uniforms: _Un
 
 
 def _draw_complements(diffusion: DiffusionConfig, t: NDArray[np.float64], uniforms: _Uniforms) -> NDArray[np.bool_]:
-    """Mask bits ``[2, L]`` of a complementary pair at levels ``[2, L / B']``, redrawn together.
+    """Mask bits ``[2, L]`` of a complementary pair at levels ``[2, L / B']``; a block is redrawn in both draws.
 
-    The mirrored uniform is ``1 - 2^-53 - r``: exact, and on the grid of r, so that the two have one law to the bit.
+    The mirrored uniform is ``1 - 2^-53 - r``: exact, and on the grid of r, so that both have the same distribution.
     """
     size = diffusion.block_size
-    p = mask_probability_and_weight(diffusion.schedule, t)[0][:, :, None]
+    p = get_schedule(diffusion.schedule).mask_probability(t)[:, :, None]
 
     def draw() -> NDArray[np.bool_]:
         r = uniforms(t.shape[1] * size).reshape(-1, size)
@@ -160,7 +164,7 @@ def _draw_complements(diffusion: DiffusionConfig, t: NDArray[np.float64], unifor
 
     bits = draw()
     if _redrawn(diffusion):
-        for _ in range(_MOST_REDRAWS):
+        for _ in range(_MAX_REDRAWS):
             missed = _missed(diffusion, bits).any(axis=0)
             if not missed.any():
                 break
@@ -175,14 +179,14 @@ def _redrawn(diffusion: DiffusionConfig) -> bool:
 
 
 def _missed(diffusion: DiffusionConfig, bits: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which blocks ``[..., L / B']`` of bits ``[..., L / B', B']`` have a masked fraction outside the interval."""
+    """True ``[..., L / B']`` for blocks of bits ``[..., L / B', B']`` whose masked fraction is outside the interval."""
     fraction = bits.mean(axis=-1)
     return (fraction < diffusion.beta - 1e-9) | (fraction > diffusion.omega + 1e-9)
 
 
 def _never_met(diffusion: DiffusionConfig) -> ConfigError:
     return ConfigError(
-        f"diffusion.beta={diffusion.beta:g}, diffusion.omega={diffusion.omega:g}: {_MOST_REDRAWS} redraws of a block "
+        f"diffusion.beta={diffusion.beta:g}, diffusion.omega={diffusion.omega:g}: {_MAX_REDRAWS} redraws of a block "
         f"of {diffusion.block_size} never masked a fraction inside under the {diffusion.schedule} schedule; widen the "
         f"interval or set diffusion.resample=false"
     )

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.diffusion.batches import Batch
 from bd3_megatron.parallel import World
 from bd3_megatron.shards import Held
 

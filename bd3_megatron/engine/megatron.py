@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bd3_megatron import cpu_compat
 from bd3_megatron.config import EngineConfig, OptimizationConfig
-from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.diffusion.batches import Batch
 from bd3_megatron.engine.base import StepResult
 from bd3_megatron.engine.masters import Master, MasterWeights, OwnsMasters
 from bd3_megatron.engine.scaling import Fp8State

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bd3_megatron import cpu_compat
 from bd3_megatron.config import EngineConfig, OptimizationConfig, ZeroConfig
-from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.diffusion.batches import Batch
 from bd3_megatron.engine import ops
 from bd3_megatron.engine.base import StepResult
 from bd3_megatron.engine.masters import Master, MasterWeights, OwnsMasters

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bd3_megatron import parallel
 from bd3_megatron.config import ParallelConfig, Section
-from bd3_megatron.diffusion.batch import predicted_positions
+from bd3_megatron.diffusion.batches import predicted_positions
 from bd3_megatron.layers.head import VocabularyShard, linear_cross_entropy
 from pretrain.bench.attention import DTYPES
 from pretrain.bench.models import seconds_of

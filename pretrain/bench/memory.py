@@ -19,7 +19,7 @@ from bd3_megatron.config import (
     OptimizationConfig,
     ParallelConfig,
 )
-from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.diffusion.batches import Batch
 from bd3_megatron.engine.megatron import MegatronEngine
 from pretrain.bench.models import ModelOptions, model_of, random_batch, timed_step
 from pretrain.config.command_line import parse_options

@@ -15,7 +15,7 @@ from pydantic import Field
 from bd3_common.errors import ConfigError
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import DiffusionConfig, EngineConfig, ModelConfig, Section, check_layout
-from bd3_megatron.diffusion.batch import Batch, causal_batch, diffusion_batch
+from bd3_megatron.diffusion.batches import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine.base import Engine
 from pretrain.config.command_line import validate

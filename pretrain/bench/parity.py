@@ -35,7 +35,7 @@ from bd3_megatron.config import (
     ZeroConfig,
     check_layout,
 )
-from bd3_megatron.diffusion.batch import Batch, causal_batch, diffusion_batch
+from bd3_megatron.diffusion.batches import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine import build_engine
 from bd3_megatron.engine.base import Engine

@@ -25,7 +25,7 @@ from bd3_megatron.config import (
     ParallelConfig,
 )
 from bd3_megatron.cost import flops
-from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.diffusion.batches import Batch
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.layers import transformer_engine as te
 from bd3_megatron.layers.fp8 import check_fp8

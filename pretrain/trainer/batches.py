@@ -6,7 +6,7 @@ import numpy as np
 
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import DiffusionConfig, ModelConfig
-from bd3_megatron.diffusion.batch import Batch, causal_batch, diffusion_batch
+from bd3_megatron.diffusion.batches import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import Purpose, SampleKeys, draw_noise
 from data_prep.read.reader import RowReader
 from data_prep.read.stream import RowStream

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from bd3_megatron.config import DiffusionConfig, ModelConfig
-from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.diffusion.batches import Batch
 from bd3_megatron.diffusion.noise import Purpose, SampleKeys
 from bd3_megatron.engine.base import Engine
 from data_prep.read.order import RowOrder

@@ -103,7 +103,7 @@ import sys, time, types
 import pretrain.cli
 assert "torch" not in sys.modules and "pretrain.trainer.batches" not in sys.modules
 import torch
-from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.diffusion.batches import Batch
 from pretrain.trainer import batches
 assert "torch._inductor" not in sys.modules and torch.compile(len) is len and torch.compile()(len) is len
 def make(rows):

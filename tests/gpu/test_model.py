@@ -9,7 +9,7 @@ import torch
 
 from bd3_megatron import config, parallel
 from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig
-from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.diffusion.batches import Batch
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.layers import head
 from bd3_megatron.layers.head import VocabularyShard, linear_cross_entropy

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import DiffusionConfig, EngineConfig, KernelConfig, ModelConfig, OptimizationConfig, Section
-from bd3_megatron.diffusion.batch import Batch, causal_batch, diffusion_batch
+from bd3_megatron.diffusion.batches import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine.base import Engine
 from bd3_megatron.engine.megatron import MegatronEngine

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import PLAIN, DiffusionConfig, KernelConfig, ModelConfig
-from bd3_megatron.diffusion.batch import Batch, predicted_positions
+from bd3_megatron.diffusion.batches import Batch, predicted_positions
 from bd3_megatron.layers import head
 from bd3_megatron.layers.head import VocabularyShard, cross_entropy, linear_cross_entropy
 from tests.unit import tiny

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig
-from bd3_megatron.diffusion.batch import Batch
+from bd3_megatron.diffusion.batches import Batch
 from bd3_megatron.hf.modeling_bd3 import BD3ForMaskedLM, token_nll
 from bd3_megatron.model import BlockDiffusionModel, initialize
 from tests.unit import tiny

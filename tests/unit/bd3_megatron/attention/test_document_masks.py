@@ -16,7 +16,7 @@ from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.mask import Streams, dense_mask
 from bd3_megatron.attention.reference import attend as reference
 from bd3_megatron.config import DiffusionConfig, KernelConfig
-from bd3_megatron.diffusion.batch import Batch, causal_batch
+from bd3_megatron.diffusion.batches import Batch, causal_batch
 from bd3_megatron.hf.modeling_bd3 import BD3ForMaskedLM
 from tests.unit import tiny
 from tests.unit.bd3_megatron.attention.test_mask import OneOfMany, inputs, streams_of

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import DiffusionConfig
 from bd3_megatron.diffusion.noise import Noise, Purpose, SampleKeys, draw_noise
-from bd3_megatron.diffusion.schedule import SCHEDULES, mask_probability_and_weight
+from bd3_megatron.diffusion.schedules import SCHEDULES, get_schedule
 from pretrain.config.command_line import validate
 
 
@@ -111,12 +111,13 @@ def test_an_interval_that_no_block_meets_is_refused():
         draw_noise(never, 128, 0, keys([0]))
 
 
-@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+@pytest.mark.parametrize("schedule", SCHEDULES.names())
 def test_weight_is_the_logarithmic_derivative_of_the_mask_probability(schedule):
     t = np.linspace(0.2, 0.99, 50)
     step = 1e-6
-    p, w = mask_probability_and_weight(schedule, t)
-    above, below = (mask_probability_and_weight(schedule, t + s)[0] for s in (step, -step))
+    made = get_schedule(schedule)
+    p, w = made.mask_probability(t), made.loss_weight(t)
+    above, below = (made.mask_probability(t + s) for s in (step, -step))
     slope = (above - below) / (2 * step)
     # The cosine's weight divides by p + 1e-3.
     expected = slope / (p + 1e-3) if schedule == "cosine" else slope / p

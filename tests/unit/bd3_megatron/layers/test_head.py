@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.config import DiffusionConfig, KernelConfig
-from bd3_megatron.diffusion.batch import Batch, causal_batch
+from bd3_megatron.diffusion.batches import Batch, causal_batch
 from tests.unit import tiny
 
 OBJECTIVES = {

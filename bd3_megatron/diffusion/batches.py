@@ -1,4 +1,4 @@
-"""From rows of token ids to what the model reads and what it is asked to predict."""
+"""Micro-batches: token ids that the model reads, labels and their weights."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Batch:
 
     Attributes:
         input_ids: int64 ``[S b, L]``, whole streams: the rows of noisy draw 0, then of draw 1, ..., then clean ones.
-        labels: int64 ``[R, L]``, what position l of the first R rows of ``input_ids`` predicts; R is K b for the
-            diffusion objective and b for the causal one.
-        weight: float32 ``[R, L]``, weight of each prediction's nll, zero where there is none.
-        tokens: what the sum of weighted nll is divided by for the training loss (objective, step 6): L per row for
-            the diffusion objective (BOS counted), L - 1 for the causal one.
-        documents: int32 ``[b, L]``, which document of its row each position belongs to, for attention that keeps to
-            documents; None lets a query see all of its row. The K draws of a row share its documents.
-        predicted: int64 ``[P]``, which of the flattened ``[R L]`` predictions have a weight, ascending, filled up
-            with one that has none: see :func:`predicted_positions`. Made from ``weight`` where it is None.
+        labels: int64 ``[R, L]``, the token that each position of the first R rows of ``input_ids`` predicts; R is
+            K b for the diffusion objective and b for the causal one.
+        weight: float32 ``[R, L]``, weight of each prediction's nll, zero where nothing is predicted.
+        tokens: divisor of the summed weighted nll in the training loss (objective, step 6): L per row for the
+            diffusion objective (BOS counted), L - 1 for the causal one.
+        documents: int32 ``[b, L]``, number of the document that each position belongs to; a query sees keys of its
+            own document only. None: a query sees its whole row. The K draws of a row share its documents.
+        predicted: int64 ``[P]``, ascending indices of the flattened ``[R L]`` predictions that have a weight, padded
+            as :func:`predicted_positions` says. Made from ``weight`` if None.
     """
 
     input_ids: Tensor
@@ -43,9 +43,9 @@ class Batch:
             self.predicted = predicted_positions(self.weight)
 
     def take(self, context: ContextShard) -> Batch:
-        """The positions that one context-parallel rank holds.
+        """The batch at the positions of one context-parallel rank.
 
-        ``tokens`` and ``documents`` stay those of the whole rows, because keys come from all ranks.
+        ``tokens`` and ``documents`` remain those of whole rows, because keys come from all ranks.
         """
         if context.size == 1:
             return self
@@ -53,17 +53,22 @@ class Batch:
         return Batch(ids, labels, weight, self.tokens, self.documents)
 
     def to(self, device: torch.device) -> Batch:
-        held = (self.input_ids, self.labels, self.weight, self.documents, self.predicted)
-        held = [None if x is None else x.to(device, non_blocking=True) for x in held]
-        return Batch(*held[:3], self.tokens, *held[3:])
+        """The batch on a device."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        documents = None if self.documents is None else move(self.documents)
+        predicted = None if self.predicted is None else move(self.predicted)
+        return Batch(move(self.input_ids), move(self.labels), move(self.weight), self.tokens, documents, predicted)
 
 
 def predicted_positions(weight: Tensor) -> Tensor:
-    """Flat indices ``[P]`` of what has a weight, padded so that few different sizes P occur.
+    """Flat indices ``[P]`` of the predictions that have a weight, padded so that few different sizes P occur.
 
-    Found where the batch is made, so that no GPU has to wait for a count. P is a multiple of 16 (which matrix products
-    of 8 bits need) and of a 64th of all predictions, so that whatever is compiled for a size is compiled at most 64
-    times. The padding repeats a prediction without a weight.
+    They are found where the batch is made, so that no GPU waits for a count. P is a multiple of 16 (8-bit matrix
+    products need that) and of a 64th of all predictions: what is compiled by size is compiled at most 64 times. The
+    padding repeats one prediction without a weight.
     """
     flat = weight.flatten()
     found = flat.nonzero().flatten()
@@ -82,9 +87,11 @@ def diffusion_batch(
     streams: Streams,
     documents: NDArray[np.int64] | None = None,
 ) -> Batch:
-    """Batch of the diffusion objective from clean rows ``[b, L]`` and their noise (objective, steps 3 and 4).
+    """Batch of the diffusion objective from clean rows and their noise (objective, steps 3 and 4).
 
-    ``documents`` ``[b, L]``, never falling along a row, keeps attention inside them.
+    Args:
+        tokens: clean rows ``[b, L]``.
+        documents: ``[b, L]``, never falling along a row; None: attention sees whole rows.
     """
     clean = torch.from_numpy(tokens)
     masked = torch.from_numpy(noise.masked)  # [K, b, L]
@@ -98,9 +105,11 @@ def diffusion_batch(
 def causal_batch(tokens: NDArray[np.int64], documents: NDArray[np.int64] | None = None) -> Batch:
     """Batch of the plain causal LM: position l predicts token l + 1, the last position nothing.
 
-    With ``documents`` ``[b, L]`` the last position of a document predicts nothing either, because the next token is
-    another document's. The divisor stays L - 1 per row all the same: did it count predictions, the loss would depend
-    on how rows are dealt to micro-batches.
+    Args:
+        tokens: rows ``[b, L]``.
+        documents: ``[b, L]``; the last position of a document predicts nothing either, since the next token belongs
+            to another document. The divisor remains L - 1 per row: if it counted predictions, the loss would depend
+            on how rows are split into micro-batches.
     """
     clean = torch.from_numpy(tokens)
     weight = torch.ones(clean.shape, dtype=torch.float32)
@@ -112,5 +121,5 @@ def causal_batch(tokens: NDArray[np.int64], documents: NDArray[np.int64] | None 
 
 
 def _within_rows(documents: NDArray[np.int64] | None) -> Tensor | None:
-    """Numbers that start at 0 in every row: only equality matters, and small ones fit int32."""
+    """Document numbers that start at 0 in every row: only equality matters, and small ones fit int32."""
     return None if documents is None else torch.from_numpy((documents - documents[:, :1]).astype(np.int32))
