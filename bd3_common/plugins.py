@@ -15,6 +15,7 @@ from pathlib import Path
 from bd3_common.errors import ConfigError
 
 OPTION = "--plugin"
+HELP = "module or .py file that adds to a registry; may be given several times"
 VARIABLE = "BD3_PLUGINS"
 
 _loaded: set[str] = set()

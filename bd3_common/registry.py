@@ -175,7 +175,9 @@ class Choice:
 
     def _validate(self, value: str) -> str:
         if value not in self.names():
-            raise ValueError(self.registry.remedy(value, self.also))
+            from pydantic_core import PydanticCustomError
+
+            raise PydanticCustomError("unknown_name", "{remedy}", {"remedy": self.registry.remedy(value, self.also)})
         return value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from bd3_common.errors import ConfigError
-from pretrain.config.command_line import did_you_mean
+from pretrain.config.values import did_you_mean
 
 # Name -> module:function; a function takes the arguments after the name and may return an exit code.
 BENCHMARKS = {

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from pydantic import Field
 from torch import Tensor
 
@@ -47,7 +46,7 @@ class AttentionOptions(Section):
     repeats: int = Field(5, ge=1, description="measured passes of each; they take turns")
     threads: int = Field(1, ge=1, description="CPU threads")
     plot: str | None = Field(None, description="PNG of TFLOP/s against the length")
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
+    json_: bool = Field(False, description="print one line of JSON")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import numpy as np
-import tyro
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 
@@ -53,7 +52,7 @@ class DataOptions(BaseModel):
     rows: int = Field(32768, ge=1, description="rows to read from")
     shards: int = Field(64, ge=1, description="tars that these rows lie in")
     repeats: int = Field(7, ge=1, description="turns of each")
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
+    json_: bool = Field(False, description="print one line of JSON")
 
 
 def bench_data(args: list[str]) -> None:

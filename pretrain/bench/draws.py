@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from pydantic import Field
 from torch import Tensor
 
@@ -22,7 +21,8 @@ from bd3_megatron.cost import flops
 from bd3_megatron.diffusion.noise import SampleKeys
 from bd3_megatron.engine.megatron import MegatronEngine
 from data_prep.read.stream import RowStream
-from pretrain.config.command_line import parse_options, validate
+from pretrain.config.command_line import Positional, parse_options
+from pretrain.config.values import validate
 from pretrain.run_folder import data as run_data
 from pretrain.run_folder import run as runs
 from pretrain.run_folder.data import order_seed
@@ -39,7 +39,7 @@ class DrawsOptions(Section):
     coupling, beside K separate pairs of streams. Dropout is off. What counts is variance times FLOPs, because a mean
     over n times as many samples has 1/n of the variance at n times the cost."""
 
-    run: Annotated[str, tyro.conf.Positional] = Field(description="run folder")
+    run: Positional[str] = Field(description="run folder")
     step: int | None = Field(None, ge=0, description="checkpoint to take; null means the newest")
     weights: Literal["ema", "raw"] = Field("raw", description="averaged or last weights")
     data: str | None = Field(None, description="data set; null means the one the run was trained on")
@@ -56,7 +56,7 @@ class DrawsOptions(Section):
     fresh_rows: bool = Field(True, description="also with other rows for each gradient: the variance of rows and noise")
     seed: Seed = Field(0, description="seed of the noise")
     threads: int = Field(1, ge=1, description="CPU threads")
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
+    json_: bool = Field(False, description="print one line of JSON")
 
 
 @dataclass(frozen=True)

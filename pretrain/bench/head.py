@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from pydantic import Field
 from torch import Tensor
@@ -35,7 +34,7 @@ class HeadOptions(Section):
     dtype: Literal["fp32", "bf16"] | None = Field(None, description="null means fp32 on CPU, bf16 on CUDA")
     repeats: int = Field(5, ge=1, description="measured passes of each; they take turns")
     threads: int = Field(1, ge=1, description="CPU threads")
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
+    json_: bool = Field(False, description="print one line of JSON")
 
 
 def bench_head(args: list[str]) -> None:

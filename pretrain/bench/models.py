@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from pydantic import Field
 
 from bd3_common.errors import ConfigError
@@ -18,7 +17,7 @@ from bd3_megatron.config import DiffusionConfig, EngineConfig, ModelConfig, Sect
 from bd3_megatron.diffusion.batches import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine.base import Engine
-from pretrain.config.command_line import validate
+from pretrain.config.values import validate
 from pretrain.tracking.plots import finish, save_figure
 
 _PASSES = 10  # in one measurement on CUDA, so that launches overlap as they do in training
@@ -35,7 +34,7 @@ class ModelOptions(Section):
     vocab_size: int = Field(4096, ge=2)
     batch: int = Field(8, ge=1, description="rows per step")
     threads: int = Field(1, ge=1, description="CPU threads")
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
+    json_: bool = Field(False, description="print one line of JSON")
 
 
 def model_of(options: ModelOptions, length: int) -> tuple[ModelConfig, DiffusionConfig]:

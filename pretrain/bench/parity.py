@@ -12,12 +12,11 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import tyro
 from pydantic import Field
 
 from bd3_common.errors import ConfigError
@@ -41,8 +40,9 @@ from bd3_megatron.engine import build_engine
 from bd3_megatron.engine.base import Engine
 from bd3_megatron.hf.mapping import entries
 from bd3_megatron.shards import Held, Piece
-from pretrain.config.command_line import did_you_mean, parse_options, validate
+from pretrain.config.command_line import parse_options
 from pretrain.config.schema import TrainConfig, check_batches
+from pretrain.config.values import did_you_mean, validate
 from pretrain.distributed.spawn import FORKS, run_world
 
 FIRST_STEP, ALL_STEPS = 1e-5, 1e-4  # largest relative difference allowed
@@ -336,7 +336,7 @@ class ParityOptions(Section):
     micro_batch: int = Field(2, ge=1, description="rows per micro-batch")
     steps: int = Field(10, ge=1, description="optimizer steps")
     documents: bool = Field(False, description="rows hold several documents, and attention keeps to them")
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
+    json_: bool = Field(False, description="print one line of JSON")
 
 
 def bench_parity(args: list[str]) -> int:

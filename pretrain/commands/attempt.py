@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from pydantic import Field
 
 from bd3_common import exit_codes
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import Section
-from pretrain.config.command_line import parse_options
+from pretrain.config.command_line import Positional, parse_options
 from pretrain.resilience.supervisor import Asked, Job, attempt, finished, newest_step, say, settle
 
 
@@ -22,7 +20,7 @@ class AttemptOptions(Section):
     bd3 attempt RUN [OPTIONS] -- COMMAND...
     """
 
-    run: Annotated[str, tyro.conf.Positional] = Field(description="run folder")
+    run: Positional[str] = Field(description="run folder")
     restarts: int = Field(3, ge=0, description="starts without a new checkpoint after which to end")
     steps: int | None = Field(None, ge=1, description="do nothing where there is a checkpoint of this step or a later")
     fits: list[int] = Field(

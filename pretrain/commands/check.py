@@ -6,17 +6,16 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
 from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 
 from bd3_common.errors import ConfigError
 from data_prep.format.manifest import unigram_nats
 from data_prep.verify.check import Checked, Sample, SplitContent, check
-from pretrain.config.command_line import parse_options
+from pretrain.config.command_line import Positional, parse_options
 from pretrain.tracking.histograms import bar_lines, length_bins, plot_histograms, quantile
 
 FAULTY = 1
@@ -31,12 +30,12 @@ class CheckOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    folder: tyro.conf.Positional[str] = Field(description="a data set that bd3 prep wrote")
+    folder: Positional[str] = Field(description="a data set that bd3 prep wrote")
     samples: int = Field(3, ge=0, description="rows of each split to show as text")
     seed: int = Field(0, ge=0, description="which rows these are")
     plot: str | None = Field(None, description="PNG to write with both histograms; null: none")
     workers: int | None = Field(None, ge=1, description="processes; null means one per core")
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
+    json_: bool = Field(False, description="print one line of JSON")
 
 
 def main(args: list[str]) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-import tyro
 from pydantic import Field
 
 from bd3_common.errors import ConfigError
@@ -18,9 +17,10 @@ from bd3_megatron.hf.files import Loaded, read_json
 from bd3_megatron.hf.reference import load_reference
 from data_prep.format.tokenizer import load_tokenizer, special_ids
 from pretrain.checkpoint import reader as checkpoint
-from pretrain.config.command_line import did_you_mean, parse_options
+from pretrain.config.command_line import Positional, parse_options
 from pretrain.config.resolve import save_config
 from pretrain.config.schema import RunConfig, TrainConfig
+from pretrain.config.values import did_you_mean
 from pretrain.run_folder import run as runs
 from pretrain.run_folder.staging import staged
 
@@ -28,8 +28,8 @@ from pretrain.run_folder.staging import staged
 class ExportOptions(Section):
     """Write a run's checkpoint as a Hugging Face folder (AutoModelForMaskedLM, trust_remote_code)."""
 
-    run: Annotated[str, tyro.conf.Positional] = Field(description="run folder")
-    out: Annotated[str, tyro.conf.Positional] = Field(description="folder to write; must not exist")
+    run: Positional[str] = Field(description="run folder")
+    out: Positional[str] = Field(description="folder to write; must not exist")
     step: int | None = Field(None, ge=0, description="checkpoint to take; null means the newest")
     weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights")
 
@@ -37,8 +37,8 @@ class ExportOptions(Section):
 class ImportOptions(Section):
     """Make a run folder from a Hugging Face folder: the reference's bd3lm format or our own export."""
 
-    source: Annotated[str, tyro.conf.Positional] = Field(description="Hugging Face folder, or a golden file")
-    run: Annotated[str, tyro.conf.Positional] = Field(description="run folder to write; must not exist")
+    source: Positional[str] = Field(description="Hugging Face folder, or a golden file")
+    run: Positional[str] = Field(description="run folder to write; must not exist")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the run's weights and activations")
     tokenizer: str | None = Field(None, description="tokenizer.json of the model; null takes SOURCE's, if it has one")
     bos: str | None = Field(None, description="token that begins a row; null looks for the usual names")

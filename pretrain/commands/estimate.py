@@ -6,9 +6,8 @@ Without torch, except for ``--device cpu``, which measures this machine.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
 from pydantic import Field
 
 from bd3_common.errors import ConfigError
@@ -32,7 +31,7 @@ class EstimateOptions(ShowOptions):
     )
     efficiency: float = Field(0.5, gt=0, le=1, description="assumed part of the peak that matrix products reach")
     gpus_per_node: int = Field(8, ge=1, description="ranks that share a node and its fast links")
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
+    json_: bool = Field(False, description="print one line of JSON")
 
 
 def main(args: list[str]) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
 from pydantic import Field
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import Section, Seed
 from data_prep.read.stream import RowStream
-from pretrain.config.command_line import parse_options
+from pretrain.config.command_line import Positional, parse_options
 from pretrain.config.schema import EvalConfig
 from pretrain.run_folder import data as run_data
 from pretrain.run_folder import run as runs
@@ -23,7 +22,7 @@ from pretrain.trainer.likelihood import Evaluation, evaluate
 class EvalOptions(Section):
     """Evaluate a run's checkpoint on the validation split of its data."""
 
-    run: Annotated[str, tyro.conf.Positional] = Field(description="run folder")
+    run: Positional[str] = Field(description="run folder")
     step: int | None = Field(None, ge=0, description="checkpoint to take; null means the newest")
     weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights")
     data: str | None = Field(None, description="data set; null means the one the run was trained on")
@@ -35,7 +34,7 @@ class EvalOptions(Section):
     documents_file: str | None = Field(
         None, description="file for one line of JSON per document: its number in the split, tokens, nats"
     )
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON")
+    json_: bool = Field(False, description="print one line of JSON")
 
 
 def main(args: list[str]) -> None:

@@ -7,8 +7,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-import yaml
 from pydantic import Field
 
 from bd3_common.errors import ConfigError
@@ -16,9 +16,11 @@ from data_prep.build.plan import PrepConfig
 from data_prep.format.manifest import load_manifest
 from data_prep.format.remote import is_remote
 from pretrain.commands.prep import PrepOptions
-from pretrain.config.command_line import did_you_mean, leaves, parse_options, scan_options, show
+from pretrain.config.command_line import parse_options, scan_options
 from pretrain.config.resolve import RunOptions, resolve
 from pretrain.config.schema import RunConfig, check_batches, check_run
+from pretrain.config.site import site_layer
+from pretrain.config.values import Layer, did_you_mean, leaves, show
 from pretrain.resilience.hang_detection import spans
 from pretrain.resilience.supervisor import finished
 from pretrain.run_folder import events
@@ -88,7 +90,7 @@ def main(args: list[str]) -> int:
 
 def pretrain(args: list[str]) -> None:
     """`bd3 launch pretrain`."""
-    config, options = resolve(PretrainJob, _with_site(PretrainJob, args), "bd3 launch pretrain")
+    config, options = resolve(PretrainJob, args, "bd3 launch pretrain", _site)
     run = Path(config.run).absolute()
     if not options.dry_run:
         _check_slurm(options)
@@ -125,8 +127,7 @@ def pretrain(args: list[str]) -> None:
 
 def sweep(args: list[str]) -> None:
     """`bd3 launch sweep`."""
-    args = _with_site(SweepJob, args)
-    config, options = resolve(SweepJob, args, "bd3 launch sweep")
+    config, options = resolve(SweepJob, args, "bd3 launch sweep", _site)
     folder = Path(config.run).absolute()
     if not options.dry_run:
         _check_slurm(options)
@@ -135,7 +136,7 @@ def sweep(args: list[str]) -> None:
         run = folder / name
         if run in runs:
             raise ConfigError(f"grid: two combinations would train in {run}; submit one of them in a folder of its own")
-        runs[run] = resolve(SweepJob, [*args, *words, f"--run={run}"], "bd3 launch sweep")[0]
+        runs[run] = resolve(SweepJob, [*args, *words, f"--run={run}"], "bd3 launch sweep", _site)[0]
         _check(runs[run], options)
     left = [number for number, (run, found) in enumerate(runs.items()) if not finished(run, found.train.steps)]
     launch = LaunchFolder(folder, options)
@@ -168,7 +169,7 @@ def sweep(args: list[str]) -> None:
 
 def prep(args: list[str]) -> None:
     """`bd3 launch prep`."""
-    options = parse_options(PrepJob, _with_site(PrepJob, args), "bd3 launch prep")
+    options = parse_options(PrepJob, args, "bd3 launch prep", _site)
     fields = set(PrepConfig.model_fields)
     config = PrepConfig(**options.model_dump(include=fields))
     if options.part is not None:
@@ -271,38 +272,10 @@ def _check_idle(root: Path) -> None:
                 )
 
 
-def _with_site(cls: type[SubmitOptions], args: list[str]) -> list[str]:
-    """The arguments after those that the site's file stands for, so that they win."""
-    if {"-h", "--help"} & set(args):
-        return args
-    given = scan_options(cls, args)
-    path = given.get("site", [os.environ.get("BD3_SITE", "")])[0]
-    if not path:
-        return args
-    try:
-        # Values stay as they are written: YAML reads 1:30:00 as 5400, and yes as a truth.
-        values = yaml.load(Path(path).read_text("utf-8"), yaml.BaseLoader)
-    except FileNotFoundError:
-        raise ConfigError(f"site={path}: no such file; give a YAML file with options of the job") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"site={path}: cannot be read ({' '.join(str(error).split())[:100]})") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"site={path}: not options; write 'partition: gpu' lines")
-    first = []
-    for key, value in values.items():
-        if key not in JobOptions.model_fields:
-            raise ConfigError(f"site={path}: {key}: unknown option{did_you_mean(str(key), JobOptions.model_fields)}")
-        words = [word for pair in value.items() for word in pair] if isinstance(value, dict) else value
-        flag = f"--{key.replace('_', '-')}"
-        if not isinstance(value, dict | list):
-            if value and value.lower() not in ("null", "~"):
-                first.append(f"{flag}={value}")
-            continue
-        if not all(isinstance(word, str) for word in words):
-            raise ConfigError(f"site={path}: {key}: a list in a list; write plain values")
-        first += [flag, *(word.lstrip("-") if key in ("sbatch", "srun") else word for word in words)]
-    # The last of them ends a list, which would take the words that follow.
-    return [*first, f"--site={path}", *args]
+def _site(flags: Mapping[str, Any]) -> list[Layer]:
+    """The options of the site's file, which flags win over."""
+    path = flags.get("site") or os.environ.get("BD3_SITE")
+    return [site_layer(path, JobOptions)] if path else []
 
 
 def _combinations(grid: Mapping[str, str]) -> Iterator[tuple[list[str], str]]:

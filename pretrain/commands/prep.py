@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import sys
 
-import tyro
 from pydantic import Field
 
 from data_prep.build.plan import PrepConfig
 from data_prep.build.prep import prep
-from pretrain.config.command_line import parse_options
+from pretrain.config.command_line import Positional, parse_options
 
 
 class PrepOptions(PrepConfig):
     """Tokenize text, cut it into rows and write them as WebDataset shards."""
 
-    inputs: tyro.conf.Positional[tuple[str, ...]] = Field(
-        min_length=1, description=PrepConfig.model_fields["inputs"].description
-    )
+    inputs: Positional[tuple[str, ...]] = Field(min_length=1, description=PrepConfig.model_fields["inputs"].description)
     dry_run: bool = Field(False, description="estimate tokens, shards, disk and time from a sample; write nothing")
 
 

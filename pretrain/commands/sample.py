@@ -5,24 +5,23 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-import tyro
 from pydantic import Field
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import Section, Seed
 from bd3_megatron.sampling.sampler import Sampling, sample
 from data_prep.format.tokenizer import load_tokenizer
-from pretrain.config.command_line import parse_options
+from pretrain.config.command_line import Positional, parse_options
 from pretrain.run_folder import run as runs
 
 
 class SampleOptions(Section):
     """Sample text from a run's checkpoint, block by block."""
 
-    run: Annotated[str, tyro.conf.Positional] = Field(description="run folder")
+    run: Positional[str] = Field(description="run folder")
     prompt: str = Field("", description="text to continue; empty starts from BOS alone")
     tokens: int | None = Field(None, ge=1, description="tokens to add; null fills the model's row")
     count: int = Field(1, ge=1, description="samples")
@@ -34,7 +33,7 @@ class SampleOptions(Section):
     step: int | None = Field(None, ge=0, description="checkpoint to take; null means the newest")
     weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights")
     stop: bool = Field(True, description="stop at EOS and at low entropy")
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="one line of JSON per sample")
+    json_: bool = Field(False, description="one line of JSON per sample")
 
 
 def main(args: list[str]) -> None:

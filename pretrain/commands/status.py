@@ -6,15 +6,14 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from pydantic import Field
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import Section
 from pretrain.checkpoint.folder import COMPLETE, newest_complete, step_of
-from pretrain.config.command_line import parse_options
+from pretrain.config.command_line import Positional, parse_options
 from pretrain.config.resolve import load_saved
 from pretrain.resilience import heartbeat
 from pretrain.run_folder import events
@@ -30,8 +29,8 @@ _QUIET = 600.0  # seconds without a record after which it is worth a word
 class StatusOptions(Section):
     """Show where a run, or each run of a sweep's folder, stands in Slurm and in training."""
 
-    run: Annotated[str, tyro.conf.Positional] = Field(description="run folder, or the folder of a sweep")
-    json_: Annotated[bool, tyro.conf.arg(name="json")] = Field(False, description="print one line of JSON for each run")
+    run: Positional[str] = Field(description="run folder, or the folder of a sweep")
+    json_: bool = Field(False, description="print one line of JSON for each run")
 
 
 def main(args: list[str]) -> None:

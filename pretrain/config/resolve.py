@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,19 +14,9 @@ from pydantic import BaseModel, Field
 from bd3_common.atomic import write_bytes
 from bd3_common.errors import ConfigError
 from data_prep.format.remote import is_remote
-from pretrain.config.command_line import (
-    as_section,
-    check_value,
-    did_you_mean,
-    leaves,
-    parse_options,
-    put,
-    scan_options,
-    show,
-    unchecked,
-    validate,
-)
+from pretrain.config.command_line import Below, parse_options
 from pretrain.config.schema import RunConfig, check_batches, check_run
+from pretrain.config.values import Layer, as_section, build, did_you_mean, leaves, show
 
 
 def presets() -> list[str]:
@@ -67,9 +57,7 @@ def preset_config(name: str) -> RunConfig:
     Raises:
         ConfigError: no such preset.
     """
-    values = RunConfig().model_dump()
-    _overlay(values, *_preset(name))
-    return validate(RunConfig, values)
+    return build(RunConfig, [read_layer(*_preset(name))])
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -96,9 +84,7 @@ def load_saved(path: Path) -> RunConfig:
     Raises:
         ConfigError: the file is missing, or one of its keys or values is wrong.
     """
-    values: dict[str, Any] = {}
-    _overlay(values, path.name, _read_text(path))
-    return validate(RunConfig, values)
+    return build(RunConfig, [read_layer(path.name, _read_text(path))])
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -115,22 +101,26 @@ def _with_profile(args: list[str]) -> list[str]:
     return out
 
 
-def resolve(cls: type[Options], args: list[str], prog: str) -> tuple[RunConfig, Options]:
+def resolve(cls: type[Options], args: list[str], prog: str, below: Below | None = None) -> tuple[RunConfig, Options]:
     """A run's configuration, checked, and the options of ``cls`` that it was resolved from.
+
+    Args:
+        below: further layers, over the preset and the file and below the flags.
 
     Raises:
         ConfigError, OSError: as :func:`load_run_config`.
     """
-    args = _with_profile(args)
-    given = scan_options(cls, args)
-    values = RunConfig().model_dump()
-    if "preset" in given:
-        _overlay(values, *_preset(given["preset"][0]))
-    if "config" in given:
-        path = Path(given["config"][0])
-        _overlay(values, str(path), _read_text(path))
-    under = {name: field.default for name, field in cls.model_fields.items() if name not in values} | values
-    options = parse_options(cls, args, prog, default=unchecked(cls, under))
+
+    def layers(flags: Mapping[str, Any]) -> Iterator[Layer]:
+        if flags.get("preset") is not None:
+            yield read_layer(*_preset(flags["preset"]))
+        if flags.get("config") is not None:
+            path = Path(flags["config"])
+            yield read_layer(str(path), _read_text(path))
+        if below is not None:
+            yield from below(flags)
+
+    options = parse_options(cls, _with_profile(args), prog, layers)
     config = RunConfig(**{name: getattr(options, name) for name in RunConfig.model_fields})
     parallel = config.parallel
     world_size = getattr(options, "world_size", None) or parallel.tensor * parallel.pipeline * parallel.context
@@ -158,8 +148,12 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
 
 
-def _overlay(values: dict[str, Any], source: str, text: str) -> None:
-    """Put the keys of a YAML document over ``values``; mistakes name ``source``."""
+def read_layer(source: str, text: str) -> Layer:
+    """The keys of a YAML document of a run's configuration.
+
+    Raises:
+        ConfigError: not YAML, an unknown key, or a value where a section is needed.
+    """
     try:
         document = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -167,29 +161,25 @@ def _overlay(values: dict[str, Any], source: str, text: str) -> None:
         where = f" line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
         raise ConfigError(f"{source}:{where} is not YAML: {problem}".replace(":  ", ": ")) from None
-    _overlay_section(values, RunConfig, document, source, prefix="")
+    return Layer(_section(RunConfig, document, source, prefix=""), source)
 
 
-def _overlay_section(values: dict[str, Any], cls: type[BaseModel], document: Any, source: str, prefix: str) -> None:
+def _section(cls: type[BaseModel], document: Any, source: str, prefix: str) -> dict[str, Any]:
     if document is None:
-        return
+        return {}
     if not isinstance(document, Mapping):
         where = prefix.rstrip(".")
         found = f"{where}={show(document)}: not a section" if where else "not a configuration"
         raise ConfigError(f"{source}: {found}; write 'key: value' lines{' below it' if where else ''}")
+    values: dict[str, Any] = {}
     for key, value in document.items():
         path = f"{prefix}{key}"
         if key not in cls.model_fields:
             known = [*leaves(RunConfig), *RunConfig.model_fields]
             raise ConfigError(f"{source}: {path}: unknown key{did_you_mean(path, known)}")
-        field = cls.model_fields[key]
-        if (section := as_section(field)) is not None:
-            _overlay_section(values, section, value, source, prefix=f"{path}.")
-            continue
-        try:
-            put(values, path, check_value(path, field, value))
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from None
+        section = as_section(cls.model_fields[key])
+        values[key] = value if section is None else _section(section, value, source, f"{path}.")
+    return values
 
 
 class _Loader(yaml.SafeLoader):

@@ -11,7 +11,7 @@ from bd3_common.errors import ConfigError
 from bd3_megatron.config import DiffusionConfig
 from bd3_megatron.diffusion.noise import Noise, Purpose, SampleKeys, draw_noise
 from bd3_megatron.diffusion.schedules import SCHEDULES, get_schedule
-from pretrain.config.command_line import validate
+from pretrain.config.values import validate
 
 
 def keys(slots, batch=0, batch_rows=None, epoch=0):

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Literal
 
 import pytest
-import tyro
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from bd3_common.errors import ConfigError
-from pretrain.config.command_line import did_you_mean, parse_options, unchecked, validate
+from bd3_megatron.config import Section
+from pretrain.config.command_line import Positional, parse_options
 from pretrain.config.schema import RunConfig
+from pretrain.config.values import Layer, build, did_you_mean, validate
 
 
-class Inner(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Inner(Section):
     low: int = Field(1, ge=0, description="lower end")
     high: int = Field(3, description="upper end")
     rate: float | None = None
@@ -28,16 +28,15 @@ class Inner(BaseModel):
         return self
 
 
-class Example(BaseModel):
+class Example(Section):
     """An example."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    inputs: tyro.conf.Positional[tuple[str, ...]] = Field(min_length=1, description="files")
+    inputs: Positional[tuple[str, ...]] = Field(min_length=1, description="files")
     out: str = Field(description="100% of the output")
     kind: Literal["wrap", "stream"] = "wrap"
     switch: bool = True
     steps: tuple[int, ...] = (1,)
-    shares: dict[str, float] = {}
+    shares: dict[str, float] = Field(default={})
     inner: Inner = Inner()
 
 
@@ -92,8 +91,8 @@ def test_switches(words: str, value: bool) -> None:
 
 @pytest.mark.parametrize("null", ["null", "None", "none"])
 def test_null_is_spelled_as_in_yaml_or_as_in_python(null: str) -> None:
-    default = Example(inputs=("a",), out="o", inner=Inner(rate=1.0))
-    got = parse_options(Example, ["b", "--inner.rate", null], "x", default=default)
+    below = [Layer({"inputs": ["a"], "out": "o", "inner": {"rate": 1.0}}, "a file")]
+    got = parse_options(Example, ["b", "--inner.rate", null], "x", lambda flags: below)
     assert got.inner.rate is None
     assert got.out == "o"
 
@@ -105,23 +104,32 @@ def test_flags_may_stand_between_positionals_and_the_last_mention_wins() -> None
 
 def test_hyphens_and_underscores_are_the_same() -> None:
     args = ["--model.kv_heads", "4", "--train.global-batch=64"]
-    got = parse_options(RunConfig, args, "x", default=RunConfig())
+    got = parse_options(RunConfig, args, "x")
     assert (got.model.kv_heads, got.train.global_batch) == (4, 64)
 
 
 def test_values_that_fit_only_together() -> None:
-    got = parse_options(RunConfig, ["--model.hidden", "100", "--model.heads", "10"], "x", default=RunConfig())
+    got = parse_options(RunConfig, ["--model.hidden", "100", "--model.heads", "10"], "x")
     assert (got.model.hidden, got.model.heads) == (100, 10)
 
 
-def test_the_default_need_not_be_valid_by_itself() -> None:
-    values = RunConfig().model_dump()
-    values["model"]["hidden"] = 100
-    default = unchecked(RunConfig, values)
-    got = parse_options(RunConfig, ["--model.heads", "10"], "x", default=default)
+def test_a_layer_need_not_be_valid_by_itself() -> None:
+    below = [Layer({"model": {"hidden": 100}}, "a file")]
+    got = parse_options(RunConfig, ["--model.heads", "10"], "x", lambda flags: below)
     assert got == validate(RunConfig, {"model": {"hidden": 100, "heads": 10}})
     with pytest.raises(ConfigError, match=r"^model.heads=12: model.hidden=100 is not divisible"):
-        parse_options(RunConfig, [], "x", default=default)
+        parse_options(RunConfig, [], "x", lambda flags: below)
+
+
+def test_a_mistake_names_the_layer_whose_value_counts() -> None:
+    low, high = Layer({"model": {"layers": "x"}}, "low.yaml"), Layer({"model": {"layers": True}}, "high.yaml")
+    with pytest.raises(ConfigError, match=r"^low.yaml: model.layers=x: not an integer$"):
+        build(RunConfig, [low])
+    with pytest.raises(ConfigError, match=r"^high.yaml: model.layers=true: a value is needed here"):
+        build(RunConfig, [low, high])
+    with pytest.raises(ConfigError, match=r"^model.layers=y: not an integer$"):
+        build(RunConfig, [low, high, Layer({"model": {"layers": "y"}})])
+    assert build(RunConfig, [low, Layer({"model": {"layers": "3"}})]).model.layers == 3
 
 
 @pytest.mark.parametrize(
@@ -154,10 +162,10 @@ def test_mistakes(words: str, line: str) -> None:
 
 def test_a_word_too_many() -> None:
     with pytest.raises(ConfigError, match=r"^4: unexpected argument$"):
-        parse_options(RunConfig, ["4"], "x", default=RunConfig())
+        parse_options(RunConfig, ["4"], "x")
     line = r"^model.kv_heads=4: unexpected argument; did you mean --model.kv-heads 4\?$"
     with pytest.raises(ConfigError, match=line):
-        parse_options(RunConfig, ["model.kv_heads=4"], "x", default=RunConfig())
+        parse_options(RunConfig, ["model.kv_heads=4"], "x")
 
 
 def test_help_lists_every_option_with_its_description(capsys: pytest.CaptureFixture[str]) -> None:
