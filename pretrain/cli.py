@@ -37,8 +37,8 @@ COMMANDS = {
     "bench": ("pretrain.bench:main", "measure data, a training step, its memory, and whether layouts agree"),
 }
 
-# Launchers end all ranks when one has ended: the others leave the first rank time to say why.
-FIRST_SPEAKS = 5.0  # seconds
+# Launchers kill all ranks when one has exited: the others leave rank 0 this long to print the error.
+RANK_0_PRINTS = 5.0  # seconds
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,18 +63,18 @@ def main(argv: list[str] | None = None) -> int:
         line = user_line(error)
         if line is None:
             raise
-        _tell(line, getattr(error, "everywhere", False))
+        _tell(line, getattr(error, "collective", False))
         code = USAGE_ERROR
     return code
 
 
-def _tell(line: str, everywhere: bool) -> None:
-    """Print a line, or leave it to the first of many ranks when all have it to say."""
+def _tell(line: str, collective: bool) -> None:
+    """Print a line; an error that all ranks raise is printed by rank 0 alone."""
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
     if rank == "0":
         print(line, file=sys.stderr)
-    elif everywhere:
-        time.sleep(FIRST_SPEAKS)
+    elif collective:
+        time.sleep(RANK_0_PRINTS)
     else:
         print(f"rank {rank}: {line}", file=sys.stderr)
 

@@ -26,7 +26,7 @@ from bd3_megatron.shards import Held, Piece
 from pretrain.checkpoint.folder import COMPLETE, Checkpoint, folder_of, folders, problem, read_listing, step_of
 from pretrain.checkpoint.planner import LoadPieces
 from pretrain.checkpoint.writer import CheckpointWriter, Written, save
-from pretrain.distributed.collectives import on_each, on_first
+from pretrain.distributed.collectives import gather_from_ranks, on_rank_0
 
 __all__ = [
     "COMPLETE",
@@ -65,15 +65,15 @@ def newest_together(
         warn: called on the first rank.
         usable: says of a checkpoint's step and meta whether it is wanted; others are passed over without a word.
     """
-    for path in reversed(on_first(lambda: folders(run))):
-        found = on_first(partial(read_listing, path))
+    for path in reversed(on_rank_0(lambda: folders(run))):
+        found = on_rank_0(partial(read_listing, path))
         if isinstance(found, dict) and not usable(found["step"], found["meta"]):
             continue
         if isinstance(found, dict):
             stamps = found["files"]
             order = sorted(stamps, key=lambda name: (-stamps[name]["bytes"], name))
             mine = {name: stamps[name] for name in order[world.rank :: world.size]}
-            problems = on_each(partial(problem, path, mine))
+            problems = gather_from_ranks(partial(problem, path, mine))
             if not any(problems):
                 return Checkpoint(path, found["step"], found["meta"])
             found = next(filter(None, problems))
@@ -127,7 +127,7 @@ def restore(checkpoint: Checkpoint, engine: Engine, say: Callable[[str], None] =
     if scales and not _holds(checkpoint, scales):
         state = {name: held for name, held in state.items() if name not in scales}
         say(f"{checkpoint.path}: holds no FP8 scales of this recipe and history; they start anew")
-    on_each(lambda: _check(checkpoint, state))  # stages hold different tensors
+    gather_from_ranks(lambda: _check(checkpoint, state))  # stages hold different tensors
     _load(checkpoint, state)
     engine.loaded(checkpoint.meta.get("updates", checkpoint.step))
 

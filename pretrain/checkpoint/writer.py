@@ -31,7 +31,7 @@ from bd3_megatron.engine.base import Engine
 from bd3_megatron.shards import Held, Piece
 from pretrain.checkpoint import folder as files
 from pretrain.checkpoint.planner import SavePieces
-from pretrain.distributed.collectives import everywhere, on_each, on_first, together
+from pretrain.distributed.collectives import gather_from_ranks, mark_collective, on_rank_0, raise_on_all_ranks
 
 # Ranks wait for the slowest disk among them; a rank that died is noticed at once, by its closed connection.
 _PATIENCE = datetime.timedelta(hours=2)
@@ -77,7 +77,7 @@ class CheckpointWriter:
         self.run, self.engine, self.report = run, engine, report
         self.keep, self.keep_every, self.asynchronous = keep, keep_every, asynchronous
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        self._name = on_first(lambda: os.urandom(3).hex(), self._group)
+        self._name = on_rank_0(lambda: os.urandom(3).hex(), self._group)
         self._buffers: dict[Box, Tensor] | None = None
         self._write: _Write | None = None
 
@@ -209,20 +209,20 @@ class _Write:
         partial = files.partial_of(writer.run, self.step, writer._name)
         rank = writer.engine.world.rank
         try:
-            together(self._use_device, group)
-            on_first(lambda: files.start(partial), group)
+            raise_on_all_ranks(self._use_device, group)
+            on_rank_0(lambda: files.start(partial), group)
             # No copies ahead: the tensors are on the CPU, and a thread beside training should use no CUDA stream.
             storage = dcp.FileSystemWriter(partial, per_thread_copy_ahead=0)
             with _plain_errors(final):
                 dcp.save(self._staged, storage_writer=storage, planner=SavePieces(), process_group=group)
-            parts = on_each(lambda: _stamps(partial, rank), group)
+            parts = gather_from_ranks(lambda: _stamps(partial, rank), group)
             stamps = {name: stamp for part in parts for name, stamp in part.items()}
-            on_first(lambda: files.publish(partial, final, self._meta, stamps), group)
+            on_rank_0(lambda: files.publish(partial, final, self._meta, stamps), group)
         except BaseException:
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        on_first(lambda: files.retire(writer.run, self.step, writer.keep, writer.keep_every), group)
+        on_rank_0(lambda: files.retire(writer.run, self.step, writer.keep, writer.keep_every), group)
         return sum(stamp["bytes"] for stamp in stamps.values())
 
 
@@ -265,7 +265,7 @@ def _share(state: Mapping[str, Held], rank: int, group: dist.ProcessGroup) -> se
         for piece in held.pieces
     }
     digest = hashlib.sha256(repr(sorted(sizes)).encode()).hexdigest()
-    digests = on_each(lambda: digest, group)
+    digests = gather_from_ranks(lambda: digest, group)
     replicas = [other for other, theirs in enumerate(digests) if theirs == digest]
     loads = dict.fromkeys(replicas, 0)
     mine = set()
@@ -289,4 +289,4 @@ def _plain_errors(path: Path) -> Iterator[None]:
         if isinstance(cause, RuntimeError) and "inline_container" in str(cause):
             # torch's archive writer lost the system's error and found its file shorter than it should be.
             cause = OSError(errno.EIO, "some of it is missing; is the disk full?", str(path))
-        raise everywhere(cause) from error
+        raise mark_collective(cause) from error

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pretrain.config.resolve import load_run_config
-from pretrain.distributed.collectives import alike
+from pretrain.distributed.collectives import collective_errors
 from pretrain.preflight.run import check
 
 
 def main(args: list[str]) -> None:
     """`bd3 preflight`: the checks alone, with the options of a run; its data set, if it is given, is checked, too."""
-    with alike():
+    with collective_errors():
         config = load_run_config(args, "bd3 preflight")
     check(config)

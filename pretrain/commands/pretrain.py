@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pretrain.config.resolve import load_run_config
-from pretrain.distributed.collectives import alike
+from pretrain.distributed.collectives import collective_errors
 from pretrain.trainer.loop import train
 
 
 def main(args: list[str]) -> None:
     """`bd3 pretrain`: train, or go on from the newest checkpoint of the same run folder."""
-    with alike():
+    with collective_errors():
         config = load_run_config(args)
     train(config)

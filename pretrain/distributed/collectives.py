@@ -1,7 +1,7 @@
-"""What all ranks come to know together: results, and failures that every rank then raises at the same place.
+"""Collectives that propagate exceptions: if one rank fails, all raise.
 
-A rank that fails alone leaves the others waiting in their next collective. Whatever can fail on one rank only (a disk,
-a file, a folder) therefore runs in :func:`on_first`, :func:`on_each` or :func:`together`.
+A rank that raises alone leaves the others waiting in their next collective. So whatever can fail on one rank only (a
+disk, a file, a folder) runs in :func:`on_rank_0`, :func:`gather_from_ranks` or :func:`raise_on_all_ranks`.
 """
 
 from __future__ import annotations
@@ -18,24 +18,21 @@ import torch.distributed as dist
 T = TypeVar("T")
 E = TypeVar("E", bound=BaseException)
 
-
 _BROKEN = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting \d+ms")
-
-
 # What torch raises of NCCL and of the rendezvous store; gloo raises a plain RuntimeError.
 _NETWORK = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
 
 
 class LostRank(SystemExit):
-    """Another rank is gone, and this one cannot go on alone: one line on stderr, exit code 1."""
+    """The connection to another rank broke, and this one cannot go on: one line on stderr, exit code 1."""
 
 
 @contextlib.contextmanager
-def lost_ranks(rank: int, place: Callable[[], str]) -> Iterator[None]:
+def lost_ranks(rank: int, phase: Callable[[], str]) -> Iterator[None]:
     """Turn what torch's backends raise when a connection breaks into :class:`LostRank`.
 
     Args:
-        place: says where in the run this happened.
+        phase: says where in the run this happened, as in ``in step 12``.
     """
     try:
         yield
@@ -45,57 +42,62 @@ def lost_ranks(rank: int, place: Callable[[], str]) -> Iterator[None]:
             raise
         reason = known[0] if known else " ".join(str(error).split())[:200]
         raise LostRank(
-            f"rank {rank}: lost another rank {place()} ({reason}); "
+            f"rank {rank}: lost another rank {phase()} ({reason}); "
             f"start the job again to go on from its last checkpoint"
         ) from error
 
 
-def everywhere(error: E) -> E:
-    """Mark an error that every rank raises alike, so that only the first rank prints it."""
-    error.everywhere = True
+def mark_collective(error: E) -> E:
+    """Mark an error that every rank raises, so that only rank 0 prints it."""
+    error.collective = True
     return error
 
 
+def is_collective(error: BaseException | None) -> bool:
+    """True for an error that every rank raises, see :func:`mark_collective`."""
+    return getattr(error, "collective", False)
+
+
 @contextlib.contextmanager
-def alike() -> Iterator[None]:
-    """What is raised inside depends on the configuration only: every rank raises it (see :func:`everywhere`)."""
+def collective_errors() -> Iterator[None]:
+    """Mark errors raised inside as collective: they depend on the configuration only, so every rank raises them."""
     try:
         yield
     except Exception as error:
-        everywhere(error)
+        mark_collective(error)
         raise
 
 
-def on_first(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """The result of ``function``, called on rank 0 only, on every rank; its error, too, is raised on every rank."""
+def on_rank_0(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Call ``function`` on rank 0 and broadcast its result; its error is raised on every rank."""
     shared: list[Any] = [_outcome(function)] if dist.get_rank() == 0 else [None]
     dist.broadcast_object_list(shared, src=0, group=group)
     return _result(shared[0])
 
 
-def on_each(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-    """Results of ``function`` by rank, on every rank; the first failing rank's error is raised on every rank."""
-    return [_result(outcome) for outcome in outcomes(function, group)]
+def gather_from_ranks(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """All-gather the results of ``function``, by rank; the error of the first rank that fails is raised on all."""
+    return [_result(outcome) for outcome in gather_outcomes(function, group)]
 
 
-def outcomes(
+def gather_outcomes(
     function: Callable[[], T], group: dist.ProcessGroup | None = None
 ) -> list[tuple[T | None, Exception | None]]:
-    """(result, error) of ``function`` by rank, on every rank; nothing is raised."""
+    """All-gather (result, error) of ``function``, by rank; nothing is raised."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, _outcome(function), group=group)
     return found
 
 
-def together(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """This rank's own result of ``function``; the first failing rank's error is raised on every rank."""
+def raise_on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Call ``function`` on every rank and return its own result; the error of the first that fails is raised on all."""
     result, error = _outcome(function)
-    on_each(lambda: _result((None, error)), group)
+    gather_from_ranks(lambda: _result((None, error)), group)
     return result
 
 
-def highest(numbers: Sequence[int], device: torch.device) -> list[int]:
-    """The highest of all ranks' numbers, at each place; one small collective over all ranks."""
+def max_over_ranks(numbers: Sequence[int], device: torch.device) -> list[int]:
+    """Elementwise maximum of ``numbers`` over all ranks, by one all-reduce."""
     shared = torch.tensor(numbers, dtype=torch.int64, device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return shared.tolist()
@@ -115,5 +117,5 @@ def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
 def _result(outcome: tuple[T, Exception | None]) -> T:
     result, error = outcome
     if error is not None:
-        raise everywhere(error)
+        raise mark_collective(error)
     return result

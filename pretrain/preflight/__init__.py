@@ -1,1 +1,1 @@
-"""TODO."""
+"""Preflight: start-up of ranks, and checks of nodes, links, clocks, folders and data before the first step."""

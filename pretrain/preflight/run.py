@@ -26,7 +26,15 @@ from bd3_megatron.parallel import World
 from data_prep.read.stream import RowStream
 from pretrain.checkpoint.folder import folders as checkpoint_folders
 from pretrain.config.schema import RunConfig, check_run
-from pretrain.distributed.collectives import alike, everywhere, lost_ranks, on_each, on_first, outcomes, together
+from pretrain.distributed.collectives import (
+    collective_errors,
+    gather_from_ranks,
+    gather_outcomes,
+    lost_ranks,
+    mark_collective,
+    on_rank_0,
+    raise_on_all_ranks,
+)
 from pretrain.distributed.ranks import Ranks, read_ranks, rendezvous
 from pretrain.preflight import findings, probes
 from pretrain.preflight.findings import Clock, Finding, Report
@@ -50,7 +58,7 @@ def check(config: RunConfig) -> None:
         LostRank: another rank died.
     """
     ranks = read_ranks()
-    with alike():
+    with collective_errors():
         check_run(config, ranks.world_size)
     watch = None
     try:
@@ -61,7 +69,7 @@ def check(config: RunConfig) -> None:
             preflight.nodes()
             if config.data.weights():
                 config = preflight.data(lambda: open_data(config, world))[0]
-            on_first(lambda: Path(config.run).mkdir(parents=True, exist_ok=True))
+            on_rank_0(lambda: Path(config.run).mkdir(parents=True, exist_ok=True))
             preflight.folders(config)
     finally:
         if watch is not None:
@@ -96,7 +104,7 @@ class Preflight:
             return
         with self._timed("of the nodes"):
             options, device = self.options, self.world.device
-            self.reports = on_each(lambda: probes.report(self.ranks.local_rank, device))
+            self.reports = gather_from_ranks(lambda: probes.report(self.ranks.local_rank, device))
             reports = self.reports
             found = findings.versions(reports) + findings.gpus(reports, options.free_gpu_memory)
             if any(finding.fatal for finding in found):
@@ -110,26 +118,26 @@ class Preflight:
     def data(self, open_data: Callable[[], Opened]) -> Opened:
         """Open the data sets on all ranks; the same ones everywhere, with what is missing and where."""
         if not self.options.enabled:
-            return together(open_data)
+            return raise_on_all_ranks(open_data)
         opened: list[Opened] = []
 
         def identify() -> str:
             opened.append(open_data())
             return run_data.data_identity(*opened[0][1].manifests)[:12]
 
-        self.watch.tick("in the preflight of the data", patient=True)  # checksums of all shards
-        told = outcomes(identify)
+        self.watch.tick("in the preflight of the data", may_take_long=True)  # checksums of all shards
+        told = gather_outcomes(identify)
         errors = [error for _, error in told if error is not None]
         for error in errors:
             # A mistake on all nodes is not about nodes, and a bug is shown as it is.
             if user_line(error) is None or len(self._hosts_with(told)) == len(findings.hosts_of(self.reports)):
-                raise everywhere(error)
+                raise mark_collective(error)
         lines = [None if error is None else user_line(error) for _, error in told]
         self._conclude(findings.failures(lines, self.reports))
         if (differing := findings.differing([identity for identity, _ in told], self.reports)) is not None:
             line = f"data set (digest of its shards): {differing}; give all nodes the same {' '.join(self._sources)}"
             self._conclude([Finding(line, fatal=True)])
-        on_each(lambda: self._look_up_shards(*opened[0][1:]))
+        gather_from_ranks(lambda: self._look_up_shards(*opened[0][1:]))
         return opened[0]
 
     def folders(self, config: RunConfig) -> None:
@@ -141,13 +149,13 @@ class Preflight:
         if not self.options.enabled:
             return
         with self._timed("of the folders"):
-            names = on_first(lambda: [path.name for path in self.run.glob("checkpoints") if path.is_dir()])
+            names = on_rank_0(lambda: [path.name for path in self.run.glob("checkpoints") if path.is_dir()])
             needed = self._checkpoints_to_come(config)
             found = []
             for name in ("", *names):
                 found += self._folder(self.run / name, 0.0 if names and not name else needed)
             self._conclude(found)
-        on_first(self._write_report)
+        on_rank_0(self._write_report)
         self._say(f"preflight: {self.summary()}")
 
     def summary(self) -> str:
@@ -198,7 +206,7 @@ class Preflight:
         measured = probes.link_rates(reports, self.world.rank, device, within=device.type == "cuda")
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        self.links = on_each(lambda: measured)
+        self.links = gather_from_ranks(lambda: measured)
         for between in (False, True):
             found += findings.links(self.links, reports, options.slowest, between)
         return late + found
@@ -206,8 +214,8 @@ class Preflight:
     def _folder(self, folder: Path, needed: float) -> list[Finding]:
         hosts = findings.hosts_of(self.reports)
         with ExitStack() as stack:
-            name = on_first(lambda: stack.enter_context(probes.mark(folder))) if len(hosts) > 1 else None
-            places = on_each(lambda: probes.place(folder, name) if self._speaks_for_node() else None)
+            name = on_rank_0(lambda: stack.enter_context(probes.mark(folder))) if len(hosts) > 1 else None
+            places = gather_from_ranks(lambda: probes.place(folder, name) if self._speaks_for_node() else None)
         by_host = {host: places[ranks[0]] for host, ranks in hosts.items()}
         return findings.folders(f"run={folder}", by_host, needed)
 
@@ -222,7 +230,7 @@ class Preflight:
         if config.model.vocab_size is None:  # no data set is given
             return 0.0
         one = memory.checkpoint_bytes(config.engine(), self.world.data_size)
-        there = on_first(lambda: len(checkpoint_folders(self.run)))
+        there = on_rank_0(lambda: len(checkpoint_folders(self.run)))
         return float(one * max(1, config.checkpoint.keep + 1 - there))
 
     def _conclude(self, found: Sequence[Finding]) -> None:
@@ -231,11 +239,11 @@ class Preflight:
         fatal = [finding for finding in found if finding.fatal]
         blamed = [finding for finding in found if finding.hosts] if self.options.strict else []
         if blamed and all(finding.hosts for finding in fatal):
-            on_first(lambda: self._name_suspects(blamed))
+            on_rank_0(lambda: self._name_suspects(blamed))
             signals.ignore()
             raise BadNodes(BAD_NODE)
         if fatal:
-            raise everywhere(ConfigError(_joined(fatal)))
+            raise mark_collective(ConfigError(_joined(fatal)))
         for finding in found:
             self._say(f"preflight: {finding.line}")
 
@@ -267,7 +275,7 @@ class Preflight:
             yield
         finally:
             self.seconds += time.monotonic() - start
-        self.watch.tick("before the first step", patient=True)
+        self.watch.tick("before the first step", may_take_long=True)
 
     @property
     def _mine(self) -> Report:

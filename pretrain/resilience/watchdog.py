@@ -69,14 +69,14 @@ class Watchdog:
         if self.ranks.rank == 0:
             self._heart.start()
 
-    def tick(self, phase: str, patient: bool = False) -> None:
+    def tick(self, phase: str, may_take_long: bool = False) -> None:
         """The main thread has got further.
 
         Args:
             phase: for messages, as in ``in step 12``.
-            patient: until the next tick no progress is asked for, only that the process is alive.
+            may_take_long: until the next tick no progress is expected, only that the process is alive.
         """
-        self._state = (self._state[0] + 1, phase, patient, time.monotonic())
+        self._state = (self._state[0] + 1, phase, may_take_long, time.monotonic())
 
     @property
     def phase(self) -> str:
@@ -91,7 +91,7 @@ class Watchdog:
         """
         if self._leaving.is_set():
             return
-        if isinstance(error, Exception) and not getattr(error, "everywhere", False):
+        if isinstance(error, Exception) and not getattr(error, "collective", False):
             self._failure = f"rank {self.ranks.rank} failed ({type(error).__name__})"
         self._leaving.set()
         self._heart.stop()

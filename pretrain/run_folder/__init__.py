@@ -1,1 +1,1 @@
-"""TODO."""
+"""Run folders: names of their files, data sets of a run, events, and snapshots of what was launched."""

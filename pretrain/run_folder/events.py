@@ -59,8 +59,8 @@ def failures(run: Path, ranks: Ranks, begun: Callable[[], bool]) -> Iterator[Non
     try:
         yield
     except (Exception, LostRank) as error:
-        lost, alike = isinstance(error, LostRank), getattr(error, "everywhere", False)
-        if begun() and (ranks.local_rank == 0 if lost else ranks.rank == 0 or not alike):
+        lost, collective = isinstance(error, LostRank), getattr(error, "collective", False)
+        if begun() and (ranks.local_rank == 0 if lost else ranks.rank == 0 or not collective):
             with contextlib.suppress(OSError):
                 record(
                     run,

@@ -19,7 +19,13 @@ from data_prep.read.stream import RowStream
 from pretrain.checkpoint import reader as checkpoint
 from pretrain.config.resolve import save_config
 from pretrain.config.schema import RunConfig, TrainConfig, check_batches, check_profile, check_run
-from pretrain.distributed.collectives import alike, highest, lost_ranks, on_first, together
+from pretrain.distributed.collectives import (
+    collective_errors,
+    lost_ranks,
+    max_over_ranks,
+    on_rank_0,
+    raise_on_all_ranks,
+)
 from pretrain.distributed.ranks import read_ranks, rendezvous
 from pretrain.estimate.devices import peak_flops
 from pretrain.preflight.run import Preflight
@@ -48,7 +54,7 @@ def train(config: RunConfig) -> Path:
         Stopped: a signal asked for it; there is a checkpoint, and the run goes on when it is started again.
     """
     ranks = read_ranks()
-    with alike():
+    with collective_errors():
         data_size = check_run(config, ranks.world_size)
         check_batches(config.train, config.parallel, data_size)
         check_profile(config.profile, ranks.world_size)
@@ -67,14 +73,14 @@ def train(config: RunConfig) -> Path:
             record_allocations(config.profile)
             watch = Watchdog(ranks, config.parallel.timeout_minutes, Path(config.run) / "hang")
             # From here on what may fail on one rank alone is agreed on by all.
-            together(lambda: check_installed(config.engine()))
+            raise_on_all_ranks(lambda: check_installed(config.engine()))
             preflight = Preflight(config, ranks, world, watch)
             preflight.nodes()
             config, stream, validation = preflight.data(lambda: open_data(config, world))
             run = Path(config.run)
-            on_first(lambda: check_same_run(run, config))
+            on_rank_0(lambda: check_same_run(run, config))
             found = checkpoint_to_resume(run, config, stream, world)
-            lock = on_first(lambda: _prepare_folder(run, config, stream))
+            lock = on_rank_0(lambda: _prepare_folder(run, config, stream))
             preflight.folders(config)
             engine = build_engine(config.engine(), world, config.train.seed)
             if found is not None:
@@ -136,7 +142,7 @@ class Trainer:
             document_mask=config.data.document_mask,
         )
         self.metrics: MetricsWriter | None = None
-        on_first(self._open_metrics)
+        on_rank_0(self._open_metrics)
         self.guard = Guard(config, run, self.batches, engine.world, self._say)
         self.guard.resume(self.step)
         self.computed = 0  # steps of this process, those that it did again included
@@ -180,10 +186,10 @@ class Trainer:
         if self.step >= steps:
             self._say(f"{self.folder}: already at step {self.step} of {steps}; raise train.steps to go on")
         else:
-            on_first(lambda: events.record(self.folder, "started", step=self.step, ranks=self.engine.world.size))
+            on_rank_0(lambda: events.record(self.folder, "started", step=self.step, ranks=self.engine.world.size))
             self.watch.beat()
             self._say(f"{self.folder}: going on from step {self.step}" if self.step else self._describe())
-        if self._evaluation_due() and not on_first(lambda: self.metrics.has("validation", self.step)):
+        if self._evaluation_due() and not on_rank_0(lambda: self.metrics.has("validation", self.step)):
             self._evaluate()
         while self.step < steps:
             self._heed_signals()
@@ -197,7 +203,7 @@ class Trainer:
                 self._evaluate()
             if self.step == steps or _due(self.step, self.config.checkpoint.every):
                 self._save()
-        self.watch.tick("in the last checkpoint", patient=True)
+        self.watch.tick("in the last checkpoint", may_take_long=True)
         self.writer.wait()
 
     def _evaluation_due(self) -> bool:
@@ -205,7 +211,7 @@ class Trainer:
 
     def _heed_signals(self) -> None:
         """At a place that all ranks pass: end the run if any of them was asked to."""
-        (signal,) = highest([signals.asked()], self.engine.world.device)
+        (signal,) = max_over_ranks([signals.asked()], self.engine.world.device)
         if signal:
             raise _Asked(signal)
 
@@ -213,18 +219,18 @@ class Trainer:
         """Leave a checkpoint of the last step done, and the run."""
         if self.step > self.saved:
             self._save()
-        self.watch.tick("in the last checkpoint", patient=True)
+        self.watch.tick("in the last checkpoint", may_take_long=True)
         self.writer.wait()
         signals.ignore()
         name = signals.name_of(signal)
-        on_first(lambda: events.record(self.folder, "stopped", step=self.step, signal=name))
+        on_rank_0(lambda: events.record(self.folder, "stopped", step=self.step, signal=name))
         self._say(f"{self.folder}: {name}: stopped after step {self.step}; start it again to go on")
         raise signals.Stopped(signals.exit_code(signal))
 
     def _train_step(self) -> None:
         train, step = self.config.train, self.step
         # The first step may compile kernels.
-        self.watch.tick(f"in step {step + 1}", patient=self.computed == 0)
+        self.watch.tick(f"in step {step + 1}", may_take_long=self.computed == 0)
         lr, result = learning_rate(train, step), None
         if not self.guard.leaves_out(step + 1):
             batches = self.batches.at(step)
@@ -248,7 +254,7 @@ class Trainer:
 
     def _go_back(self) -> None:
         """Undo the steps from before a spike of the loss on, as a start from the checkpoint before them would."""
-        self.watch.tick(f"going back after step {self.step}", patient=True)
+        self.watch.tick(f"going back after step {self.step}", may_take_long=True)
         with self.throughput.paused():
             self.writer.wait()
             found = self.guard.go_back()
@@ -256,7 +262,7 @@ class Trainer:
             self.step = self.saved = found.step
             if self.first:
                 self.metrics.close()
-            on_first(self._open_metrics)
+            on_rank_0(self._open_metrics)
             self.guard.resume(self.step)
 
     def _evaluate(self) -> Evaluation:
@@ -268,7 +274,7 @@ class Trainer:
             self.watch.tick(phase)
             self._heed_signals()  # an evaluation that is left is made when the run goes on
 
-        self.watch.tick(phase, patient=self.step == self.first_step)
+        self.watch.tick(phase, may_take_long=self.step == self.first_step)
         with self.throughput.paused(), self.engine.averaged():
             result = evaluate(
                 self.engine,
@@ -291,14 +297,14 @@ class Trainer:
         return result
 
     def _save(self) -> None:
-        on_first(lambda: self.metrics.sync())  # the other ranks have none
+        on_rank_0(lambda: self.metrics.sync())  # the other ranks have none
         meta = position(self.config, self.step, self.stream) | {
             "tokens": self._tokens(self.step),
             "data": run_data.data_identity(*self.stream.manifests),
             "updates": self.engine.updates,
             "skips": len(self.guard.ranges),
         }
-        self.watch.tick(f"in the checkpoint of step {self.step}", patient=True)
+        self.watch.tick(f"in the checkpoint of step {self.step}", may_take_long=True)
         with self.throughput.paused():
             self.writer.save(self.step, meta)
         self.saved = self.step
@@ -315,7 +321,7 @@ class Trainer:
             )
 
     def _finish(self) -> None:
-        self.watch.tick("at the end", patient=True)
+        self.watch.tick("at the end", may_take_long=True)
         unigram = self.validation.unigram_perplexity
         plot = plot_curves(self.folder, reference={"unigram": unigram})
         records = read_metrics(self.folder)

@@ -13,7 +13,7 @@ from data_prep.read.stream import RowStream
 from pretrain.checkpoint import reader as checkpoint
 from pretrain.config.resolve import load_saved
 from pretrain.config.schema import RunConfig
-from pretrain.distributed.collectives import everywhere, on_first
+from pretrain.distributed.collectives import mark_collective, on_rank_0
 from pretrain.run_folder import data as run_data
 from pretrain.run_folder import run as runs
 from pretrain.run_folder.data import order_seed
@@ -80,7 +80,7 @@ def _named(config: RunConfig) -> str:
 
 def checkpoint_to_resume(run: Path, config: RunConfig, stream: RowStream, world: World) -> checkpoint.Checkpoint | None:
     """The newest good checkpoint, or None for a new run; refuses to go on from another position or with other data."""
-    left_out = on_first(lambda: guard.read_ranges(run))
+    left_out = on_rank_0(lambda: guard.read_ranges(run))
     found = checkpoint.newest_together(
         run,
         world,
@@ -88,14 +88,14 @@ def checkpoint_to_resume(run: Path, config: RunConfig, stream: RowStream, world:
         usable=lambda step, meta: not guard.undone(left_out, step, meta),
     )
     if found is None:
-        if on_first(lambda: checkpoint.exists(run)):
-            raise everywhere(
+        if on_rank_0(lambda: checkpoint.exists(run)):
+            raise mark_collective(
                 ConfigError(f"{run}/checkpoints: none is whole; put one back, or start again with another --run")
             )
         return None
     data = run_data.data_identity(*stream.manifests)
     if found.meta.get("data", data) != data:
-        raise everywhere(
+        raise mark_collective(
             ConfigError(
                 f"{_named(config)}: not the data {found.path} was trained on; "
                 f"use the data set of the run, or another --run"
@@ -103,11 +103,11 @@ def checkpoint_to_resume(run: Path, config: RunConfig, stream: RowStream, world:
         )
     for name, value in position(config, found.step, stream).items():
         if found.meta.get(name, value) != value:
-            raise everywhere(
+            raise mark_collective(
                 ConfigError(
                     f"{found.path}: written with {name} {found.meta[name]}, the configuration gives {value}; "
                     f"use the configuration the run was started with"
                 )
             )
-    on_first(lambda: guard.check_skips(run, config.guard, found.step))
+    on_rank_0(lambda: guard.check_skips(run, config.guard, found.step))
     return found

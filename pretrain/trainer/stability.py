@@ -29,7 +29,7 @@ from bd3_megatron.parallel import World
 from pretrain.checkpoint import folder as checkpoint_files
 from pretrain.checkpoint import reader as checkpoint
 from pretrain.config.schema import GuardConfig, RunConfig
-from pretrain.distributed.collectives import everywhere, on_each, on_first
+from pretrain.distributed.collectives import gather_from_ranks, mark_collective, on_rank_0
 from pretrain.tracking.metrics import read_metrics
 from pretrain.trainer.batches import Batches
 
@@ -102,12 +102,12 @@ class Guard:
     def __init__(self, config: RunConfig, run: Path, batches: Batches, world: World, say: Callable[[str], None]):
         self.config, self.options, self.run = config, config.guard, run
         self._batches, self._world, self._say = batches, world, say
-        self.ranges: list[Range] = on_first(lambda: read_ranges(run))
+        self.ranges: list[Range] = on_rank_0(lambda: read_ranges(run))
         self.spike: tuple[int, int] | None = None
 
     def resume(self, step: int) -> None:
         """Know what there is to know after ``step`` steps, from the records of the run."""
-        history = on_first(lambda: self._at(step))
+        history = on_rank_0(lambda: self._at(step))
         self.skipped, self.nonfinite, self.spike = history.skipped, history.nonfinite, None
         self._detector = SpikeDetector(self.options)
         for earlier, loss in history.losses:
@@ -139,8 +139,8 @@ class Guard:
         if result.applied:
             self.spike = self._detector.observe(step, result.loss) if self.options.spike is not None else None
             return
-        suspects = on_each(lambda: (self._world.data_rank, result.suspects))
-        path = on_first(lambda: self._write_batch(step, result, suspects))
+        suspects = gather_from_ranks(lambda: (self._world.data_rank, result.suspects))
+        path = on_rank_0(lambda: self._write_batch(step, result, suspects))
         limit, window = self.options.nonfinite, self.options.window
         self.nonfinite = [earlier for earlier in [*self.nonfinite, step] if earlier > step - window]
         self._say(
@@ -148,7 +148,7 @@ class Guard:
             f"({len(self.nonfinite)} of guard.nonfinite={limit} in {window} steps); its batch is in {path}"
         )
         if len(self.nonfinite) >= limit:
-            raise everywhere(
+            raise mark_collective(
                 ConfigError(
                     f"guard.nonfinite={limit}: no finite loss and gradient in steps "
                     f"{' '.join(map(str, self.nonfinite))} (batches in {path.parent}); lower train.lr={lr:g} in "
@@ -167,7 +167,7 @@ class Guard:
         begin, end = max(1, first - options.spike_before), last + options.spike_after
         what = f"the losses of steps {first} to {last} are a spike (last {self._detector.losses[-1]:.4g})"
         if len(known) >= options.spike_limit:
-            raise everywhere(
+            raise mark_collective(
                 ConfigError(
                     f"guard.spike_limit={options.spike_limit}: {what}, and {len(known)} ranges of steps are left out "
                     f"already ({self.run / RANGES}); lower train.lr={self.config.train.lr:g} in another --run, "
@@ -181,7 +181,7 @@ class Guard:
             usable=lambda step, meta: step < begin and not undone(known, step, meta),
         )
         if found is None:
-            raise everywhere(
+            raise mark_collective(
                 ConfigError(
                     f"guard.spike={options.spike:g}: {what}, and there is no checkpoint from before step {begin} to go "
                     f"back to; start another --run with --guard.skip {begin}-{end} or a lower train.lr, or a smaller "
@@ -189,7 +189,7 @@ class Guard:
                 )
             )
         self.ranges = [*known, Range(begin, end, first, last)]
-        on_first(lambda: self._remember())
+        on_rank_0(lambda: self._remember())
         self._say(
             f"{what}: going back to step {found.step} and leaving out steps {begin} to {end} "
             f"({len(self.ranges)} of guard.spike_limit={options.spike_limit}, {self.run / RANGES})"

@@ -60,6 +60,6 @@ def _prepare(rank: int, size: int, port: int, before: Callable[[], None] | None)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    cli.FIRST_SPEAKS = 0.1  # nobody here ends the others when one has ended
+    cli.RANK_0_PRINTS = 0.1  # nobody here ends the others when one has ended
     if before is not None:
         before()

@@ -123,7 +123,7 @@ def test_a_run_that_loses_ranks_at_any_moment_ends_as_if_it_never_had(tmp_path, 
 
 def _quick(then=None) -> None:
     """Without a launcher that ends the others, the ranks that have nothing to say need not wait."""
-    cli.FIRST_SPEAKS = 0.1
+    cli.RANK_0_PRINTS = 0.1
     if then is not None:
         then()
 

@@ -122,7 +122,7 @@ def test_ranks_that_gather_weights_evaluate_rows_that_do_not_divide(data_set, tm
 
 def _nothing_built(folder: str) -> None:
     os.environ["TORCH_EXTENSIONS_DIR"] = folder
-    cli.FIRST_SPEAKS = 0.1
+    cli.RANK_0_PRINTS = 0.1
 
 
 @installed

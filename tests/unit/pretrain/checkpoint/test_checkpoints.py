@@ -215,7 +215,7 @@ def test_a_failure_in_the_background_is_raised_at_the_next_occasion(world, run, 
         writer.save(4, {})
         with pytest.raises(OSError, match="No space left") as caught:
             NOTICES[notice](writer)
-        assert caught.value.everywhere
+        assert caught.value.collective
         writer.poll()  # raised once
     assert contents(run) == before
 
