@@ -5,19 +5,22 @@ from __future__ import annotations
 import importlib
 
 from bd3_common.errors import ConfigError
+from bd3_megatron.config import Section
+from pretrain.bench import options as o
+from pretrain.config.command_line import parse_options
 from pretrain.config.values import did_you_mean
 
-# Name -> module:function; a function takes the arguments after the name and may return an exit code.
-BENCHMARKS = {
-    "attention": "pretrain.bench.attention:bench_attention",
-    "step": "pretrain.bench.step:bench_step",
-    "head": "pretrain.bench.head:bench_head",
-    "checkpoint": "pretrain.bench.checkpoint:bench_checkpoint",
-    "memory": "pretrain.bench.memory:bench_memory",
-    "draws": "pretrain.bench.draws:bench_draws",
-    "data": "pretrain.bench.data:bench_data",
-    "parity": "pretrain.bench.parity:bench_parity",
+BENCHMARKS: dict[str, type[Section]] = {
+    "attention": o.AttentionOptions,
+    "step": o.StepOptions,
+    "head": o.HeadOptions,
+    "checkpoint": o.CheckpointOptions,
+    "memory": o.MemoryOptions,
+    "draws": o.DrawsOptions,
+    "data": o.DataOptions,
+    "parity": o.ParityOptions,
 }
+"""options by name; the module of the name has the function that takes them, ``bench_NAME``"""
 
 
 def main(args: list[str]) -> int:
@@ -29,7 +32,9 @@ def main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(f"usage: bd3 bench {'|'.join(BENCHMARKS)}   (--help after it for options)")
         return 0 if args else 2
-    if args[0] not in BENCHMARKS:
-        raise ConfigError(f"bd3 bench {args[0]}: unknown benchmark{did_you_mean(args[0], BENCHMARKS)}")
-    module, _, function = BENCHMARKS[args[0]].partition(":")
-    return getattr(importlib.import_module(module), function)(args[1:]) or 0
+    name, *rest = args
+    if name not in BENCHMARKS:
+        raise ConfigError(f"bd3 bench {name}: unknown benchmark{did_you_mean(name, BENCHMARKS)}")
+    options = parse_options(BENCHMARKS[name], rest, f"bd3 bench {name}")
+    module = importlib.import_module(f"pretrain.bench.{name}")
+    return getattr(module, f"bench_{name}")(options) or 0

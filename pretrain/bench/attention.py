@@ -8,45 +8,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.attention import backends, flex
 from bd3_megatron.attention.limits import NAMES, Demand
 from bd3_megatron.attention.mask import Streams, dense_mask, live_pairs
-from bd3_megatron.config import DiffusionConfig, Section, divisors, listing
+from bd3_megatron.config import DiffusionConfig, divisors, listing
 from pretrain.bench.models import checked_plot, seconds_of
-from pretrain.config.command_line import parse_options
+from pretrain.bench.options import AttentionOptions
 from pretrain.tracking.plots import MUTED, finish, save_figure
 
 DTYPES = {precision: dtype for dtype, precision in backends.PRECISIONS.items()}
 MATMUL = {"cpu": 1024, "cuda": 8192}  # side of the square matrices whose product is the ceiling
-
-
-class AttentionOptions(Section):
-    """Forward and backward pass of the two-stream attention, beside dense SDPA with the mask of all streams, causal
-    attention of the same kernels, and a matmul. CPU time of one process on CPU, CUDA events on CUDA."""
-
-    lengths: tuple[Annotated[int, Field(ge=2)], ...] = Field((1024, 2048), min_length=1, description="row lengths L")
-    block_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((16,), min_length=1, description="tokens per block")
-    heads: int = Field(8, ge=1)
-    kv_heads: int | None = Field(None, ge=1, description="key and value heads; null means as many as heads")
-    head_dim: int = Field(64, ge=2, description="width of a head")
-    batch: int = Field(2, ge=1, description="rows")
-    draws: int = Field(1, ge=1, description="noisy draws per clean row, K")
-    dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="null means fp32 on CPU, bf16 on CUDA")
-    backends: tuple[Literal["flash", "flex", "chunked", "reference"], ...] | None = Field(
-        None, description="null means all that are kernels of this device: chunked on CPU"
-    )
-    repeats: int = Field(5, ge=1, description="measured passes of each; they take turns")
-    threads: int = Field(1, ge=1, description="CPU threads")
-    plot: str | None = Field(None, description="PNG of TFLOP/s against the length")
-    json_: bool = Field(False, description="print one line of JSON")
 
 
 @dataclass(frozen=True)
@@ -58,9 +36,9 @@ class Timed:
     pairs: int = 0
 
 
-def bench_attention(args: list[str]) -> None:
+def bench_attention(options: AttentionOptions) -> None:
     """Print a row per length, block size and backend."""
-    options = _resolved(parse_options(AttentionOptions, args, "bd3 bench attention"))
+    options = _resolved(options)
     device = _device()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)

@@ -8,10 +8,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import Field
 
 from bd3_megatron import parallel
 from bd3_megatron.config import (
@@ -20,25 +18,13 @@ from bd3_megatron.config import (
     ParallelConfig,
 )
 from bd3_megatron.engine.megatron import MegatronEngine
-from pretrain.bench.models import ModelOptions, model_of, random_batch
+from pretrain.bench.models import model_of, random_batch
+from pretrain.bench.options import CheckpointOptions
 from pretrain.checkpoint import reader as checkpoint
-from pretrain.config.command_line import parse_options
 
 
-class CheckpointOptions(ModelOptions):
-    """Cost of a checkpoint of one process: how long training stalls for it and what it loses in all, written in the
-    background and waited for; bytes; seconds to find it (checksums) and to load it. All in wall time."""
-
-    length: int = Field(256, ge=2, description="row length L")
-    batch: int = Field(4, ge=1, description="rows per step")
-    repeats: int = Field(5, ge=1, description="checkpoints of each kind; they take turns")
-    precision: Literal["fp32", "bf16"] = Field("fp32")
-    folder: str | None = Field(None, description="where to write; null: a temporary folder")
-
-
-def bench_checkpoint(args: list[str]) -> None:
+def bench_checkpoint(options: CheckpointOptions) -> None:
     """Print bytes, seconds and their ratios."""
-    options = parse_options(CheckpointOptions, args, "bd3 bench checkpoint")
     model, diffusion = model_of(options, options.length)
     torch.set_num_threads(options.threads)
     world = parallel.start(ParallelConfig())

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
 from tokenizers import Tokenizer
 
 from bd3_common.errors import ConfigError
@@ -27,41 +26,19 @@ from data_prep.format.tokenizer import encode as encode_texts
 from data_prep.format.tokenizer import load_tokenizer, shared_tokenizer, train_bpe
 from data_prep.read.reader import RowReader
 from data_prep.sources import Document, Fields, expand, read_part, split
-from pretrain.config.command_line import parse_options
+from pretrain.bench.options import DataOptions
 
 BUNDLED = Path(__file__).parents[2] / "corpora" / "austen.jsonl.gz"
 BATCHES = 200  # of random rows in one turn
 SINGLE_ROWS = 2048  # written with a tar member each
 
 
-class DataOptions(BaseModel):
-    """Rates of preparing text (one process beside bare tokenizers, many beside one) and of reading random rows
-    (beside numpy.memmap and webdataset). What is compared takes turns in one process, and the fastest turn of each
-    counts, because other work on the machine can only add. CPU time, page cache hot; wall time where processes are
-    compared."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    text: str | None = Field(None, description="text as bd3 prep takes it; null: the bundled novels")
-    tokenizer: str = Field("bpe:8192", description="bpe:N trains one on the text first, uncounted; else a file")
-    megabytes: float = Field(8, gt=0, description="text that one process prepares in a turn; repeated to this size")
-    scaling_megabytes: float = Field(16, gt=0, description="text that the numbers of workers are compared on")
-    workers: tuple[Annotated[int, Field(ge=2)], ...] = Field((2,), description="processes to compare with one")
-    length: int = Field(1024, ge=4, description="tokens per row, L")
-    batch: int = Field(256, ge=1, description="random rows read at once")
-    rows: int = Field(32768, ge=1, description="rows to read from")
-    shards: int = Field(64, ge=1, description="tars that these rows lie in")
-    repeats: int = Field(7, ge=1, description="turns of each")
-    json_: bool = Field(False, description="print one line of JSON")
-
-
-def bench_data(args: list[str]) -> None:
+def bench_data(options: DataOptions) -> None:
     """Print a row per measurement and the ratios.
 
     Raises:
         ConfigError, DataError: no text, or a tokenizer that is none.
     """
-    options = parse_options(DataOptions, args, "bd3 bench data")
     with tempfile.TemporaryDirectory() as folder:
         found = _measure(options, Path(folder))
     if options.json_:

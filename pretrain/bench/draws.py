@@ -8,55 +8,26 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.config import DiffusionConfig, Section, Seed
+from bd3_megatron.config import DiffusionConfig
 from bd3_megatron.cost import flops
 from bd3_megatron.diffusion.noise import SampleKeys
 from bd3_megatron.engine.megatron import MegatronEngine
 from data_prep.read.stream import RowStream
-from pretrain.config.command_line import Positional, parse_options
+from pretrain.bench.options import SCATTER_GROUPS, DrawsOptions
 from pretrain.config.values import validate
 from pretrain.run_folder import data as run_data
 from pretrain.run_folder import run as runs
 from pretrain.run_folder.data import order_seed
 from pretrain.trainer.batches import make_batch
 
-_GROUPS = 8  # of samples, for the standard error of a variance
-
-Coupling = Literal["independent", "antithetic", "complementary"]
 Over = Literal["noise", "rows and noise"]
-
-
-class DrawsOptions(Section):
-    """Variance of the gradient of a run's checkpoint on training rows: K noisy draws over one clean row, by their
-    coupling, beside K separate pairs of streams. Dropout is off. What counts is variance times FLOPs, because a mean
-    over n times as many samples has 1/n of the variance at n times the cost."""
-
-    run: Positional[str] = Field(description="run folder")
-    step: int | None = Field(None, ge=0, description="checkpoint to take; null means the newest")
-    weights: Literal["ema", "raw"] = Field("raw", description="averaged or last weights")
-    data: str | None = Field(None, description="data set; null means the one the run was trained on")
-    rows: int = Field(8, ge=1, description="clean rows per gradient")
-    micro_batch: int | None = Field(None, ge=1, description="rows per forward pass; null means as in training")
-    samples: int = Field(64, ge=2 * _GROUPS, description="gradients per estimator")
-    draws: tuple[Annotated[int, Field(ge=2)], ...] = Field((2,), min_length=1, description="draws per clean row, K")
-    couplings: tuple[Coupling, ...] = Field(
-        ("independent", "antithetic", "complementary"), min_length=1, description="diffusion.coupling of the draws"
-    )
-    beta: float | None = Field(None, gt=0, le=1, description="lower end of the noise levels; null: as in training")
-    omega: float | None = Field(None, gt=0, le=1, description="upper end of the noise levels; null: as in training")
-    stratify: bool | None = Field(None, description="levels one per stratum; null means as in training")
-    fresh_rows: bool = Field(True, description="also with other rows for each gradient: the variance of rows and noise")
-    seed: Seed = Field(0, description="seed of the noise")
-    threads: int = Field(1, ge=1, description="CPU threads")
-    json_: bool = Field(False, description="print one line of JSON")
 
 
 @dataclass(frozen=True)
@@ -86,13 +57,12 @@ class Scatter:
         return self.squares / (self.count - 1)
 
 
-def bench_draws(args: list[str]) -> None:
+def bench_draws(options: DrawsOptions) -> None:
     """Print a row per estimator: variance, FLOPs, and their product relative to as many separate pairs.
 
     Raises:
         ConfigError: the run has no noise to draw, or a coupling does not go with its noise.
     """
-    options = parse_options(DrawsOptions, args, "bd3 bench draws")
     loaded = runs.load(Path(options.run), options.step, averaged=options.weights == "ema")
     config = loaded.config
     asked = {name: value for name in ("beta", "omega", "stratify") if (value := getattr(options, name)) is not None}
@@ -148,7 +118,7 @@ def _measure(
     whole, groups, group = Scatter(size, device), [], -1
     seconds = 0.0
     for sample in range(options.samples):
-        if sample * _GROUPS // options.samples > group:
+        if sample * SCATTER_GROUPS // options.samples > group:
             group += 1
             part = Scatter(size, device)
         start = _clock(device)
@@ -156,7 +126,7 @@ def _measure(
         seconds += _clock(device) - start
         whole.add(gradient)
         part.add(gradient)
-        if (sample + 1) * _GROUPS // options.samples > group:
+        if (sample + 1) * SCATTER_GROUPS // options.samples > group:
             groups.append(part.variance)
     model = run.config.model
     tokens = options.rows * estimator.pairs * model.length
@@ -166,7 +136,7 @@ def _measure(
         "draws": estimator.diffusion.draws * estimator.pairs,
         "separate": estimator.diffusion.draws == 1,
         "variance": whole.variance,
-        "variance_stderr": float(np.std(groups, ddof=1)) / math.sqrt(_GROUPS),
+        "variance_stderr": float(np.std(groups, ddof=1)) / math.sqrt(SCATTER_GROUPS),
         "flops": tokens * flops.training_flops_per_token(model, estimator.diffusion),
         "seconds": seconds / options.samples,
     }

@@ -5,41 +5,24 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-from pydantic import Field
 from torch import Tensor
 
 from bd3_megatron import parallel
-from bd3_megatron.config import ParallelConfig, Section
+from bd3_megatron.config import ParallelConfig
 from bd3_megatron.diffusion.batches import predicted_positions
 from bd3_megatron.layers.head import VocabularyShard, linear_cross_entropy
 from pretrain.bench.attention import DTYPES
 from pretrain.bench.models import seconds_of
-from pretrain.config.command_line import parse_options
+from pretrain.bench.options import HeadOptions
 
 
-class HeadOptions(Section):
-    """Forward and backward pass of head and cross-entropy over the rows of a micro-batch, of which a part is masked:
-    in chunks over masked rows, with whole logits of masked rows, and with logits of every row. CPU time of one process
-    on CPU, CUDA events on CUDA."""
-
-    hidden: int = Field(256, ge=1)
-    vocab_sizes: tuple[Annotated[int, Field(ge=2)], ...] = Field((4096, 50304), min_length=1)
-    rows: int = Field(2048, ge=16, description="rows of the noisy streams")
-    mask_rate: float = Field(0.5, gt=0, le=1, description="part of the rows that is masked")
-    dtype: Literal["fp32", "bf16"] | None = Field(None, description="null means fp32 on CPU, bf16 on CUDA")
-    repeats: int = Field(5, ge=1, description="measured passes of each; they take turns")
-    threads: int = Field(1, ge=1, description="CPU threads")
-    json_: bool = Field(False, description="print one line of JSON")
-
-
-def bench_head(args: list[str]) -> None:
+def bench_head(options: HeadOptions) -> None:
     """Print a row per vocabulary: seconds, ratios, and the part of a matmul's rate."""
-    options = parse_options(HeadOptions, args, "bd3 bench head")
     torch.set_num_threads(options.threads)
     world = parallel.start(ParallelConfig())
     try:

@@ -6,10 +6,9 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
 from bd3_megatron import parallel
 from bd3_megatron.config import (
@@ -21,18 +20,8 @@ from bd3_megatron.config import (
 )
 from bd3_megatron.diffusion.batches import Batch
 from bd3_megatron.engine.megatron import MegatronEngine
-from pretrain.bench.models import ModelOptions, model_of, random_batch, timed_step
-from pretrain.config.command_line import parse_options
-
-
-class MemoryOptions(ModelOptions):
-    """Bytes that one training step keeps for its backward pass, and its time, with parallel.recompute = none,
-    selective and full. On CUDA also the peak of all allocations."""
-
-    length: int = Field(1024, ge=2, description="tokens per row, L")
-    backbone: Literal["dit", "qwen3"] = Field("qwen3", description="the paper's backbone or the Qwen3-shaped one")
-    layers: int = Field(8, ge=1)
-    batch: int = Field(2, ge=1, description="rows per micro-batch")
+from pretrain.bench.models import model_of, random_batch, timed_step
+from pretrain.bench.options import MemoryOptions
 
 
 class Saved:
@@ -79,9 +68,8 @@ def saved_for_backward(parameters: Iterator[torch.Tensor]) -> Iterator[Saved]:
         yield saved
 
 
-def bench_memory(args: list[str]) -> None:
+def bench_memory(options: MemoryOptions) -> None:
     """Print a row per kind of recomputation."""
-    options = parse_options(MemoryOptions, args, "bd3 bench memory")
     model, diffusion = model_of(options, options.length)
     torch.set_num_threads(options.threads)
     batch = random_batch(model, diffusion, options.batch, 0)

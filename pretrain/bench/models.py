@@ -5,36 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.config import DiffusionConfig, EngineConfig, ModelConfig, Section, check_layout
+from bd3_megatron.config import DiffusionConfig, EngineConfig, ModelConfig, check_layout
 from bd3_megatron.diffusion.batches import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine.base import Engine
+from pretrain.bench.options import ModelOptions
 from pretrain.config.values import validate
 from pretrain.tracking.plots import finish, save_figure
 
 _PASSES = 10  # in one measurement on CUDA, so that launches overlap as they do in training
-
-
-class ModelOptions(Section):
-    """What benchmarks of one process have in common."""
-
-    backbone: Literal["dit", "qwen3"] = Field("dit", description="the paper's backbone or the Qwen3-shaped one")
-    layers: int = Field(4, ge=1)
-    hidden: int = Field(256, ge=1)
-    heads: int = Field(4, ge=1)
-    block_size: int = Field(16, ge=1, description="tokens per block, B'")
-    vocab_size: int = Field(4096, ge=2)
-    batch: int = Field(8, ge=1, description="rows per step")
-    threads: int = Field(1, ge=1, description="CPU threads")
-    json_: bool = Field(False, description="print one line of JSON")
 
 
 def model_of(options: ModelOptions, length: int) -> tuple[ModelConfig, DiffusionConfig]:

@@ -17,21 +17,17 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import Field
 
 from bd3_common.errors import ConfigError
 from bd3_megatron import parallel
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import (
     DiffusionConfig,
-    EngineConfig,
     Fp8Config,
     KernelConfig,
     ModelConfig,
     OptimizationConfig,
     ParallelConfig,
-    Section,
-    ZeroConfig,
     check_layout,
 )
 from bd3_megatron.diffusion.batches import Batch, causal_batch, diffusion_batch
@@ -40,65 +36,14 @@ from bd3_megatron.engine import build_engine
 from bd3_megatron.engine.base import Engine
 from bd3_megatron.hf.mapping import entries
 from bd3_megatron.shards import Held, Piece
-from pretrain.config.command_line import parse_options
+from pretrain.bench.layouts import LAYOUTS, Layout
+from pretrain.bench.options import ParityOptions
 from pretrain.config.schema import TrainConfig, check_batches
 from pretrain.config.values import did_you_mean, validate
 from pretrain.distributed.spawn import FORKS, run_world
 
 FIRST_STEP, ALL_STEPS = 1e-5, 1e-4  # largest relative difference allowed
 BETA1, CLIP_NORM = 0.9, 0.5
-
-
-class Layout(NamedTuple):
-    """A way to spread the model over ``size`` processes."""
-
-    size: int
-    parallel: ParallelConfig
-    zero: ZeroConfig = ZeroConfig()
-
-    def config(self, task: Task) -> EngineConfig:
-        """The task under this layout."""
-        return EngineConfig(
-            model=task.model,
-            diffusion=task.diffusion,
-            kernels=task.kernels,
-            fp8=task.fp8,
-            parallel=self.parallel,
-            zero=self.zero,
-        )
-
-
-def _layout(size: int, zero: int = 0, **options: Any) -> Layout:
-    return Layout(size, ParallelConfig(**options), ZeroConfig(stage=zero))
-
-
-LAYOUTS: dict[str, Layout] = {
-    "TP2": _layout(2, tensor=2),
-    "TP2+SP": _layout(2, tensor=2, sequence=True),
-    "PP2": _layout(2, pipeline=2),
-    "PP2-uneven": _layout(2, pipeline=2, head_weight=2),
-    "PP2-interleaved": _layout(2, pipeline=2, interleave=2),
-    "CP2": _layout(2, context=2),
-    "DP2": _layout(2),
-    "DP2+distopt": _layout(2, distributed_optimizer=True),
-    "ZeRO1": _layout(2, zero=1),
-    "ZeRO2": _layout(2, zero=2),
-    "ZeRO3": _layout(2, zero=3),
-    "selective": _layout(1, recompute="selective"),
-    "TP2+SP-full": _layout(2, tensor=2, sequence=True, recompute="full"),
-    "PP4": _layout(4, pipeline=4),
-    "TP2xPP2": _layout(4, tensor=2, pipeline=2),
-    "TP2+SPxCP2": _layout(4, tensor=2, sequence=True, context=2),
-    "CP2xPP2": _layout(4, context=2, pipeline=2),
-    "CP2xDP2+distopt": _layout(4, context=2, distributed_optimizer=True),
-    "TP2+SPxPP2-interleaved": _layout(4, tensor=2, sequence=True, pipeline=2, interleave=2),
-    "TP2xDP2+distopt": _layout(4, tensor=2, distributed_optimizer=True),
-    "PP2xDP2": _layout(4, pipeline=2),
-    "TP2xZeRO1": _layout(4, zero=1, tensor=2),
-    "TP2xZeRO3": _layout(4, zero=3, tensor=2),
-    "TP2+SPxZeRO2": _layout(4, zero=2, tensor=2, sequence=True),
-    "PP2xZeRO1": _layout(4, zero=1, pipeline=2),
-}
 
 
 class Task(NamedTuple):
@@ -316,32 +261,8 @@ def _worst(found: Mapping[str, torch.Tensor | None], expected: Mapping[str, torc
     return worst
 
 
-class ParityOptions(Section):
-    """Train one tiny model under every layout and compare with one process: loss and every gradient of the first
-    step within 1e-5, losses, gradient norms and weights of all steps within 1e-4, noise bit for bit. Ends with exit
-    code 1 when a layout is off."""
-
-    layouts: tuple[str, ...] | None = Field(None, description="layouts to run; null means all: " + ", ".join(LAYOUTS))
-    backbone: Literal["qwen3", "dit"] = "qwen3"
-    layers: int = Field(4, ge=1)
-    hidden: int = Field(32, ge=1)
-    heads: int = Field(4, ge=1)
-    kv_heads: int | None = Field(None, ge=1, description="key and value heads; null means half of heads (qwen3)")
-    tie_embeddings: bool = Field(False, description="head shares the embedding's weight (ZeRO with PP refuses that)")
-    length: int = Field(32, ge=2, description="tokens per row, L")
-    block_size: int = Field(4, ge=1, description="tokens per block, B'")
-    draws: int = Field(1, ge=1, description="noisy draws per clean row, K")
-    vocab_size: int = Field(61, ge=2, description="an odd number shows that padding is right")
-    global_batch: int = Field(8, ge=1, description="rows per step")
-    micro_batch: int = Field(2, ge=1, description="rows per micro-batch")
-    steps: int = Field(10, ge=1, description="optimizer steps")
-    documents: bool = Field(False, description="rows hold several documents, and attention keeps to them")
-    json_: bool = Field(False, description="print one line of JSON")
-
-
-def bench_parity(args: list[str]) -> int:
+def bench_parity(options: ParityOptions) -> int:
     """Print the table of layouts and differences; 1 when one is off."""
-    options = parse_options(ParityOptions, args, "bd3 bench parity")
     names = options.layouts or tuple(LAYOUTS)
     for name in names:
         if name not in LAYOUTS:

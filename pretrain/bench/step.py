@@ -7,10 +7,9 @@ import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
 from bd3_common.errors import ConfigError
 from bd3_megatron import parallel
@@ -30,8 +29,8 @@ from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.layers import transformer_engine as te
 from bd3_megatron.layers.fp8 import check_fp8
 from bd3_megatron.parallel import World
-from pretrain.bench.models import ModelOptions, checked_plot, model_of, plot_rows, random_batch, timed_step
-from pretrain.config.command_line import parse_options
+from pretrain.bench.models import checked_plot, model_of, plot_rows, random_batch, timed_step
+from pretrain.bench.options import StepOptions
 from pretrain.config.resolve import preset_config
 from pretrain.estimate.devices import measured_matmul_flops, peak_flops
 
@@ -39,30 +38,8 @@ CAUSAL = DiffusionConfig(objective="causal", block_size=1)
 VOCABULARY = 50258  # GPT-2's with the mask, where a preset leaves it to the data
 
 
-class StepOptions(ModelOptions):
-    """Cost of one training step (forward, backward, optimizer, EMA) beside the plain path of the same model (dense
-    two-stream mask, nothing left out, logits for every row) and beside an autoregressive step (causal objective).
-    CPU time of one process on CPU, wall time on CUDA. MFU is of the bf16 peak, with FP8 too."""
-
-    preset: str | None = Field(None, description="model and objective of a preset, instead of the sizes given here")
-    lengths: tuple[Annotated[int, Field(ge=2)], ...] | None = Field(
-        None, min_length=1, description="row lengths L; null means 256 and 1024, or the preset's"
-    )
-    draws: int = Field(1, ge=1, description="noisy draws per clean row, K")
-    repeats: int = Field(5, ge=1, description="measured steps of each path; they take turns")
-    precision: Literal["fp32", "bf16"] = Field("fp32")
-    recompute: Literal["none", "selective", "full"] = Field("none", description="parallel.recompute of all paths")
-    attention: Literal["auto", "flash", "flex", "chunked", "reference"] = Field("auto", description="its backend")
-    layers_kind: Literal["auto", "local", "te"] = Field("auto", description="kernels.layers of our path")
-    fp8: Literal["none", "current", "delayed", "block"] = Field("none", description="FP8 recipe of our path")
-    plain: bool = Field(True, description="also run the plain path, whose mask and logits need much memory")
-    causal: bool = Field(True, description="also run an autoregressive step")
-    plot: str | None = Field(None, description="PNG of the ratios against the length")
-
-
-def bench_step(args: list[str]) -> None:
+def bench_step(options: StepOptions) -> None:
     """Print a row per length: seconds of all paths, their ratios, and the ratios of their FLOPs."""
-    options = parse_options(StepOptions, args, "bd3 bench step")
     checked_plot(options.plot)
     models = _models(options)
     _check(options, models)
