@@ -1,19 +1,24 @@
-# make demo    prepare a small corpus, train on it and sample, on whatever this machine has
-# make test    lint and tests
-# make lint    lint alone
+# make demo         prepare a small corpus, train on it and sample, on whatever this machine has
+# make test         lint and tests
+# make test-long    the tests that `make test` leaves out: repetitions, and what takes minutes
+# make lint         style, import contracts, types of the strict rooms
+# make types        what the other rooms lack in types; informs, never fails
 #
-# PYTHON=python3.12 chooses the interpreter. TORCH='torch==2.11.0 --index-url ...' installs a CUDA build; with the
-# default, torch and everything else have the versions of constraints.txt.
+# PYTHON=python3.12 chooses the interpreter. TORCH='torch==2.11.0 --index-url ...' installs a CUDA build, and
+# MEGATRON=megatron-core==0.19.2 another Megatron-core. By default everything has the version of constraints.txt.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= $(shell grep '^torch==' constraints.txt)
+MEGATRON ?= $(shell grep '^megatron-core==' constraints.txt)
 PYTEST_ARGS ?=
+# Strict rooms: no errors under mypy --strict.
+STRICT := -p bd3_common -p data_prep -p pretrain.config -p bd3_megatron.diffusion -m bd3_megatron.config
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt
 
-.PHONY: demo test lint
+.PHONY: demo test test-long lint types types-strict
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -26,10 +31,19 @@ test: lint $(VENV)/.installed-zero
 	wait $$cluster; code=$$?; echo "tests/cluster:"; cat $(VENV)/cluster.log; [ $$unit = 0 ] && [ $$code = 0 ]
 	$(BIN)/python -m pytest tests --ignore tests/unit --ignore tests/cluster $(PYTEST_ARGS)
 
-lint: $(VENV)/.installed-dev
+test-long: $(VENV)/.installed-zero
+	$(BIN)/python -m pytest tests -m slow $(PYTEST_ARGS)
+
+lint: types-strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+
+types-strict: $(VENV)/.installed-dev
+	$(BIN)/mypy --strict --follow-imports silent $(STRICT)
+
+types: $(VENV)/.installed-dev
+	-$(BIN)/mypy
 
 # Each stamp stands for a finished step, so that a second call installs nothing.
 $(VENV)/.created:
@@ -40,21 +54,19 @@ $(VENV)/.created:
 	touch $@
 
 $(VENV)/.torch: $(VENV)/.created constraints.txt
-	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	grep -v -e '^torch==' -e '^megatron-core==' constraints.txt > $(VENV)/constraints.txt
+	echo '$(MEGATRON)' >> $(VENV)/constraints.txt
 	$(PIP) $(TORCH)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch setup.cfg pyproject.toml
-	$(PIP) -e .
+	$(PIP) -e '.[hf]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch setup.cfg pyproject.toml
 	$(PIP) -e '.[dev]'
 	touch $@ $(VENV)/.installed
 
-# DeepSpeed comes as source. It is built without isolation, because its set-up asks the torch that is there, and
-# without its own dependencies, so that it cannot replace that torch.
-$(VENV)/.installed-zero: $(VENV)/.installed-dev constraints.txt
+$(VENV)/.installed-zero: $(VENV)/.installed-dev
 	$(PIP) -e '.[dev,zero]'
-	DS_BUILD_OPS=0 $(PIP) --no-build-isolation --no-deps $$(grep '^deepspeed==' constraints.txt)
 	touch $@

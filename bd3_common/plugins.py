@@ -96,6 +96,8 @@ def _import(name: str) -> None:
     if stem in sys.modules or not stem.isidentifier():
         raise ConfigError(f"{stem!r} is another module's name or none; rename the file")
     spec = importlib.util.spec_from_file_location(stem, name)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{name!r} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[stem] = module  # its classes can be pickled
     try:

@@ -124,9 +124,10 @@ class Registry(Generic[T]):
             self._found = {entry.name: entry for entry in _modules(self.package)}
         return self._found
 
-    def _base(self) -> type:
+    def _base(self) -> type[T]:
         module, _, name = self.base.partition(":")
-        return getattr(importlib.import_module(module), name)
+        base: type[T] = getattr(importlib.import_module(module), name)
+        return base
 
     def _import(self, entry: Entry) -> Any:
         module_name, _, name = entry.target.partition(":")
@@ -160,7 +161,7 @@ class Choice:
     Help texts list :meth:`names` when they are printed, plugins included.
     """
 
-    registry: Registry
+    registry: Registry[Any]
     also: tuple[str, ...] = ()
     """words beside the registry's names, for example ``auto``"""
 
@@ -184,7 +185,7 @@ class Choice:
 def _modules(package: str) -> Iterator[Entry]:
     """Entries of the modules of a package, found without importing them."""
     spec = importlib.util.find_spec(package)
-    for folder in spec.submodule_search_locations if spec is not None else ():
+    for folder in (spec and spec.submodule_search_locations) or ():
         for file in sorted(Path(folder).glob("*.py")):
             if not file.stem.startswith("_"):
                 text = ast.get_docstring(ast.parse(file.read_text("utf-8")))
