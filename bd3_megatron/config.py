@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bd3_common.errors import ConfigError
 from bd3_common.registry import Choice
+from bd3_megatron.backbones import BACKBONES, Backbone, Traits, get_backbone
 from bd3_megatron.diffusion.schedules import SCHEDULES, get_schedule
 
 # What Philox, torch's generators and JSON all take.
@@ -38,27 +39,24 @@ def listing(values: list[int]) -> str:
 
 
 class ModelConfig(Section):
-    """Shape of the transformer.
+    """Shape of the transformer."""
 
-    ``dit`` is the paper's backbone with its constant adaLN condition folded away (LayerNorm with bias, MLP
-    with biases and tanh-GELU, untied head with bias); ``qwen3`` is RMSNorm, SwiGLU, per-head QK norm and no
-    biases.
-    """
-
-    backbone: Literal["qwen3", "dit"] = "qwen3"
+    backbone: Annotated[str, Choice(BACKBONES)] = Field(
+        default="qwen3", description="family of transformers: norms, activation, biases"
+    )
     layers: int = Field(12, ge=1, description="transformer layers")
     hidden: int = Field(768, ge=1, description="width of the residual stream")
     heads: int = Field(12, ge=1, description="query heads")
     kv_heads: int | None = Field(None, ge=1, description="key and value heads; null means as many as heads")
     head_dim: int | None = Field(None, ge=2, description="width of one head; null means hidden / heads")
-    ffn_hidden: int | None = Field(None, ge=1, description="MLP width; null means 4 x hidden (dit), 3 x hidden (qwen3)")
+    ffn_hidden: int | None = Field(None, ge=1, description="width between the MLP's matrices; null: the backbone's")
     length: int = Field(1024, ge=2, description="tokens per row, L")
     vocab_size: int | None = Field(None, ge=2, description="tokens incl. the mask; null means the data set's")
     mask_id: int | None = Field(None, ge=0, description="id of the mask token; null means the data set's")
     bos_id: int | None = Field(None, ge=0, description="id that begins a row; null means the data set's")
     eos_id: int | None = Field(None, ge=0, description="id that ends a document; null means the data set's")
     rope_theta: float = Field(10_000.0, gt=0)
-    norm_eps: float | None = Field(None, gt=0, description="null means 1e-5 (dit) or 1e-6 (qwen3)")
+    norm_eps: float | None = Field(None, gt=0, description="epsilon of the norms; null: the backbone's")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the two branch outputs of a layer")
     tie_embeddings: bool = Field(False, description="head shares the embedding's weight")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
@@ -80,15 +78,15 @@ class ModelConfig(Section):
                 f"model.head_dim={self.width_per_head}: rotary embeddings need an even width; "
                 f"change model.heads={self.heads} or set model.head_dim to an even number"
             )
-        if self.backbone == "dit" and self.tie_embeddings:
+        if self.tie_embeddings and not self.family.may_tie:
             raise ValueError(
-                "model.tie_embeddings=true: the dit backbone has an untied head with bias; "
-                "use false or model.backbone=qwen3"
+                f"model.tie_embeddings=true: the {self.backbone} backbone has a head with a weight of its own; "
+                f"use false or another model.backbone"
             )
-        if self.backbone == "dit" and self.groups != self.heads:
+        if self.groups != self.heads and not self.family.grouped_queries:
             raise ValueError(
-                f"model.kv_heads={self.kv_heads}: the dit backbone has one key head per query head; "
-                f"use null or model.backbone=qwen3"
+                f"model.kv_heads={self.kv_heads}: the {self.backbone} backbone has one key head per query head; "
+                f"use null or another model.backbone"
             )
         if self.vocab_size is not None and self.mask_id is not None and self.mask_id >= self.vocab_size:
             raise ValueError(
@@ -98,34 +96,38 @@ class ModelConfig(Section):
         return self
 
     @property
+    def family(self) -> Backbone:
+        """The backbone itself."""
+        return get_backbone(self.backbone)
+
+    @property
+    def traits(self) -> Traits:
+        """Traits of the backbone."""
+        return self.family.traits
+
+    @property
     def groups(self) -> int:
         """Key and value heads."""
         return self.kv_heads or self.heads
 
     @property
     def width_per_head(self) -> int:
+        """Width of one head."""
         return self.head_dim or self.hidden // self.heads
 
     @property
     def ffn(self) -> int:
-        return self.ffn_hidden or (4 if self.backbone == "dit" else 3) * self.hidden
+        """Width between the MLP's matrices."""
+        return self.ffn_hidden or self.family.default_ffn(self.hidden)
 
     @property
     def eps(self) -> float:
-        return self.norm_eps or (1e-5 if self.backbone == "dit" else 1e-6)
+        """Epsilon of the norms."""
+        return self.norm_eps or self.family.norm_eps
 
     def parameters(self, vocab_size: int) -> int:
         """Parameters of the whole model with ``vocab_size`` tokens, before the vocabulary is padded."""
-        hidden, ffn, width = self.hidden, self.ffn, self.width_per_head
-        attention = 2 * hidden * width * (self.heads + self.groups)  # q and output, k and v
-        if self.backbone == "dit":
-            norm, biases, head_bias = 2 * hidden, ffn + hidden, vocab_size
-            layer = attention + 2 * hidden * ffn + biases + 2 * norm
-        else:
-            norm, qk_norm, head_bias = hidden, 2 * width, 0
-            layer = attention + 3 * hidden * ffn + qk_norm + 2 * norm
-        tables = 1 if self.tie_embeddings else 2
-        return tables * vocab_size * hidden + head_bias + self.layers * layer + norm
+        return sum(math.prod(parameter.shape) for parameter in self.family.parameters(self, vocab_size))
 
 
 class DiffusionConfig(Section):

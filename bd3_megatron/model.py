@@ -27,6 +27,7 @@ from bd3_megatron.attention.backends import choose
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.limits import clean_multiple, skips_last_block
 from bd3_megatron.attention.mask import Streams
+from bd3_megatron.backbones import EMBEDDING
 from bd3_megatron.config import EngineConfig, ModelConfig
 from bd3_megatron.cost.partition import padded_rows
 from bd3_megatron.diffusion.batches import Batch
@@ -35,7 +36,6 @@ from bd3_megatron.layers.head import VocabularyShard, cross_entropy, linear_cros
 from bd3_megatron.layers.specs import Norm, layer_spec, transformer_config
 from bd3_megatron.shards import global_shape, local_shard
 
-EMBEDDING = "embedding.word_embeddings.weight"
 _NORM_BEFORE = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1": "pre_mlp_layernorm"}
 
 
@@ -114,7 +114,7 @@ class BlockDiffusionModel(LanguageModule):
             self.vocab_size,
             config=head,
             init_method=config.init_method,
-            bias=model.backbone == "dit",
+            bias=model.traits.head_bias,
             skip_weight_param_allocation=model.tie_embeddings and self.pre_process,
         )
 
@@ -267,14 +267,14 @@ def initialize(model: BlockDiffusionModel, seed: int) -> None:
     """Draw the weights, each from a generator keyed by (seed, global name), so that no layout changes them.
 
     Matrices are normal with ``init_std``, those that write to the residual stream scaled by ``1 / sqrt(2 layers)``;
-    norms start at one, biases at zero, and so does the paper's head.
+    norms start at one, biases at zero, and so does the head of a backbone with ``zero_head``.
     """
     shape = model.model
     for name, parameter in model.named_parameters():
         name = global_name(name, model)
         if parameter.dim() == 1:
             parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
-        elif name == "output_layer.weight" and shape.backbone == "dit":
+        elif name == "output_layer.weight" and shape.family.zero_head:
             parameter.zero_()
         else:
             std = shape.init_std

@@ -178,14 +178,14 @@ class Counter:
 
     def layer(self, layer: int) -> Activations:
         """What a layer keeps without recomputation (also what recomputation makes again, one layer at a time)."""
-        model, size, dit = self.model, self.size, self.model.backbone == "dit"
+        model, size, traits = self.model, self.size, self.model.traits
         cells, asking = self._cells(self.rows.positions), self._asking(layer)  # the same but in the last layer
         hidden, inner = self._hidden, model.ffn / self.parallel.tensor
         # LayerNorm keeps its input, mean and 1 / deviation; RMSNorm on CPU is several operations and keeps what it
         # has normalized too. In fp32 a norm's input is the residual stream itself.
         copies = self._norm_copies
-        norms = (cells + asking) * (hidden * copies + self._share * (2 if dit else 1)) * _FP32
-        if not dit:
+        norms = (cells + asking) * (hidden * copies + self._share * self._norm_statistics) * _FP32
+        if traits.qk_norm:
             norms += (self._query_key_inputs(layer) + asking * self._heads + cells * self._groups) * _FP32
             norms += (copies - 1) * (asking * self._query + cells * self._grouped) * _FP32
         linears = (cells * hidden + asking * (hidden + self._query + inner)) * size
@@ -193,7 +193,7 @@ class Counter:
             # Both projections read the gathered input, and copy their rows of the weight unless they lie together.
             linears += cells * (model.hidden - hidden) * size
             linears += self._fused * model.hidden * size if self._groups > 1 else 0
-        mlp = asking * inner * (1 if dit else 4) * size
+        mlp = asking * inner * (4 if traits.gated else 1) * size
         dropout = 2 * asking * hidden * (1 if self.cuda else size) if model.dropout else 0
         rope = 2 * (asking + cells) / self.micro_batch * model.width_per_head * size
         return Activations(norms, linears, self._attention(layer), mlp, dropout, inputs=rope)
@@ -203,11 +203,10 @@ class Counter:
         are kept once, as probabilities in fp32."""
         model, rows = self.model, self.head_rows
         columns = padded_rows(model.vocab_size, self.parallel.tensor) // self.parallel.tensor
-        dit = model.backbone == "dit"
-        norm = rows * (model.hidden * self._norm_copies + (2 if dit else 1)) * _FP32
+        norm = rows * (model.hidden * self._norm_copies + self._norm_statistics) * _FP32
         found = norm + rows * (model.hidden * self.size + _INT64)
         if self._chunked:
-            return Activations(head=found + columns * (model.hidden + (1 if dit else 0)) * _FP32)
+            return Activations(head=found + columns * (model.hidden + model.traits.head_bias) * _FP32)
         return Activations(head=found + rows * (columns * _FP32 + _INT64 + _FP32))
 
     @property
@@ -232,7 +231,7 @@ class Counter:
         inner = model.ffn / self.parallel.tensor
         # Beside the gradient of its output, which takes the place of what the second matrix kept, a gated MLP makes
         # those of both factors; the residual stream's gradient is there three times.
-        layer = cells * size * (inner * (1 if model.backbone == "dit" else 2) + 3 * self._hidden)
+        layer = cells * size * (inner * (2 if model.traits.gated else 1) + 3 * self._hidden)
         weight = 2 * inner * model.hidden * size  # one matrix's gradient, before it is added to the buffer
         again = self.peak(chunk) - self.chunk(chunk).total + head if self.parallel.recompute == "full" else 0.0
         return max(self._head_working() if chunk.head else 0.0, layer + weight + again - head)
@@ -256,7 +255,7 @@ class Counter:
         """Bytes of the tensors between the matrices of an MLP's forward pass; ``cells`` are those of all streams."""
         cells = self._cells(self.rows.positions) if cells is None else cells
         inner = cells * self.model.ffn / self.parallel.tensor * self.size
-        return [inner] * 2 if self.model.backbone == "dit" else [2 * inner, inner, inner, inner]
+        return [2 * inner, inner, inner, inner] if self.model.traits.gated else [inner] * 2
 
     def evaluating(self, chunk: Chunk) -> list[list[float]]:
         """Bytes of the tensors alive in a forward pass that keeps nothing, at three moments: in attention, in an MLP,
@@ -296,7 +295,13 @@ class Counter:
 
     @property
     def _norm_copies(self) -> int:
-        return 1 if self.model.backbone == "dit" or self.cuda else 2
+        """Times that a norm keeps its input: torch's RMSNorm on CPU also keeps what it has normalized."""
+        return 2 if self.model.traits.norm == "RMSNorm" and not self.cuda else 1
+
+    @property
+    def _norm_statistics(self) -> int:
+        """Numbers per position that a norm keeps: LayerNorm mean and 1 / deviation, RMSNorm 1 / root mean square."""
+        return 2 if self.model.traits.norm == "LayerNorm" else 1
 
     @property
     def _chunked(self) -> bool:
@@ -349,7 +354,7 @@ class Counter:
         that it comes from (and that the norms of queries and keys keep in fp32)."""
         cells = self._cells(self.rows.positions)
         held = self._asking(layer) * self._query + cells * self._grouped
-        if self.model.backbone == "dit" or self.size < _FP32:
+        if not self.model.traits.qk_norm or self.size < _FP32:
             held += cells * (2 * self._grouped if self._leaves(layer) else self._fused)
         return held
 

@@ -33,7 +33,7 @@ def layer_parameters(model: ModelConfig) -> dict[str, int]:
         "query": model.hidden * inner,
         "key_value": 2 * model.hidden * grouped,
         "output": inner * model.hidden,
-        "mlp": (2 if model.backbone == "dit" else 3) * model.hidden * model.ffn,
+        "mlp": (3 if model.traits.gated else 2) * model.hidden * model.ffn,
     }
 
 

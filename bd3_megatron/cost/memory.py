@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
+from bd3_megatron.backbones import Shape
 from bd3_megatron.config import EngineConfig, OptimizationConfig, ParallelConfig, ZeroConfig
-from bd3_megatron.cost.partition import Shape, gradient_buffer, parameter_shapes, stage_chunks
+from bd3_megatron.cost.partition import gradient_buffer, parameter_shapes, stage_chunks
 
 # Elements of DeepSpeed's buffer for gradients on their way to other ranks (``reduce_bucket_size``, stages 2 and 3).
 ZERO_BUCKET = 500_000_000

@@ -10,9 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from bd3_megatron.backbones import EMBEDDING, Parameter, Shape
 from bd3_megatron.config import ModelConfig, ParallelConfig, split_layers
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -65,54 +64,25 @@ def parameter_shapes(model: ModelConfig, chunk: Chunk, tensor: int = 1) -> dict[
     A tied head counts as the embedding that it is a copy of where it lies on another stage, and not at all on the
     stage of the embedding.
     """
-    rows = padded_rows(model.vocab_size, tensor) // tensor
-    shapes: dict[str, Shape] = {}
+    backbone, shapes = model.family, {}
+
+    def add(parameters: Iterator[Parameter]) -> None:
+        shapes.update({parameter.name: parameter.local(tensor) for parameter in parameters})
+
     if chunk.embedding:
-        shapes["embedding.word_embeddings.weight"] = (rows, model.hidden)
+        add(backbone.embedding_parameters(model, model.vocab_size))
     for layer in range(chunk.first_layer, chunk.first_layer + chunk.layers):
-        prefix = f"decoder.layers.{layer}."
-        shapes |= {prefix + name: shape for name, shape in _layer(model, tensor)}
+        add(backbone.layer_parameters(model, layer))
     if chunk.head:
-        shapes |= {f"final_norm.{name}": shape for name, shape in _norm(model)}
-        if not model.tie_embeddings:
-            shapes["output_layer.weight"] = (rows, model.hidden)
-        elif not chunk.embedding:
-            shapes["embedding.word_embeddings.weight"] = (rows, model.hidden)
-        if model.backbone == "dit":
-            shapes["output_layer.bias"] = (rows,)
+        add(backbone.head_parameters(model, model.vocab_size))
+        if model.tie_embeddings and not chunk.embedding:
+            add(backbone.embedding_parameters(model, model.vocab_size))
     return shapes
 
 
 def parameter_count(model: ModelConfig, chunk: Chunk, tensor: int = 1) -> int:
     """Parameters that one tensor-parallel rank holds of a chunk, vocabulary padding included."""
     return sum(map(math.prod, parameter_shapes(model, chunk, tensor).values()))
-
-
-def _norm(model: ModelConfig) -> Iterator[tuple[str, Shape]]:
-    yield "weight", (model.hidden,)
-    if model.backbone == "dit":
-        yield "bias", (model.hidden,)
-
-
-def _layer(model: ModelConfig, tensor: int) -> Iterator[tuple[str, Shape]]:
-    hidden, width, ffn = model.hidden, model.width_per_head, model.ffn // tensor
-    query, grouped = model.heads * width // tensor, model.groups * width // tensor
-    dit = model.backbone == "dit"
-    for name, shape in _norm(model):
-        yield f"input_layernorm.{name}", shape
-    yield "self_attention.linear_proj.weight", (hidden, query)
-    yield "self_attention.linear_qkv.weight", (query + 2 * grouped, hidden)
-    if not dit:
-        yield "self_attention.q_layernorm.weight", (width,)
-        yield "self_attention.k_layernorm.weight", (width,)
-    for name, shape in _norm(model):
-        yield f"pre_mlp_layernorm.{name}", shape
-    yield "mlp.linear_fc1.weight", (ffn if dit else 2 * ffn, hidden)
-    if dit:
-        yield "mlp.linear_fc1.bias", (ffn,)
-    yield "mlp.linear_fc2.weight", (hidden, ffn)
-    if dit:
-        yield "mlp.linear_fc2.bias", (hidden,)
 
 
 # ---- how Megatron lays gradients out, and what a rank of the distributed optimizer owns ----
@@ -170,7 +140,7 @@ def gradient_buffer(
     unit = math.lcm(ranks, 128)
     places, buckets, start, bucket = [], [], 0, 0
     for name, shape in reversed(shapes.items()):
-        alone = own_bucket and sharded and name == "embedding.word_embeddings.weight"
+        alone = own_bucket and sharded and name == EMBEDDING
         start = aligned(start, 64)
         if alone and start > bucket:
             start = aligned(start, unit)

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from bd3_megatron import cpu_compat
 from bd3_megatron.attention.context import ContextShard
+from bd3_megatron.backbones import EMBEDDING
 from bd3_megatron.config import EngineConfig
 from bd3_megatron.diffusion.batches import Batch
 from bd3_megatron.layers.specs import transformer_config
-from bd3_megatron.model import EMBEDDING, BlockDiffusionModel, global_name, initialize, vocabulary_rows
+from bd3_megatron.model import BlockDiffusionModel, global_name, initialize, vocabulary_rows
 from bd3_megatron.parallel import World
 from bd3_megatron.shards import ShardSpec, shard_spec
 

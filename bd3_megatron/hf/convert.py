@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,10 @@ def load_exported(folder: str | Path) -> Loaded:
     if missing:
         raise ConfigError(f"{source}: no {missing[0]}; export the checkpoint again")
     model = section(ModelConfig, {ours: config[name] for ours, name in MODEL_FIELDS.items()}, source)
+    if config.get("traits", asdict(model.traits)) != asdict(model.traits):
+        raise ConfigError(
+            f"{source}: traits: model.backbone={model.backbone} has others here; load the plugin it was trained with"
+        )
     objective = {"objective": config["objective"], "block_size": config["block_size"]}
     diffusion = section(DiffusionConfig, {**(config.get("noise") or {}), **objective}, source)
     return model, diffusion, from_hf(read_weights(folder), model)
@@ -160,6 +164,7 @@ def hf_config(model: ModelConfig, diffusion: DiffusionConfig, tokens: TokenIds, 
         },
         "torch_dtype": str(dtype).removeprefix("torch."),
         **{name: getattr(resolved, ours) for ours, name in MODEL_FIELDS.items()},
+        "traits": asdict(model.traits),
         "objective": diffusion.objective,
         "block_size": diffusion.block_size,
         "noise": diffusion.model_dump(exclude={"objective", "block_size"}),

@@ -21,12 +21,35 @@ from transformers.modeling_outputs import MaskedLMOutput
 KeysValues = tuple[Tensor, Tensor]  # of one layer, each [b, groups, length, head_dim]
 
 
+# Backbones that older exports name without their traits.
+TRAITS = {
+    "qwen3": {
+        "norm": "RMSNorm",
+        "activation": "silu",
+        "gated": True,
+        "mlp_bias": False,
+        "qk_norm": True,
+        "head_bias": False,
+    },
+    "dit": {
+        "norm": "LayerNorm",
+        "activation": "gelu_tanh",
+        "gated": False,
+        "mlp_bias": True,
+        "qk_norm": False,
+        "head_bias": True,
+    },
+}
+
+
 class BD3Config(PretrainedConfig):
     """Shape of the model and its objective.
 
     Args:
-        backbone: ``qwen3`` (RMSNorm, SwiGLU, per-head QK norm, no biases) or ``dit`` (LayerNorm, MLP and
-            head with biases, tanh-GELU: the paper's, its constant adaLN condition folded into the weights).
+        backbone: name of the backbone.
+        traits: what the backbone computes; None needs a backbone of :data:`TRAITS`. ``norm`` is RMSNorm or LayerNorm
+            (with bias), ``activation`` silu or gelu_tanh; ``gated``, ``mlp_bias``, ``qk_norm`` (norms of the heads of
+            q and k) and ``head_bias`` are true or false.
         vocab_size: tokens, the mask included.
         num_key_value_heads: heads of keys and values; None means as many as query heads.
         head_dim: width of one head; None means ``hidden_size / num_attention_heads``.
@@ -41,6 +64,7 @@ class BD3Config(PretrainedConfig):
     def __init__(
         self,
         backbone: str = "qwen3",
+        traits: dict | None = None,
         vocab_size: int = 50258,
         hidden_size: int = 768,
         num_hidden_layers: int = 12,
@@ -62,11 +86,18 @@ class BD3Config(PretrainedConfig):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if backbone not in ("qwen3", "dit"):
-            raise ValueError(f"backbone={backbone!r}: use 'qwen3' or 'dit'")
+        traits = TRAITS.get(backbone) if traits is None else traits
+        if traits is None:
+            raise ValueError(f"backbone={backbone!r}: give its traits, or use {' or '.join(map(repr, TRAITS))}")
+        if wrong := sorted(traits.keys() ^ next(iter(TRAITS.values())).keys()):
+            raise ValueError(f"traits: {wrong[0]} is missing or unknown; take modeling_bd3.py from the export itself")
+        for name, values in (("norm", ("RMSNorm", "LayerNorm")), ("activation", ("silu", "gelu_tanh"))):
+            if traits[name] not in values:
+                raise ValueError(f"traits.{name}={traits[name]!r}: use {' or '.join(map(repr, values))}")
         if objective not in ("diffusion", "causal"):
             raise ValueError(f"objective={objective!r}: use 'diffusion' or 'causal'")
         self.backbone = backbone
+        self.traits = dict(traits)
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -141,13 +172,13 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Norm(nn.Module):
-    """RMSNorm (qwen3) or LayerNorm with bias (dit) over the last axis, computed in fp32."""
+    """RMSNorm, or LayerNorm with bias, over the last axis, computed in fp32."""
 
     def __init__(self, width: int, config: BD3Config):
         super().__init__()
         self.eps = config.norm_eps
         self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if config.backbone == "dit" else None
+        self.bias = nn.Parameter(torch.zeros(width)) if config.traits["norm"] == "LayerNorm" else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = x.float()
@@ -159,7 +190,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; qwen3 normalizes heads of q and k before rotating."""
+    """Grouped-query attention with rotary positions; some backbones normalize the heads of q and k before."""
 
     def __init__(self, config: BD3Config):
         super().__init__()
@@ -172,7 +203,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, self.groups * self.width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.groups * self.width, bias=False)
         self.o_proj = nn.Linear(self.heads * self.width, config.hidden_size, bias=False)
-        normed = config.backbone == "qwen3"
+        normed = config.traits["qk_norm"]
         self.q_norm = Norm(self.width, config) if normed else nn.Identity()
         self.k_norm = Norm(self.width, config) if normed else nn.Identity()
 
@@ -197,19 +228,23 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))`` (qwen3) or ``down(gelu(up(x)))`` with biases and tanh-GELU (dit)."""
+    """``down(activation(gate(x)) * up(x))`` where gated, else ``down(activation(up(x)))``."""
 
     def __init__(self, config: BD3Config):
         super().__init__()
-        dit = config.backbone == "dit"
-        self.gate_proj = None if dit else nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=dit)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=dit)
+        hidden, width, bias = config.hidden_size, config.intermediate_size, config.traits["mlp_bias"]
+        self.tanh_gelu = config.traits["activation"] == "gelu_tanh"
+        self.gate_proj = nn.Linear(hidden, width, bias=bias) if config.traits["gated"] else None
+        self.up_proj = nn.Linear(hidden, width, bias=bias)
+        self.down_proj = nn.Linear(width, hidden, bias=bias)
+
+    def activation(self, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh") if self.tanh_gelu else F.silu(x)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
-            return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(self.activation(self.up_proj(x)))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
@@ -363,7 +398,7 @@ class BD3ForMaskedLM(PreTrainedModel):
     def __init__(self, config: BD3Config):
         super().__init__(config)
         self.model = Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.backbone == "dit")
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.traits["head_bias"])
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bd3_common.errors import ConfigError
+from bd3_megatron.backbones import Shape
 from bd3_megatron.config import DiffusionConfig, ModelConfig
 from bd3_megatron.hf.files import Loaded, read_config, read_safetensors, read_weights, section
-from bd3_megatron.hf.mapping import Shape, check_shapes, from_hf
+from bd3_megatron.hf.mapping import check_shapes, from_hf
 
 
 def load_reference(path: str | Path, mask_id: int | None = None) -> Loaded:

@@ -28,6 +28,7 @@ from torch import Tensor
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.core import TwoStreamAttention
 from bd3_megatron.attention.mask import Streams
+from bd3_megatron.backbones import Traits
 from bd3_megatron.config import EngineConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig, split_layers
 from bd3_megatron.layers import transformer_engine as te
 
@@ -144,9 +145,10 @@ def transformer_config(config: EngineConfig, main_grads: bool = False) -> Transf
         main_grads: parameters will have the fp32 ``main_grad`` of Megatron's data parallelism.
     """
     model, parallel, bf16 = config.model, config.parallel, config.optimization.bf16
-    dit = model.backbone == "dit"
+    traits = model.traits
     dtype = torch.bfloat16 if bf16 else torch.float32
     fused = fusions(config.kernels, main_grads)
+    fused["bias_activation_fusion"] &= traits.gated or traits.mlp_bias  # Megatron fuses no others
     return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -156,12 +158,12 @@ def transformer_config(config: EngineConfig, main_grads: bool = False) -> Transf
         ffn_hidden_size=model.ffn,
         hidden_dropout=model.dropout,
         attention_dropout=0.0,
-        normalization="LayerNorm" if dit else "RMSNorm",
+        normalization=traits.norm,
         layernorm_epsilon=model.eps,
-        add_bias_linear=dit,
-        gated_linear_unit=not dit,
-        activation_func=activation(dit, fused["bias_activation_fusion"]),
-        qk_layernorm=not dit,
+        add_bias_linear=traits.mlp_bias,
+        gated_linear_unit=traits.gated,
+        activation_func=activation(traits, fused["bias_activation_fusion"]),
+        qk_layernorm=traits.qk_norm,
         **fused,
         masked_softmax_fusion=False,  # the attention is not Megatron's
         persist_layer_norm=False,  # neither are the norms
@@ -201,9 +203,9 @@ def fusions(kernels: KernelConfig, main_grads: bool) -> dict[str, bool]:
     }
 
 
-def activation(dit: bool, fused: bool) -> Callable[[Tensor], Tensor]:
-    """The MLP's activation in Megatron's words: what it fuses under the name of ``F.gelu`` is the tanh form."""
-    if not dit:
+def activation(traits: Traits, fused: bool) -> Callable[[Tensor], Tensor]:
+    """The MLP's activation as Megatron names it: its fused kernel called ``F.gelu`` computes the tanh form."""
+    if traits.activation == "silu":
         return F.silu
     return F.gelu if fused else tanh_gelu
 
@@ -257,7 +259,7 @@ def layer_spec(
     else:
         column, row, norm = ColumnParallelLinear, RowParallelLinear, Norm
         norm_before = Norm
-    qk_norm = norm if model.backbone == "qwen3" else None
+    qk_norm = norm if model.traits.qk_norm else None
     noisy = streams.noisy * context.held
     return ModuleSpec(
         module=TransformerLayer,

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from bd3_common.registry import Choice
+from bd3_megatron.backbones import BACKBONES
 from bd3_megatron.config import Section, Seed
 from pretrain.bench.layouts import LAYOUTS
 from pretrain.config.command_line import Positional
@@ -18,7 +20,7 @@ Coupling = Literal["independent", "antithetic", "complementary"]
 class ModelOptions(Section):
     """Options that benchmarks of one process share."""
 
-    backbone: Literal["dit", "qwen3"] = Field(default="dit", description="the paper's backbone or the Qwen3-shaped one")
+    backbone: Annotated[str, Choice(BACKBONES)] = Field(default="dit", description="model.backbone")
     layers: int = Field(default=4, ge=1)
     hidden: int = Field(default=256, ge=1)
     heads: int = Field(default=4, ge=1)
@@ -114,9 +116,7 @@ class MemoryOptions(ModelOptions):
     selective and full. On CUDA also the peak of all allocations."""
 
     length: int = Field(default=1024, ge=2, description="tokens per row, L")
-    backbone: Literal["dit", "qwen3"] = Field(
-        default="qwen3", description="the paper's backbone or the Qwen3-shaped one"
-    )
+    backbone: Annotated[str, Choice(BACKBONES)] = Field(default="qwen3", description="model.backbone")
     layers: int = Field(default=8, ge=1)
     batch: int = Field(default=2, ge=1, description="rows per micro-batch")
 
@@ -185,12 +185,12 @@ class ParityOptions(Section):
     layouts: tuple[str, ...] | None = Field(
         default=None, description="layouts to run; null means all: " + ", ".join(LAYOUTS)
     )
-    backbone: Literal["qwen3", "dit"] = "qwen3"
+    backbone: Annotated[str, Choice(BACKBONES)] = Field(default="qwen3", description="model.backbone")
     layers: int = Field(default=4, ge=1)
     hidden: int = Field(default=32, ge=1)
     heads: int = Field(default=4, ge=1)
     kv_heads: int | None = Field(
-        default=None, ge=1, description="key and value heads; null means half of heads (qwen3)"
+        default=None, ge=1, description="key and value heads; null means half of heads, if the backbone allows it"
     )
     tie_embeddings: bool = Field(
         default=False, description="head shares the embedding's weight (ZeRO with PP refuses that)"

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from bd3_common.errors import ConfigError
 from bd3_megatron import parallel
 from bd3_megatron.attention.mask import Streams
+from bd3_megatron.backbones import get_backbone
 from bd3_megatron.config import (
     DiffusionConfig,
     Fp8Config,
@@ -131,7 +132,7 @@ def _weights(model: ModelConfig) -> dict[str, torch.Tensor]:
     """Random weights by global name. Initial ones would not do: where a head or a bias starts at zero, most
     gradients are zero in every layout, right or wrong."""
     generator = torch.Generator().manual_seed(3)
-    drawn = {entry.megatron: torch.randn(entry.shape, generator=generator) for entry in entries(model)}
+    drawn = {entry.name: torch.randn(entry.shape, generator=generator) for entry in entries(model)}
     return {name: 0.2 * x + name.endswith("norm.weight") for name, x in drawn.items()}
 
 
@@ -292,12 +293,12 @@ def bench_parity(options: ParityOptions) -> int:
 
 
 def _task(options: ParityOptions) -> Task:
-    grouped = options.heads if options.backbone == "dit" else max(1, options.heads // 2)
+    grouped = options.heads // 2 if get_backbone(options.backbone).grouped_queries else options.heads
     model = validate(
         ModelConfig,
         {
             **{name: getattr(options, name) for name in ("backbone", "layers", "hidden", "heads", "length")},
-            "kv_heads": options.kv_heads or grouped,
+            "kv_heads": options.kv_heads or max(1, grouped),
             "tie_embeddings": options.tie_embeddings,
             "vocab_size": options.vocab_size,
             "mask_id": options.vocab_size - 1,

@@ -23,7 +23,7 @@ _MAPPED = 2**25
 # temporaries between kept tensors leave holes. First for steps of one micro-batch, then of several: the next one finds
 # holes in other places than it needs. Measured 0.24 to 0.31 and 0.76 to 0.88 for qwen3, 0.2 to 0.6 and 1.0 to 1.6 for
 # dit, 1.0 and 1.3 with full recomputation, where nearly all is temporary.
-_HEAP_HOLES = {"qwen3": (0.26, 0.82), "dit": (0.5, 1.35), "full": (1.0, 1.3)}
+_HEAP_HOLES = {"gated": (0.26, 0.82), "ungated": (0.5, 1.35), "full": (1.0, 1.3)}
 # The same of an evaluation; the part of the heap that training leaves which is in pieces too small for it; and the part
 # at the heap's end that returns to the system before an evaluation maps its large tensors. Measured in few shapes.
 _EVALUATION_HOLES = 0.5
@@ -45,7 +45,8 @@ def process_peak(prediction: Prediction) -> dict[str, float]:
     during = copies if 0 < every < config.train.steps else 0.0
     alive = stage.activations.total + stage.working + stage.buffers
     mapped = min(prediction.mapped_activations(_MAPPED), stage.activations.total)
-    kind = "full" if config.parallel.recompute == "full" else config.model.backbone
+    mlp = "gated" if config.model.traits.gated else "ungated"
+    kind = "full" if config.parallel.recompute == "full" else mlp
     holes = _HEAP_HOLES[kind][prediction.micro_batches > 1] * alive
     working = {"working memory": stage.working + stage.buffers, "holes of the heap": holes}
     training = {"activations": stage.activations.total, **working, "checkpoint copies": during}

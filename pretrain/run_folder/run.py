@@ -61,7 +61,7 @@ def load(run: Path, step: int | None = None, averaged: bool = True) -> LoadedRun
         raise ConfigError(f"{run / CONFIG}: model.mask_id=null: set it to the id the model was trained with")
     weights = checkpoint.read_weights(found, averaged)
     try:
-        check_shapes(weights, {entry.megatron: entry.shape for entry in entries(config.model)})
+        check_shapes(weights, {entry.name: entry.shape for entry in entries(config.model)})
     except ConfigError as error:
         raise ConfigError(f"{run / CONFIG}: {error}") from None
     return LoadedRun(config, found, weights)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.attention.mask import Streams
+from bd3_megatron.backbones import get_backbone
 from bd3_megatron.config import DiffusionConfig, EngineConfig, KernelConfig, ModelConfig, OptimizationConfig, Section
 from bd3_megatron.diffusion.batches import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
@@ -25,8 +26,8 @@ BACKBONES = ("qwen3", "dit")
 
 
 def shape(backbone: str = "qwen3", **changes) -> ModelConfig:
-    """Two layers of 32 over rows of 16 tokens; qwen3 with grouped queries."""
-    grouped = {"kv_heads": 2} if backbone == "qwen3" else {}
+    """Two layers of 32 over rows of 16 tokens; grouped queries where the backbone has them."""
+    grouped = {"kv_heads": 2} if get_backbone(backbone).grouped_queries else {}
     sizes = {"layers": 2, "hidden": 32, "heads": 4, "length": 16, "vocab_size": VOCABULARY}
     ids = {"mask_id": MASK, "bos_id": BOS, "eos_id": EOS}
     return ModelConfig(**{"backbone": backbone, **sizes, **ids, **grouped, **changes})
@@ -43,7 +44,7 @@ def config(
 def weights_of(model: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     """Random weights under Megatron names, every norm and bias included."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = {entry.megatron: torch.randn(entry.shape, generator=generator) for entry in entries(model)}
+    drawn = {entry.name: torch.randn(entry.shape, generator=generator) for entry in entries(model)}
     return {name: 0.2 * x + name.endswith("norm.weight") for name, x in drawn.items()}
 
 

@@ -33,7 +33,7 @@ MODELS = {
 
 
 def random_weights(model: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    return {entry.megatron: torch.randn(entry.shape).to(dtype) for entry in entries(model)}
+    return {entry.name: torch.randn(entry.shape).to(dtype) for entry in entries(model)}
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ def models(draw) -> ModelConfig:
 
 
 def random_megatron(model: ModelConfig) -> dict[str, Tensor]:
-    return {entry.megatron: torch.randn(entry.shape) for entry in entries(model)}
+    return {entry.name: torch.randn(entry.shape) for entry in entries(model)}
 
 
 @settings(max_examples=50, deadline=None)
@@ -61,7 +61,7 @@ def test_hf_names_and_shapes_are_those_of_the_model_file(model):
     if model.tie_embeddings:
         del state["lm_head.weight"]
     expected = {name: tuple(x.shape) for name, x in state.items()}
-    assert {name: shape for entry in entries(model) for name, shape in entry.hf.items()} == expected
+    assert {name: shape for entry in entries(model) for name, shape in entry.exported.items()} == expected
 
 
 def test_qkv_rows_are_grouped_and_gate_is_above_up():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from bd3_megatron.hf.modeling_bd3 import (
+    TRAITS,
     BD3Config,
     BD3ForMaskedLM,
     CleanBlocks,
@@ -171,8 +172,12 @@ def test_misused_streams_are_told():
         build()(noisy, clean[:, 1:])
     with pytest.raises(ValueError, match=r"^clean_ids: the causal objective has one stream"):
         build(objective="causal", block_size=1)(noisy, clean)
-    with pytest.raises(ValueError, match=r"^backbone='llama': use"):
+    with pytest.raises(ValueError, match=r"^backbone='llama': give its traits, or use 'qwen3' or 'dit'"):
         BD3Config(backbone="llama")
+    with pytest.raises(ValueError, match=r"^traits\.norm='none': use 'RMSNorm' or 'LayerNorm'"):
+        BD3Config(traits=TRAITS["qwen3"] | {"norm": "none"})
+    with pytest.raises(ValueError, match=r"^traits: sinks is missing or unknown; take modeling_bd3.py from the export"):
+        BD3Config(traits=TRAITS["qwen3"] | {"sinks": True})
     with pytest.raises(ValueError, match=r"^objective='mlm': use"):
         BD3Config(objective="mlm")
 

@@ -82,7 +82,7 @@ def test_parameters_have_the_names_shapes_and_tags_of_the_local_layers(backbone)
     made = build(model, TE)
     assert any(isinstance(module, Column) for module in made.modules())
     found, expected = by_name(made), by_name(build(model, LOCAL))
-    assert set(found) == set(expected) == {entry.megatron for entry in entries(model)}
+    assert set(found) == set(expected) == {entry.name for entry in entries(model)}
     for name, parameter in expected.items():
         for tag in ("shape", "dtype", "tensor_model_parallel", "partition_dim", "partition_stride"):
             assert getattr(found[name], tag, None) == getattr(parameter, tag, None), (name, tag)
@@ -169,7 +169,7 @@ def test_a_run_may_change_its_layers_at_a_checkpoint(world, tmp_path, backbone, 
     assert all(torch.equal(found[name], x) for name, x in expected.items())
     assert train(second, 3, 4) == pytest.approx(train(first, 3, 4), rel=1e-6)
     weights = checkpoint.read_weights(checkpoint.find(tmp_path))
-    assert set(weights) == {entry.megatron for entry in entries(tiny.shape(backbone))}
+    assert set(weights) == {entry.name for entry in entries(tiny.shape(backbone))}
 
 
 def test_delayed_scaling_resumes_exactly(world, tmp_path):

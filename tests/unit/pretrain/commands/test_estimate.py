@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from bd3_common.errors import ConfigError
+from bd3_megatron.backbones import get_backbone
 from bd3_megatron.config import (
     DiffusionConfig,
     EngineConfig,
@@ -51,7 +52,7 @@ ALONE = ParallelConfig()
 
 
 def model(backbone: str = "qwen3", **changes) -> ModelConfig:
-    grouped = {"kv_heads": 2} if backbone == "qwen3" else {}
+    grouped = {"kv_heads": 2} if get_backbone(backbone).grouped_queries else {}
     sizes = {"layers": 3, "hidden": 64, "heads": 4, "length": 128, "vocab_size": 500, "mask_id": 499}
     return ModelConfig(**{"backbone": backbone, **sizes, **grouped, "ffn_hidden": 192, **changes})
 
@@ -113,6 +114,8 @@ MEASURED = {
     "mdlm": (model(), DiffusionConfig(block_size=128), "fp32", "none"),
     "long": (model(length=1024, layers=2), DiffusionConfig(block_size=16), "fp32", "none"),
     "packed": (model(), BLOCKS, "fp32", "none"),
+    "llama": (model("llama"), BLOCKS, "fp32", "none"),
+    "llama bf16": (model("llama"), BLOCKS, "bf16", "none"),
     "dit": (model("dit", dropout=0.1), BLOCKS, "fp32", "none"),
     "dit bf16": (model("dit", dropout=0.1), BLOCKS, "bf16", "none"),
     "selective": (model(), BLOCKS, "fp32", "selective"),
