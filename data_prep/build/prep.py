@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from bd3_common.atomic import atomic_file, unique_suffix, write_text
 from data_prep.build import pool
@@ -52,6 +52,9 @@ from data_prep.format.manifest import (
 from data_prep.format.remote import fetch
 from data_prep.format.tokenizer import SpecialIds, shared_tokenizer, special_ids, token_dtype, train_bpe
 from data_prep.sources import Part, Source, expand, read_part, sha256_source, split
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 __all__ = ["PrepConfig", "in_validation", "prep"]
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 BOS_NAMES = (
     "<|bos|>",
@@ -56,6 +58,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         raise DataError(
             f"tokenizer=bpe:{vocab_size}: no room for 256 bytes and 3 special tokens; use bpe:{SMALLEST_BPE}"
         )
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -76,6 +80,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
         DataError: the file is missing or is not a tokenizer.
     """
+    from tokenizers import Tokenizer
+
     path = Path(path)
     if not path.is_file():
         raise DataError(

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from data_prep.build import pool
 from data_prep.build.progress import Progress, Report
@@ -32,6 +32,9 @@ from data_prep.format.tokenizer import load_tokenizer, special_ids, token_dtype
 from data_prep.read.reader import RowReader
 from data_prep.verify.duplicates import Duplicates, find_duplicates
 from data_prep.verify.walk import Reasons, Rules, Walked, WalkJob, walk_shard
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _LITTLE = 64 << 20  # bytes of shards, for which starting processes takes longer than it saves
 _CLOSE = 1e-6  # nats by which sums of logarithms may differ between machines

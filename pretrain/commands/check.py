@@ -6,17 +6,19 @@ import json
 import sys
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from tokenizers import Tokenizer
 
 from bd3_common.errors import ConfigError
 from data_prep.format.manifest import unigram_nats
 from data_prep.verify.check import Checked, Sample, SplitContent, check
 from pretrain.config.command_line import Positional, parse_options
 from pretrain.tracking.histograms import bar_lines, length_bins, plot_histograms, quantile
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 FAULTY = 1
 MOST_FILES, MOST_PAIRS, MOST_TOKENS = 50, 10, 12

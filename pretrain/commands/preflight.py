@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pretrain.config.resolve import load_run_config
-from pretrain.distributed.collectives import collective_errors
-from pretrain.preflight.run import check
+from pretrain.distributed.collective_errors import collective_errors
 
 
 def main(args: list[str]) -> None:
     """`bd3 preflight`: the checks alone, with the options of a run; its data set, if it is given, is checked, too."""
     with collective_errors():
         config = load_run_config(args, "bd3 preflight")
+    from pretrain.preflight.run import check  # imports torch: not for --help, nor for a mistyped flag
+
     check(config)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pretrain.config.resolve import load_run_config
-from pretrain.distributed.collectives import collective_errors
-from pretrain.trainer.loop import train
+from pretrain.distributed.collective_errors import collective_errors
 
 
 def main(args: list[str]) -> None:
     """`bd3 pretrain`: train, or go on from the newest checkpoint of the same run folder."""
     with collective_errors():
         config = load_run_config(args)
+    from pretrain.trainer.loop import train  # imports torch: not for --help, nor for a mistyped flag
+
     train(config)

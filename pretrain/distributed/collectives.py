@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from pretrain.distributed.collective_errors import mark_collective
+
 T = TypeVar("T")
-E = TypeVar("E", bound=BaseException)
 
 _BROKEN = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting \d+ms")
 # What torch raises of NCCL and of the rendezvous store; gloo raises a plain RuntimeError.
@@ -45,27 +46,6 @@ def lost_ranks(rank: int, phase: Callable[[], str]) -> Iterator[None]:
             f"rank {rank}: lost another rank {phase()} ({reason}); "
             f"start the job again to go on from its last checkpoint"
         ) from error
-
-
-def mark_collective(error: E) -> E:
-    """Mark an error that every rank raises, so that only rank 0 prints it."""
-    error.collective = True
-    return error
-
-
-def is_collective(error: BaseException | None) -> bool:
-    """True for an error that every rank raises, see :func:`mark_collective`."""
-    return getattr(error, "collective", False)
-
-
-@contextlib.contextmanager
-def collective_errors() -> Iterator[None]:
-    """Mark errors raised inside as collective: they depend on the configuration only, so every rank raises them."""
-    try:
-        yield
-    except Exception as error:
-        mark_collective(error)
-        raise
 
 
 def on_rank_0(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
