@@ -1,1 +1,1 @@
-"""Two-stream attention: one mask predicate and the backends that must agree with it."""
+"""Two-stream attention: one mask predicate, and backends that compute it."""

@@ -1,10 +1,9 @@
-"""Context parallelism: which positions of a row a rank holds, and how it comes by what the others hold.
+"""Context parallelism: the positions of a row on each rank, and the gathering of keys and values.
 
-A row is cut into ``2 size`` chunks of equal length, and rank r holds chunks r and ``2 size - 1 - r``. The later a query
-stands the more keys it sees, in both streams alike, so that an early and a late chunk together are the same work on
-every rank. Queries stay where they are; keys and values are gathered, and the gradients of what was gathered are
-summed back. A noisy query sees beside its own block the clean stream only: chunks of whole blocks leave the noisy
-keys at home.
+A row is cut into ``2 size`` chunks of equal length; rank r has chunks r and ``2 size - 1 - r``. A later query sees more
+keys, in both streams alike, so that one early and one late chunk give every rank the same work. Queries stay on their
+rank. Keys and values are gathered, and their gradients are summed back. A noisy query sees its own block and the clean
+stream only, so that noisy keys are not gathered where chunks are whole blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class ContextShard:
     Attributes:
         length: positions of a whole row, L.
         size, rank: of the context-parallel group.
-        group: None for a single rank, which holds everything.
+        group: None for a single rank, which has all positions.
     """
 
     length: int
@@ -48,13 +47,13 @@ class ContextShard:
         return self.length if self.size == 1 else self.length // (2 * self.size)
 
     @property
-    def held(self) -> int:
-        """Positions of a row that this rank holds."""
+    def positions(self) -> int:
+        """Positions of a row on this rank."""
         return self.length // self.size
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Chunks of this rank, in the order in which it holds them."""
+        """Chunks of this rank, in their order in memory."""
         return (0,) if self.size == 1 else (self.rank, 2 * self.size - 1 - self.rank)
 
     def take(self, x: Tensor, dim: int) -> Tensor:
@@ -72,3 +71,10 @@ class ContextShard:
         parts = gather_from_sequence_parallel_region(x.contiguous(), group=self.group).split(self.chunk)
         first, last = parts[0::2], parts[1::2]
         return torch.cat([*first, *reversed(last)])
+
+    def gather_streams(self, x: Tensor) -> Tensor:
+        """Whole streams ``[S L, ...]`` from every rank's ``[S L / size, ...]``, streams end to end in both."""
+        if self.size == 1:
+            return x
+        by_position = x.unflatten(0, (-1, self.positions)).transpose(0, 1)  # [L / size, S, ...]
+        return self.gather(by_position).transpose(0, 1).flatten(0, 1)

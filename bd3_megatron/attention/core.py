@@ -1,4 +1,4 @@
-"""Megatron's core attention on top of the two-stream backends, with a block cache for sampling."""
+"""Megatron's core attention on top of an attention backend, with a block cache for sampling."""
 
 from __future__ import annotations
 
@@ -10,10 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from bd3_megatron import cpu_compat
-from bd3_megatron.attention.backends import choose
-from bd3_megatron.attention.context import ContextShard
-from bd3_megatron.attention.mask import Streams
+from bd3_megatron.attention.backends import AttentionBackend
 
 
 class BlockCache:
@@ -25,9 +22,9 @@ class BlockCache:
         self.append = False
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention of one block to itself and the cached blocks; with ``append`` the block joins them.
+        """Attention of one block to itself and the cached blocks; with ``append`` the block is cached too.
 
-        A block sees all of itself and all before it, noisy or clean, so there is no mask.
+        A block sees all of itself and all blocks before it, noisy or clean, so that no mask is needed.
         """
         if self.key is not None:
             key, value = torch.cat([self.key, key]), torch.cat([self.value, value])
@@ -41,8 +38,11 @@ class BlockCache:
 class TwoStreamAttention(MegatronModule):
     """Megatron ``core_attention``: the only module that knows about the two streams.
 
-    The mask is a property of the objective. Where rows hold several documents, Megatron's ``attention_mask`` brings
-    their numbers ``[b, L]``: Megatron hands it on as it is, to layers that are computed again too.
+    The mask is a property of the objective, so that Megatron's ``attention_mask`` is free to carry the documents of
+    packed rows ``[b, L]``: Megatron passes it on unchanged, to recomputed layers too.
+
+    Args:
+        backend: attention of the model's streams, shared by all layers.
     """
 
     def __init__(
@@ -53,29 +53,24 @@ class TwoStreamAttention(MegatronModule):
         attention_type: str | None = None,
         softmax_scale: float | None = None,
         *,
-        streams: Streams,
-        context: ContextShard,
-        backend: str = "auto",
+        backend: AttentionBackend,
         **_: object,
     ):
         super().__init__(config=config)
         self.layer_number = layer_number
-        self.streams = streams
-        self.context = context
-        width, dtype, device = config.kv_channels, config.params_dtype, cpu_compat.device()
-        self.backend = choose(backend, streams, context, head_dim=width, dtype=dtype, device=device).attend
+        self.backend = backend
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         self.cache: BlockCache | None = None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_) -> Tensor:
         """``[q, b, n, d]`` queries, ``[k, b, g, d]`` keys and values -> ``[q, b, n d]``.
 
-        k tokens are all streams', with the positions that this context-parallel rank holds; q are as many, or in the
-        last layer those of the noisy streams. ``attention_mask`` is None or int ``[b, L]``, the document of each
-        position of the whole rows; what is sampled with a cache is one document.
+        The k tokens are those of all streams at this context-parallel rank's positions; the q tokens are the same, or
+        those of the noisy streams in the last layer. ``attention_mask`` is None or int ``[b, L]``, the document of each
+        position of the whole rows. With a cache all tokens belong to one document.
         """
         if self.cache is not None:
             out = self.cache.attend(query, key, value, self.scale)
         else:
-            out = self.backend(query, key, value, self.streams, self.scale, self.context, attention_mask)
+            out = self.backend.attend(query, key, value, self.scale, attention_mask)
         return out.flatten(2)

@@ -1,11 +1,11 @@
-"""The chunked backend on CPU, for whole rows in tiles of several blocks: over keys that lie in place.
+"""In-place attention on CPU: the chunked backend for whole rows in tiles of several blocks, without copies of keys.
 
-Built from differentiable pieces, each tile of queries needs a copy of all clean keys before it, which autograd keeps,
-and computes pairs of its own positions that no stream sees. Here every query is attended in up to two parts: its own
-noisy block, all blocks in one call, and the clean keys, one call for a tile of queries of all streams over a slice of
-the clean keys. Softmaxes of parts are merged by their log-sum-exps (Dao et al., arXiv 2205.14135, section 3.1). With
-the merged output and sum, the backward pass of each part gives its part of the gradients: no gradient passes through
-a sum. Queries, keys, values, outputs and sums are all that is kept.
+Built from differentiable operations, each tile of queries needs a copy of all clean keys before it, which autograd
+keeps, and computes pairs that the mask excludes. Here every query is attended in up to two parts: its own noisy block
+(all blocks in one call), and the clean keys (one call per tile of queries of all streams, over a slice of the clean
+keys). Softmaxes of the parts are merged by their log-sum-exps (Dao et al., arXiv 2205.14135, section 3.1). Given the
+merged output and sum, the backward pass of each part yields its share of the gradients, so that no gradient passes
+through a sum. Only queries, keys, values, outputs and sums are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _OWN = 64
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, streams: Streams, scale: float | None, tile: int) -> Tensor:
-    """Attention of every stream of whole rows; shapes as :func:`bd3_megatron.attention.reference.attend`.
+    """Attention of every stream of whole rows; shapes as :meth:`bd3_megatron.attention.backends.AttentionBackend.attend`.
 
     Args:
         tile: positions per tile, a multiple of the block; rows hold a clean stream.
@@ -42,7 +42,7 @@ class _Tile:
     Attributes:
         skipped: first positions whose noisy queries see no clean key: those of block 0.
         clean: positions that the clean stream has of them.
-        asking: clean queries, as many or none.
+        asking: clean queries: ``clean`` or none.
     """
 
     start: int
@@ -51,7 +51,7 @@ class _Tile:
     clean: int
     asking: int
 
-    def pieces(self, x: Tensor, streams: Streams) -> list[Tensor]:
+    def parts(self, x: Tensor, streams: Streams) -> list[Tensor]:
         """The tile's part of every stream of queries ``[q, b, ...]``, views."""
         *noisy, last = streams.parts(x)
         if len(x) == streams.noisy * streams.length:
@@ -72,7 +72,7 @@ def _tiles(streams: Streams, queries: int, tile: int) -> list[_Tile]:
 
 @lru_cache(maxsize=64)
 def _tile_mask(tile: _Tile, streams: Streams, dtype: torch.dtype) -> Tensor:
-    """What is added to the logits of a tile's queries by the clean keys up to its own, ``[T, start + clean]``."""
+    """Mask added to the logits of a tile's queries and the clean keys up to the tile's end, ``[T, start + clean]``."""
     noisy, clean = torch.arange(tile.skipped, tile.size), torch.arange(tile.asking)
     query_block = torch.cat([noisy.repeat(streams.noisy), clean]) // streams.block_size
     counts = torch.tensor([len(noisy)] * streams.noisy + [len(clean)])
@@ -85,7 +85,7 @@ def _tile_mask(tile: _Tile, streams: Streams, dtype: torch.dtype) -> Tensor:
 
 
 def _mask_of(tile: _Tile, tiles: list[_Tile], streams: Streams, repeats: int, dtype: torch.dtype) -> Tensor:
-    """The mask of one tile: tiles of one kind share one, whose columns of zeros are those of the last of them."""
+    """The mask of one tile, a slice of the last tile's of its kind, which has the most columns of zeros."""
 
     def kind(t: _Tile) -> tuple[int, int, int]:
         return t.size, t.skipped, t.clean
@@ -132,22 +132,22 @@ class _Own:
 
 def _gather(x: Tensor, tile: _Tile, streams: Streams, groups: int) -> Tensor:
     """Queries of a tile, or what goes with them, from ``[q, b, n, ...]``: ``[b, g, r T, ...]``."""
-    pieces = [piece.unflatten(2, (groups, -1)) for piece in tile.pieces(x, streams)]  # [C, b, g, r, ...]
-    order = (1, 2, 3, 0, *range(4, pieces[0].dim()))
-    return torch.cat([piece.permute(order) for piece in pieces], 3).flatten(2, 3)
+    parts = [part.unflatten(2, (groups, -1)) for part in tile.parts(x, streams)]  # [C, b, g, r, ...]
+    order = (1, 2, 3, 0, *range(4, parts[0].dim()))
+    return torch.cat([part.permute(order) for part in parts], 3).flatten(2, 3)
 
 
 def _spread(x: Tensor, to: Tensor, tile: _Tile, streams: Streams, groups: int) -> None:
     """Write ``[b, g, r T, ...]`` to where :func:`_gather` takes it from."""
-    pieces = tile.pieces(to, streams)
+    parts = tile.parts(to, streams)
     x = x.unflatten(2, (to.shape[2] // groups, -1))  # [b, g, r, T, ...]
     order = (3, 0, 1, 2, *range(4, x.dim()))
-    for piece, part in zip(pieces, x.split([len(piece) for piece in pieces], 3)):
-        piece.unflatten(2, (groups, -1)).copy_(part.permute(order))
+    for part, source in zip(parts, x.split([len(part) for part in parts], 3)):
+        part.unflatten(2, (groups, -1)).copy_(source.permute(order))
 
 
 def _clean(x: Tensor, streams: Streams) -> Tensor:
-    """Clean keys or values ``[b, g, L', d]`` in one piece."""
+    """Clean keys or values ``[b, g, L', d]``, contiguous."""
     return x[streams.noisy * streams.length :].permute(1, 2, 0, 3).contiguous()
 
 
@@ -205,7 +205,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _fill_first_block(x: Tensor, by: float, streams: Streams) -> None:
-    """Of the clean stream, block 0 of the noisy streams sees nothing: no tile writes there."""
+    """Fill block 0 of the noisy streams, which sees no clean key and which no tile writes."""
     for noisy in streams.parts(x)[: streams.noisy]:
         noisy[: streams.block_size] = by
 

@@ -1,4 +1,4 @@
-"""Which query sees which key: the one predicate that every backend is tested against."""
+"""The two-stream mask: one predicate, which every backend is tested against, and the streams it speaks of."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bd3_megatron.attention.limits import clean_positions
+from bd3_megatron.attention.lengths import clean_positions
 from bd3_megatron.config import DiffusionConfig
 
 
 @dataclass(frozen=True)
 class Streams:
-    """The copies of a row that pass through the model together, laid end to end along the sequence.
+    """The copies of a row that pass through the model in one sequence, laid end to end.
 
     Hidden states are ``[N, b, h]`` with ``N = noisy * length + clean``: the positions of noisy draw 0, then of draw 1,
-    ..., then those of the clean stream. Every stream is one piece of memory, and streams may differ in length.
+    ..., then those of the clean stream. Every stream is contiguous, and streams may differ in length.
 
     Attributes:
         length: positions of a row, L.
         block_size: tokens per block, B'.
         noisy: number of noisy draws per row, K (0 for the causal objective).
-        clean: positions of the clean stream. Nobody reads its last block, so that it may end before it; a row of one
-            block needs none at all, because nothing precedes it.
+        clean: positions of the clean stream. No query reads its last block, so that it may end before it. A row of
+            one block needs no clean stream, because nothing precedes the block.
     """
 
     length: int
@@ -38,7 +38,7 @@ class Streams:
 
     @property
     def predicting(self) -> int:
-        """Tokens whose outputs are predictions: those of the noisy draws, or the clean ones where there are none."""
+        """Tokens whose outputs are predictions: those of the noisy draws, or of the clean stream without draws."""
         return self.noisy * self.length or self.clean
 
     @property
@@ -48,7 +48,7 @@ class Streams:
 
     @property
     def clean_index(self) -> int:
-        """Index of the clean stream; when there is none, an index no stream has."""
+        """Index of the clean stream; -1, which no stream has, if there is none."""
         return self.noisy if self.clean else -1
 
     @classmethod
@@ -59,28 +59,28 @@ class Streams:
 
         Args:
             skip_last_clean_block: end the clean stream before its last block.
-            multiple: of which the clean stream's positions stay a multiple all the same.
+            multiple: the clean stream's length stays a multiple of it.
         """
         if diffusion.objective == "causal":
             return cls(length, block_size=1, noisy=0, clean=length)
         block = diffusion.block_size
         return cls(length, block, diffusion.draws, clean_positions(length, block, skip_last_clean_block, multiple))
 
-    def parts(self, x: Tensor, held: int | None = None) -> list[Tensor]:
-        """``x`` by stream, ``[N, ...] -> S of [positions, ...]``; without the clean one where ``x`` does not hold it.
+    def parts(self, x: Tensor, positions: int | None = None) -> list[Tensor]:
+        """``x`` split by stream, ``[N, ...] -> S of [positions, ...]``; without the clean one if ``x`` lacks it.
 
         Args:
-            held: positions of a noisy stream that ``x`` holds; L when None.
+            positions: length of a noisy stream in ``x``; L when None.
         """
-        held = held or self.length
+        positions = positions or self.length
         if not self.noisy:
             return [x]
-        clean = len(x) - self.noisy * held
-        return list(x.split([held] * self.noisy + ([clean] if clean else [])))
+        clean = len(x) - self.noisy * positions
+        return list(x.split([positions] * self.noisy + ([clean] if clean else [])))
 
 
 def sees(query_stream: Tensor, query_block: Tensor, key_stream: Tensor, key_block: Tensor, clean: int) -> Tensor:
-    """The block-causal two-stream mask (arXiv 2503.09573, section 3.2; one row of it per table row of the paper).
+    """The block-causal two-stream mask (arXiv 2503.09573, section 3.2).
 
     A query sees its own block of its own stream, and every earlier block of the clean stream. For a noisy query
     that is "own noisy block, clean blocks before it"; for a clean query "clean blocks up to its own".
@@ -99,10 +99,10 @@ def sees(query_stream: Tensor, query_block: Tensor, key_stream: Tensor, key_bloc
 
 
 def within_documents(seen: Tensor | bool, query_document: Tensor, key_document: Tensor) -> Tensor:
-    """Of the keys that :func:`sees` admits, those of the query's own document; all streams share their row's documents.
+    """Restrict a mask to the query's own document; all streams share their row's documents.
 
     Args:
-        seen: what :func:`sees` gave, or True where a query's block and stream admit every key.
+        seen: result of :func:`sees`, or True where a query's block and stream admit every key.
         query_document, key_document: number of the document each belongs to, broadcastable with ``seen``.
     """
     return (query_document == key_document) & seen

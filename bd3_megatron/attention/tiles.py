@@ -1,4 +1,4 @@
-"""Which tiles of the attention matrix a block-sparse kernel has to visit, by arithmetic on block numbers.
+"""Tiles of the attention matrix that a block-sparse kernel visits, by arithmetic on block numbers.
 
 A kernel walks the matrix in tiles of queries by keys. A tile is full when the mask admits every pair of it, partial
 when it admits some, and is left out when it admits none. Block-sparse kernels take four lists: for every tile of
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.attention.context import ContextShard
-from bd3_megatron.attention.limits import TILE
+from bd3_megatron.attention.lengths import TILE
 from bd3_megatron.attention.mask import Streams, sees
 
 
@@ -37,10 +37,10 @@ class Side:
 
     Attributes:
         noisy: noisy streams.
-        chunk: positions of a piece of a row that lie side by side; of whole rows L.
-        starts: position at which each piece begins that every noisy stream holds, one after the other.
-        clean: tokens of the clean stream, none where it is 0.
-        whole: the clean stream holds positions ``0 .. clean - 1``, not the pieces that noisy ones hold.
+        chunk: positions of a chunk of neighbouring positions; L for whole rows.
+        starts: first position of each chunk of a noisy stream, in order.
+        clean: tokens of the clean stream; 0 without one.
+        whole: True if the clean stream has positions ``0 .. clean - 1``, False if it has the noisy streams' chunks.
     """
 
     noisy: int
@@ -50,20 +50,20 @@ class Side:
     whole: bool = True
 
     @property
-    def held(self) -> int:
+    def per_stream(self) -> int:
         """Positions of each noisy stream."""
         return self.chunk * len(self.starts)
 
     @property
     def tokens(self) -> int:
-        return self.noisy * self.held + self.clean
+        return self.noisy * self.per_stream + self.clean
 
     def runs(self) -> list[Run]:
         """The tokens as runs, in order."""
-        pieces = [Run(stream, start, self.chunk) for stream in range(self.noisy) for start in self.starts]
+        runs = [Run(stream, start, self.chunk) for stream in range(self.noisy) for start in self.starts]
         if self.clean and self.whole:
-            return [*pieces, Run(self.noisy, 0, self.clean)]
-        return pieces + [Run(self.noisy, start, self.chunk) for start in self.starts if self.clean]
+            return [*runs, Run(self.noisy, 0, self.clean)]
+        return runs + [Run(self.noisy, start, self.chunk) for start in self.starts if self.clean]
 
     def positions(self) -> np.ndarray:
         """Position in the row of every token, int64 ``[tokens]``."""
@@ -81,18 +81,18 @@ class Side:
             if not self.noisy:
                 return 0, index
             return index // self.chunk, index % self.chunk
-        stream, within = index // self.held, index % self.held
+        stream, within = index // self.per_stream, index % self.per_stream
         first, second = self.starts
         position = within + first + within // self.chunk * (second - first - self.chunk)
         if not (self.clean and self.whole):
             return stream, position
-        end = self.noisy * self.held
+        end = self.noisy * self.per_stream
         return where(index < end, stream, self.noisy), where(index < end, position, index - end)
 
 
 @dataclass(frozen=True)
 class Call:
-    """Queries and keys of one call of a kernel, and what of the mask it has to know.
+    """Queries and keys of one call of a kernel, and the parameters of their mask.
 
     Attributes:
         block_size: tokens per block, B'.
@@ -109,8 +109,8 @@ class Call:
     def of(cls, streams: Streams, queries: int, context: ContextShard | None = None) -> Call:
         """The call for ``queries`` tokens: those of all streams, or those of the noisy ones.
 
-        With context parallelism queries are this rank's. Keys are its own noisy ones and the whole clean stream;
-        where chunks are parts of a block they are those of all streams, whole (see :func:`gathers_all`).
+        With context parallelism queries are this rank's. Keys are its own noisy ones and the whole clean stream, or
+        all streams whole where a chunk is part of a block (see :func:`gathers_all`).
         """
         noisy, clean = streams.noisy, streams.clean
         whole = Side(noisy, streams.length, clean=clean)
@@ -118,7 +118,7 @@ class Call:
             own = keys = whole
         else:
             starts = tuple(chunk * context.chunk for chunk in context.chunks)
-            own = Side(noisy, context.chunk, starts, context.held if clean else 0, whole=False)
+            own = Side(noisy, context.chunk, starts, context.positions if clean else 0, whole=False)
             keys = whole if gathers_all(streams, context) else Side(noisy, context.chunk, starts, clean)
         if queries != own.tokens:
             own = Side(own.noisy, own.chunk, own.starts)
@@ -127,7 +127,7 @@ class Call:
         return cls(streams.block_size, streams.clean_index, own, keys)
 
     def sees(self, query: Any, key: Any, where: Callable[[Any, Any, Any], Any]) -> Any:
-        """Whether the query of index ``query`` sees the key of index ``key`` (integers of any library)."""
+        """True where the query of index ``query`` sees the key of index ``key`` (integers of any library)."""
         query_stream, query_position = self.queries.locate(query, where)
         key_stream, key_position = self.keys.locate(key, where)
         size = self.block_size
@@ -135,18 +135,25 @@ class Call:
 
 
 def gathers_all(streams: Streams, context: ContextShard) -> bool:
-    """True where a block lies on several ranks, so that noisy keys are not all at home."""
+    """True if a block lies on several ranks, so that noisy keys have to be gathered too."""
     return context.chunk % streams.block_size > 0
 
 
-def keys_of_call(x: Tensor, streams: Streams, context: ContextShard | None = None) -> Tensor:
-    """Keys or values as :meth:`Call.of` has them, ``[keys, b, g, d]``, from what this rank holds of every stream."""
-    if context is None or context.size == 1:
+def prepare(
+    query: Tensor, key: Tensor, value: Tensor, streams: Streams, context: ContextShard
+) -> tuple[Call, Tensor, Tensor]:
+    """The call for a rank's queries, and its keys and values ``[keys, b, g, d]``, gathered where it needs others'."""
+    key, value = (_keys_of_call(x, streams, context) for x in (key, value))
+    return Call.of(streams, len(query), context), key, value
+
+
+def _keys_of_call(x: Tensor, streams: Streams, context: ContextShard) -> Tensor:
+    """Keys or values as :meth:`Call.of` lists them, from this rank's ``[k, b, g, d]`` of every stream."""
+    if context.size == 1:
         return x
     if gathers_all(streams, context):
-        by_position = x.unflatten(0, (-1, context.held)).transpose(0, 1)  # [l, S, b, g, d]
-        return context.gather(by_position).transpose(0, 1).flatten(0, 1)
-    own = streams.noisy * context.held
+        return context.gather_streams(x)
+    own = streams.noisy * context.positions
     if not streams.clean:
         return x
     return torch.cat([x[:own], context.gather(x[own:])])
@@ -182,10 +189,10 @@ def live_and_full(call: Call, tile: tuple[int, int] = (TILE, TILE)) -> tuple[np.
     Args:
         tile: queries and keys of a tile.
     """
-    query, key = (_pieces(side, call.block_size, size) for side, size in zip((call.queries, call.keys), tile))
+    query, key = (_spans(side, call.block_size, size) for side, size in zip((call.queries, call.keys), tile))
     same = query.stream[:, None] == key.stream
     clean = key.stream == call.clean
-    # Own block, and blocks of the clean stream before it: for pieces from a first to a last block each.
+    # Own block, and blocks of the clean stream before it: for spans from a first to a last block each.
     own_any = same & (query.first[:, None] <= key.last) & (key.first <= query.last[:, None])
     own_all = (
         same & (query.first == query.last)[:, None] & (key.first == key.last) & (query.first[:, None] == key.first)
@@ -203,8 +210,8 @@ def live_and_full(call: Call, tile: tuple[int, int] = (TILE, TILE)) -> tuple[np.
     return live, full
 
 
-class _Pieces(NamedTuple):
-    """Parts of tiles that lie in one run each: stream, first and last block, and the first piece of every tile."""
+class _Spans(NamedTuple):
+    """Parts of tiles that lie in one run each: stream, first and last block, and the first span of every tile."""
 
     stream: np.ndarray
     first: np.ndarray
@@ -212,17 +219,17 @@ class _Pieces(NamedTuple):
     begins: np.ndarray
 
 
-def _pieces(side: Side, block_size: int, tile: int) -> _Pieces:
+def _spans(side: Side, block_size: int, tile: int) -> _Spans:
     runs = np.array(side.runs())
     stream, start, count = runs.T
     offset = np.cumsum(count) - count
     tiles = np.arange(0, side.tokens, tile)
-    begin = np.union1d(offset, tiles)  # of each piece, along the side
+    begin = np.union1d(offset, tiles)  # of each span, along the side
     end = np.append(begin[1:], side.tokens)
     run = np.searchsorted(offset, begin, "right") - 1
     position = begin - offset[run] + start[run]
     last = position + end - begin - 1
-    return _Pieces(stream[run], position // block_size, last // block_size, np.searchsorted(begin, tiles))
+    return _Spans(stream[run], position // block_size, last // block_size, np.searchsorted(begin, tiles))
 
 
 def lists_of(partial: Any, full: Any) -> Tiles:
@@ -298,9 +305,9 @@ def document_lists(call: Call, tile: tuple[int, int], documents: Tensor) -> Tile
 
 
 class PerDocuments:
-    """What was last computed from documents, for the layers of a micro-batch that all ask for it.
+    """Cache of values computed from documents, shared by the layers of a micro-batch.
 
-    A tensor is known again by its memory and its version; it is kept, so that its memory is not another's.
+    A tensor is identified by its memory and its version. The cache keeps it, so that its memory is not reused.
     """
 
     def __init__(self, size: int = 4):
@@ -308,7 +315,7 @@ class PerDocuments:
         self._kept: OrderedDict[tuple, tuple[Tensor, Any]] = OrderedDict()
 
     def get(self, documents: Tensor, make: Callable[..., Any], *args: Any) -> Any:
-        """``make(*args, documents)``, or what it gave before for equal ``args`` and the same documents."""
+        """``make(*args, documents)``, or its cached value for equal ``args`` and the same documents."""
         version = 0 if documents.is_inference() else documents._version
         key = (make, args, documents.data_ptr(), version, documents.shape, documents.stride(), documents.dtype)
         if key not in self._kept:

@@ -1,12 +1,14 @@
-"""Two-stream attention on any device: each tile of queries against its live keys only.
+"""Two-stream attention by SDPA on any device: each tile of queries against the keys that it sees.
 
-A tile of positions holds the queries of every stream at these positions. They share the clean keys before the tile,
-which is nearly all they see, so one call of torch's SDPA serves them together. Nothing of size L x L is built, let
-alone (2L) x (2L): the largest mask is one tile by the keys it sees, for each row where rows hold documents.
+A tile of positions has the queries of every stream at these positions. They share the clean keys before the tile,
+which are nearly all they see, so that one call of SDPA serves all of them. Nothing of size L x L is built: the largest
+mask is one tile by the keys it sees, or one of these per row where rows are packed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from bd3_megatron.attention import inplace
 from bd3_megatron.attention.context import ContextShard
-from bd3_megatron.attention.limits import tile_size
+from bd3_megatron.attention.lengths import tile_size
 from bd3_megatron.attention.mask import Streams, sees, within_documents
 
 # Queries in one call where a block is too long for a mask over all of it.
@@ -26,7 +28,7 @@ _QUERIES = 128
 def _tile_mask(
     start: int, asking: tuple[int, ...], asked: tuple[int, ...], streams: Streams, device: torch.device
 ) -> Tensor:
-    """Mask of one joint tile that begins at position ``start``, ``[sum(asking), start + sum(asked)]``.
+    """Mask of a tile of all streams that begins at position ``start``, ``[sum(asking), start + sum(asked)]``.
 
     Args:
         asking: queries of each stream in the tile.
@@ -51,66 +53,111 @@ def attend(
     key: Tensor,
     value: Tensor,
     streams: Streams,
+    context: ContextShard,
     scale: float | None = None,
-    context: ContextShard | None = None,
     documents: Tensor | None = None,
 ) -> Tensor:
-    """Attention of every stream; shapes as :func:`bd3_megatron.attention.reference.attend`.
+    """Attention of every stream; shapes as :meth:`bd3_megatron.attention.backends.AttentionBackend.attend`.
 
-    Heads of one group are laid along the query axis, so grouped keys are never copied. Of what other context-parallel
-    ranks hold only the clean keys and values are needed, or those of the one block where a row has just one.
+    Heads of one group lie along the query axis, so that grouped keys are never copied. Only the clean keys and values
+    of other context-parallel ranks are gathered, or those of the block where a row has just one.
     """
-    context = context or ContextShard(streams.length)
+    rows = _Rows(streams, context, scale, None if documents is None else Documents(documents))
     groups = key.shape[2]
-    queries = streams.parts(query.unflatten(2, (groups, -1)), context.held)  # S of [l, b, g, r, d]
-    keys, values = (streams.parts(x, context.held) for x in (key, value))
-    packed = None if documents is None else Documents(documents)
+    queries = streams.parts(query.unflatten(2, (groups, -1)), context.positions)  # S of [l, b, g, r, d]
+    keys, values = (streams.parts(x, context.positions) for x in (key, value))
     if context.chunk % streams.block_size:
-        return _only_block(queries, keys, values, scale, context, packed).reshape(query.shape)
-
-    tile = min(tile_size(context.length, streams.block_size), context.chunk)
-    tile -= tile % streams.block_size
-    if _in_place(query, streams, context, packed, tile):
-        return inplace.attend(query, key, value, streams, scale, tile)
+        return _only_block(queries, keys, values, rows).reshape(query.shape)
+    size = min(tile_size(context.length, streams.block_size), context.chunk)
+    size -= size % streams.block_size
+    if _in_place(query, rows, size):
+        return inplace.attend(query, key, value, streams, scale, size)
     # A tile of one block needs no mask but that of documents, a tile of several does.
-    attend_tile = _tile_of_one_block if tile == streams.block_size else _tile_of_blocks
-    own = [[_tiles(stream, context.chunk, tile) for stream in x] for x in (keys, values)]
-    clean = [x[-1] for x in own]  # this rank's clean tiles are all of them, or are joined by those of the others
-    if streams.clean and context.size > 1:
-        clean = [_tiles(context.gather(x[-1]), context.chunk, tile) for x in (keys, values)]
-    per_chunk = -(-context.chunk // tile)
-    asking = [_split(stream, context.chunk, tile) for stream in queries]
-    out: list[list[Tensor]] = [[] for _ in asking]
-    for i in range(len(asking[0])):
-        local_chunk, within = divmod(i, per_chunk)
-        chunk = context.chunks[local_chunk]
-        start = chunk * context.chunk + within * tile
-        before = chunk * per_chunk + within
-        skipped, first = 0, 0
-        if not streams.clean:
-            skipped, first = before, start
-        elif packed is not None:
-            # Tiles before the earliest document that a query of any row is in hold no key that is seen.
-            other, inside = divmod(packed.first[start], context.chunk)
-            skipped = other * per_chunk + inside // tile
-            first = other * context.chunk + inside // tile * tile
-        # The clean stream may be a tile short.
-        here = [[stream[i] for stream in x if i < len(stream)] for x in own]
-        past = [x[skipped:before] for x in clean]
-        q = [stream[i].permute(1, 2, 3, 0, 4) for stream in asking if i < len(stream)]
-        for stream, mixed in zip(out, attend_tile(q, past, here, (first, start), streams, scale, packed)):
+    attend_tile = _tile_of_one_block if size == streams.block_size else _tile_of_blocks
+    out: list[list[Tensor]] = [[] for _ in queries]
+    for tile in _tiles_of_rows(queries, keys, values, rows, size):
+        for stream, mixed in zip(out, attend_tile(tile, rows)):
             stream.append(mixed.permute(3, 0, 1, 2, 4))  # [b, g, r, C, d] -> [C, b, g, r, d]
     return torch.cat([tile for stream in out for tile in stream]).reshape(query.shape)
 
 
-def _in_place(query: Tensor, streams: Streams, context: ContextShard, packed: Documents | None, tile: int) -> bool:
-    """Whether the rows are of the usual kind, for which a CPU has a way without copies of keys."""
-    joint = streams.clean > 0 and tile > streams.block_size
-    return joint and query.device.type == "cpu" and context.size == 1 and packed is None
+@dataclass(frozen=True)
+class _Rows:
+    """The setting of a call: streams, positions of this rank, factor on the logits, documents of packed rows."""
+
+    streams: Streams
+    context: ContextShard
+    scale: float | None
+    packed: Documents | None
+
+
+# Keys and values, each a list of tiles ``[b, g, C, d]``.
+Pair = list[list[Tensor]]
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Queries of one tile of positions, and the keys and values that they may see.
+
+    Attributes:
+        queries: of each stream, S of ``[b, g, r, C, d]``.
+        past: the clean tiles before it.
+        own: its own tile of each stream.
+        first, start: positions of the first key in ``past`` and of the tile.
+    """
+
+    queries: list[Tensor]
+    past: Pair
+    own: Pair
+    first: int
+    start: int
+
+    def keys_and_values(self, stream: int | None = None) -> list[Tensor]:
+        """Keys and values ``[b, g, K, d]``: those before the tile, then those of one or of all streams in it."""
+        own = slice(None) if stream is None else slice(stream, stream + 1)
+        return [torch.cat([*before, *here[own]], 2) for before, here in zip(self.past, self.own)]
+
+
+def _in_place(query: Tensor, rows: _Rows, size: int) -> bool:
+    """True for whole rows on CPU that are not packed: :mod:`.inplace` needs no copies of their keys."""
+    joint = rows.streams.clean > 0 and size > rows.streams.block_size
+    return joint and query.device.type == "cpu" and rows.context.size == 1 and rows.packed is None
+
+
+def _tiles_of_rows(
+    queries: list[Tensor], keys: list[Tensor], values: list[Tensor], rows: _Rows, size: int
+) -> Iterator[_Tile]:
+    """Tiles of ``size`` positions, in the order of this rank's positions."""
+    streams, context, packed = rows.streams, rows.context, rows.packed
+    own = [[_tiles(stream, context.chunk, size) for stream in x] for x in (keys, values)]
+    clean = [x[-1] for x in own]  # all clean tiles, or this rank's alone, to which the others' are added
+    if streams.clean and context.size > 1:
+        clean = [_tiles(context.gather(x[-1]), context.chunk, size) for x in (keys, values)]
+    per_chunk = -(-context.chunk // size)
+    asking = [_split(stream, context.chunk, size) for stream in queries]
+    for i in range(len(asking[0])):
+        local_chunk, within = divmod(i, per_chunk)
+        chunk = context.chunks[local_chunk]
+        start, before = chunk * context.chunk + within * size, chunk * per_chunk + within
+        skipped, first = 0, 0
+        if not streams.clean:
+            skipped, first = before, start
+        elif packed is not None:
+            # No query of any row sees a key before the earliest document at its position.
+            other, inside = divmod(packed.first[start], context.chunk)
+            skipped = other * per_chunk + inside // size
+            first = other * context.chunk + inside // size * size
+        yield _Tile(
+            queries=[stream[i].permute(1, 2, 3, 0, 4) for stream in asking if i < len(stream)],
+            past=[x[skipped:before] for x in clean],
+            own=[[stream[i] for stream in x if i < len(stream)] for x in own],  # the clean stream may be a tile short
+            first=first,
+            start=start,
+        )
 
 
 class Documents:
-    """Documents of whole rows, and which positions are of the same ones as some position in any row.
+    """Documents of whole rows, and their extent around each position over all rows.
 
     Attributes:
         numbers: int ``[b, L]``, never falling along a row.
@@ -143,16 +190,9 @@ def _tiles(x: Tensor, chunk: int, tile: int) -> list[Tensor]:
     return [t.permute(1, 2, 0, 3) for t in _split(x, chunk, tile)]
 
 
-def _only_block(
-    queries: list[Tensor],
-    keys: list[Tensor],
-    values: list[Tensor],
-    scale: float | None,
-    context: ContextShard,
-    packed: Documents | None,
-) -> Tensor:
+def _only_block(queries: list[Tensor], keys: list[Tensor], values: list[Tensor], rows: _Rows) -> Tensor:
     """Rows of one block spread over ranks: queries ``S of [l, b, g, r, d]`` see their stream's whole row."""
-    out = []
+    context, packed, scale, out = rows.context, rows.packed, rows.scale, []
     for q, *own in zip(queries, keys, values):
         key, value = (context.gather(x).permute(1, 2, 0, 3) for x in own)  # [b, g, L, d]
         q = q.permute(1, 2, 3, 0, 4)  # [b, g, r, l, d]
@@ -166,60 +206,38 @@ def _only_block(
     return torch.cat(out)
 
 
-# A tile's keys and values: ``past[0]`` and ``past[1]`` list the clean tiles before it, ``own`` its own tile per stream.
-Pair = list[list[Tensor]]
-
-
-def _tile_of_blocks(
-    queries: list[Tensor],
-    past: Pair,
-    own: Pair,
-    bounds: tuple[int, int],
-    streams: Streams,
-    scale: float | None,
-    packed: Documents | None,
-) -> list[Tensor]:
-    """All streams of a tile of several blocks in one masked call; queries and the result are S of [b, g, r, C, d].
-
-    ``bounds``: the position of the first clean key given, and that of the tile.
-    """
-    key, value = (torch.cat([*before, *here], 2) for before, here in zip(past, own))
+def _tile_of_blocks(tile: _Tile, rows: _Rows) -> list[Tensor]:
+    """All streams of a tile of several blocks in one masked call; S of ``[b, g, r, C, d]``."""
+    key, value = tile.keys_and_values()
+    queries, packed, start = tile.queries, rows.packed, tile.start
     q = queries[0] if len(queries) == 1 else torch.cat(queries, 3)  # [b, g, r, T, d]
-    (first, start), repeats = bounds, q.shape[2]
-    asking, asked = (tuple(x.shape[-2] for x in side) for side in (queries, own[0]))
-    mask = _tile_mask(start, asking, asked, streams, q.device)
+    repeats = q.shape[2]
+    asking, asked = (tuple(x.shape[-2] for x in side) for side in (queries, tile.own[0]))
+    mask = _tile_mask(start, asking, asked, rows.streams, q.device)
     if packed is not None:
         mask = mask[:, -key.shape[2] :]  # without the keys that were skipped; cached masks are those of all keys
 
         def numbers(counts: tuple[int, ...]) -> list[Tensor]:
             return [packed.numbers[:, start : start + n] for n in counts]
 
-        key_document = torch.cat([packed.numbers[:, first:start], *numbers(asked)], 1)
+        key_document = torch.cat([packed.numbers[:, tile.first : start], *numbers(asked)], 1)
         query_document = torch.cat(numbers(asking), 1)
         mask = within_documents(mask, query_document[:, :, None], key_document[:, None])[:, None]
     if repeats > 1:
         mask = mask.repeat(*[1] * (mask.dim() - 2), repeats, 1)
-    mixed = F.scaled_dot_product_attention(q.flatten(2, 3), key, value, attn_mask=mask, scale=scale)
+    mixed = F.scaled_dot_product_attention(q.flatten(2, 3), key, value, attn_mask=mask, scale=rows.scale)
     return list(mixed.view(q.shape).split(asking, 3))
 
 
-def _tile_of_one_block(
-    queries: list[Tensor],
-    past: Pair,
-    own: Pair,
-    bounds: tuple[int, int],
-    streams: Streams,
-    scale: float | None,
-    packed: Documents | None,
-) -> list[Tensor]:
+def _tile_of_one_block(tile: _Tile, rows: _Rows) -> list[Tensor]:
     """Each stream of a tile of one block sees all of its own block and all clean blocks before it."""
     out = []
-    for s, q in enumerate(queries):  # [b, g, r, C, d]
-        key, value = (torch.cat([*before, here[s]], 2) for before, here in zip(past, own))
-        if packed is not None:
-            out.append(_of_one_block(q, key, value, bounds, packed, scale))
+    for stream, q in enumerate(tile.queries):  # [b, g, r, C, d]
+        key, value = tile.keys_and_values(stream)
+        if rows.packed is not None:
+            out.append(_of_one_block(q, key, value, (tile.first, tile.start), rows.packed, rows.scale))
             continue
-        out.append(F.scaled_dot_product_attention(q.flatten(2, 3), key, value, scale=scale).view(q.shape))
+        out.append(F.scaled_dot_product_attention(q.flatten(2, 3), key, value, scale=rows.scale).view(q.shape))
     return out
 
 

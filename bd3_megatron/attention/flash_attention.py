@@ -1,13 +1,12 @@
 """Two-stream attention by FlashAttention-4 (``flash_attn.cute``): block-sparse kernels for Hopper and Blackwell.
 
-The kernels take the predicate as a function of indices, in the CuTe language, and lists of tiles for either pass.
-Without the lists of the backward pass its gradients are wrong and nothing says so; both are always given here.
+The kernels take the predicate as a function of indices in the CuTe language, and lists of tiles for each pass. Without
+the lists of the backward pass gradients are silently wrong; both are always given here.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
@@ -16,39 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd3_megatron.attention.context import ContextShard
-from bd3_megatron.attention.mask import Streams, sees, within_documents
-from bd3_megatron.attention.tiles import (
-    TILE,
-    Call,
-    Lists,
-    PerDocuments,
-    Side,
-    device_lists,
-    document_lists,
-    keys_of_call,
-)
+from bd3_megatron.attention.mask import sees, within_documents
+from bd3_megatron.attention.tiles import TILE, Call, Lists, PerDocuments, Side, device_lists, document_lists
 
 _per_documents = PerDocuments()
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    streams: Streams,
-    scale: float | None = None,
-    context: ContextShard | None = None,
-    documents: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float | None, documents: Tensor | None
 ) -> Tensor:
-    """Attention of every stream; shapes as :func:`bd3_megatron.attention.reference.attend`.
-
-    bf16 and fp16 on CUDA. What it refuses is in :mod:`bd3_megatron.attention.limits` and :func:`device_refusal`.
-    """
+    """Attention of a call's queries ``[q, b, n, d]`` over its keys ``[k, b, g, d]``, in bf16 or fp16 on CUDA."""
     from flash_attn.cute import flash_attn_func
 
-    call = Call.of(streams, len(query), context)
-    key, value = (keys_of_call(x, streams, context) for x in (key, value))
     tile = tile_of(query.device)
     if documents is None:
         tiles, aux = device_lists(call, tile, query.device), None
@@ -68,13 +46,20 @@ def attend(
     return out.transpose(0, 1)
 
 
+def causal(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Plain causal attention by the same package, ``[l, b, n, d]``: what benchmarks compare with."""
+    from flash_attn.cute import flash_attn_func
+
+    return flash_attn_func(*(x.transpose(0, 1) for x in (query, key, value)), causal=True)[0].transpose(0, 1)
+
+
 def tile_of(device: torch.device) -> tuple[int, int]:
     """Queries and keys of a tile: on Blackwell a block of the forward pass takes two tiles of queries at a time."""
     return (2 * TILE if torch.cuda.get_device_capability(device)[0] >= 10 else TILE), TILE
 
 
 def block_sparse(lists: Lists, tile: tuple[int, int]) -> Any:
-    """Lists of either pass as the package takes them; sizes of queries and keys in this order for both."""
+    """Lists of one pass in the package's type; ``block_size`` is queries, then keys, for both passes."""
     from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
 
     return BlockSparseTensorsTorch(
@@ -90,8 +75,8 @@ def block_sparse(lists: Lists, tile: tuple[int, int]) -> Any:
 def mask_mod(call: Call, documents: bool) -> Callable[..., Any]:
     """The predicate of a call in CuTe: ``(row, head, query, key, lengths, tensors) -> Boolean`` of one element.
 
-    The package compiles a kernel for each, and keeps it on disk too if FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1. It
-    knows them by ``__cute_hash__``, which therefore must be the same in every process.
+    The package compiles one kernel per predicate, and caches it on disk if FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1.
+    Its key is ``__cute_hash__``, which must therefore be the same in every process.
     """
     from cutlass import Boolean, Int32
     from flash_attn.cute.utils import scalar_to_ssa
@@ -112,27 +97,3 @@ def mask_mod(call: Call, documents: bool) -> Callable[..., Any]:
     text = "".join(inspect.getsource(part) for part in parts)
     seen.__cute_hash__ = hashlib.sha256(f"{text}{call}{documents}".encode()).hexdigest()
     return seen
-
-
-def device_refusal(device: torch.device) -> str | None:
-    """Why this cannot run on ``device``, or None."""
-    needed = "needs a CUDA device of compute capability 9.0 or newer, found"
-    if device.type != "cuda":
-        return f"{needed} none"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 9:
-        return f"{needed} {major}.{minor}"
-    if major >= 12:
-        return f"compute capability {major}.{minor} has no block-sparse backward pass"
-    return package_refusal()
-
-
-@lru_cache(maxsize=1)
-def package_refusal() -> str | None:
-    """Why the package cannot be used, or None. flash-attn 2 has the same name and not these kernels."""
-    try:
-        importlib.import_module("flash_attn.cute")
-    except (ImportError, OSError) as error:
-        reason = " ".join(str(error).split())
-        return f"needs the package flash-attn-4, which cannot be imported ({reason})"
-    return None

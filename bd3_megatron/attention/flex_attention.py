@@ -1,7 +1,7 @@
 """Two-stream attention by torch's FlexAttention: one Triton kernel that visits the listed tiles only.
 
-On CUDA the kernel is compiled, once for all layers. On CPU torch has no backward pass for it: there the same lists
-and the same predicate are written out as a mask for SDPA, which costs (2L)^2 and is meant for tests.
+On CUDA the kernel is compiled once for all layers. On CPU torch has no backward pass for it, so that the same lists and
+predicate become a dense mask for SDPA, which costs (2L)^2 and is meant for tests.
 """
 
 from __future__ import annotations
@@ -14,17 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from bd3_megatron.attention.context import ContextShard
-from bd3_megatron.attention.mask import Streams, within_documents
-from bd3_megatron.attention.tiles import (
-    TILE,
-    Call,
-    PerDocuments,
-    Tiles,
-    device_lists,
-    document_lists,
-    keys_of_call,
-)
+from bd3_megatron.attention.mask import within_documents
+from bd3_megatron.attention.tiles import TILE, Call, PerDocuments, Tiles, device_lists, document_lists
 
 # Kernels in one process: training and evaluation, all queries and the noisy ones, last micro-batches of another size.
 _KERNELS = 64
@@ -33,22 +24,13 @@ _per_documents = PerDocuments()
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    streams: Streams,
-    scale: float | None = None,
-    context: ContextShard | None = None,
-    documents: Tensor | None = None,
-    tile: int = TILE,
+    query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float | None, documents: Tensor | None, tile: int = TILE
 ) -> Tensor:
-    """Attention of every stream; shapes as :func:`bd3_megatron.attention.reference.attend`.
+    """Attention of a call's queries ``[q, b, n, d]`` over its keys ``[k, b, g, d]``.
 
     Args:
         tile: queries and keys of a tile.
     """
-    call = Call.of(streams, len(query), context)
-    key, value = (keys_of_call(x, streams, context) for x in (key, value))
     mask = block_mask(call, (tile, tile), query.device, documents)
     heads_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]  # [b, n, l, d]
     attention = compiled() if query.is_cuda else _written_out
@@ -56,7 +38,7 @@ def attend(
 
 
 def block_mask(call: Call, tile: tuple[int, int], device: torch.device, documents: Tensor | None = None) -> BlockMask:
-    """The mask of a call, made once for all layers: of a run, or of a micro-batch where it holds documents."""
+    """The mask of a call, made once for all layers and steps, or once per micro-batch where rows are packed."""
     if documents is None:
         return _block_mask(call, tile, device)
     return _per_documents.get(documents, _document_mask, call, tile)
@@ -88,7 +70,7 @@ def _of_lists(tiles: Tiles, call: Call, tile: tuple[int, int], seen: Callable[..
 
 @lru_cache(maxsize=1)
 def compiled() -> Callable[..., Tensor]:
-    """FlexAttention compiled for static shapes; not compiling at all would build every score, so that is an error."""
+    """FlexAttention compiled for static shapes; ``fullgraph`` makes falling back to eager, which builds all scores, an error."""
     limit = "recompile_limit"
     setattr(torch._dynamo.config, limit, max(_KERNELS, getattr(torch._dynamo.config, limit)))
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
@@ -97,7 +79,7 @@ def compiled() -> Callable[..., Tensor]:
 def _written_out(
     query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float | None, enable_gqa: bool
 ) -> Tensor:
-    """What the kernel computes from the lists and the predicate, by SDPA; ``[b, n, l, d]``."""
+    """SDPA with the dense mask of the lists and the predicate; ``[b, n, l, d]``."""
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=written_out_mask(block_mask, len(query)), scale=scale, enable_gqa=enable_gqa
     )
