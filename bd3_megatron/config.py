@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bd3_common.errors import ConfigError
 from bd3_common.registry import Choice
+from bd3_megatron.attention.backends import ATTENTION_BACKENDS, AUTO
 from bd3_megatron.backbones import BACKBONES, Backbone, Traits, get_backbone
 from bd3_megatron.diffusion.schedules import SCHEDULES, get_schedule
 
@@ -206,8 +207,8 @@ class DiffusionConfig(Section):
 class KernelConfig(Section):
     """Which implementation computes what; the choices differ in cost, never in the result."""
 
-    attention: Literal["auto", "flash", "flex", "chunked", "reference"] = Field(
-        "auto", description="two-stream attention backend; reference materialises the dense mask"
+    attention: Annotated[str, Choice(ATTENTION_BACKENDS, (AUTO,))] = Field(
+        default=AUTO, description="two-stream attention backend; auto: the fastest that works on the device"
     )
     layers: Literal["auto", "local", "te"] = Field(
         "auto",

@@ -25,7 +25,7 @@ from torch import Tensor
 from bd3_megatron import cpu_compat
 from bd3_megatron.attention.backends import choose
 from bd3_megatron.attention.context import ContextShard
-from bd3_megatron.attention.limits import clean_multiple, skips_last_block
+from bd3_megatron.attention.lengths import clean_multiple, skips_last_block
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.backbones import EMBEDDING
 from bd3_megatron.config import EngineConfig, ModelConfig
@@ -87,12 +87,11 @@ class BlockDiffusionModel(LanguageModule):
             use_cpu_initialization=megatron.use_cpu_initialization,
         )
         self.context = ContextShard.of_this_rank(model.length)
-        # Every attention chooses for itself; to an error of theirs Megatron would add the modules it was building.
         width, dtype, device = model.width_per_head, megatron.params_dtype, cpu_compat.device()
-        choose(kernels.attention, self.streams, self.context, head_dim=width, dtype=dtype, device=device)
-        specs = [layer_spec(model, self.streams, kernels, self.context)] * get_num_layers_to_build(megatron, chunk)
+        backend = choose(kernels.attention, self.streams, self.context, head_dim=width, dtype=dtype, device=device)
+        specs = [layer_spec(model, kernels, backend)] * get_num_layers_to_build(megatron, chunk)
         if post_process and kernels.skip_last_clean_queries and self.streams.noisy and self.streams.clean:
-            specs[-1] = layer_spec(model, self.streams, kernels, self.context, last=True)
+            specs[-1] = layer_spec(model, kernels, backend, last=True)
         layers = TransformerBlockSubmodules(layer_specs=specs)
         # The final norm runs on the rows that the head reads, so it lies here and not in the block.
         self.decoder = TransformerBlock(
@@ -142,7 +141,7 @@ class BlockDiffusionModel(LanguageModule):
         """
         streams = self.streams
         rotary = self.context.take(self._rotary(self.model.length), 0)
-        clean = min(streams.clean, self.context.held)
+        clean = min(streams.clean, self.context.positions)
         rotary = torch.cat([rotary] * streams.noisy + [rotary[:clean]])
         if self.pre_process:
             by_stream = input_ids.view(streams.count, -1, input_ids.shape[1]).unbind()

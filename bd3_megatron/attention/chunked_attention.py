@@ -57,7 +57,7 @@ def attend(
     scale: float | None = None,
     documents: Tensor | None = None,
 ) -> Tensor:
-    """Attention of every stream; shapes as :meth:`bd3_megatron.attention.backends.AttentionBackend.attend`.
+    """Attention of every stream; shapes as in ``AttentionBackend.attend``.
 
     Heads of one group lie along the query axis, so that grouped keys are never copied. Only the clean keys and values
     of other context-parallel ranks are gathered, or those of the block where a row has just one.

@@ -24,7 +24,13 @@ _per_documents = PerDocuments()
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float | None, documents: Tensor | None, tile: int = TILE
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: Call,
+    scale: float | None = None,
+    documents: Tensor | None = None,
+    tile: int = TILE,
 ) -> Tensor:
     """Attention of a call's queries ``[q, b, n, d]`` over its keys ``[k, b, g, d]``.
 
@@ -70,7 +76,7 @@ def _of_lists(tiles: Tiles, call: Call, tile: tuple[int, int], seen: Callable[..
 
 @lru_cache(maxsize=1)
 def compiled() -> Callable[..., Tensor]:
-    """FlexAttention compiled for static shapes; ``fullgraph`` makes falling back to eager, which builds all scores, an error."""
+    """FlexAttention compiled for static shapes; ``fullgraph`` because eager mode would build every score."""
     limit = "recompile_limit"
     setattr(torch._dynamo.config, limit, max(_KERNELS, getattr(torch._dynamo.config, limit)))
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)

@@ -27,7 +27,7 @@ _OWN = 64
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, streams: Streams, scale: float | None, tile: int) -> Tensor:
-    """Attention of every stream of whole rows; shapes as :meth:`bd3_megatron.attention.backends.AttentionBackend.attend`.
+    """Attention of every stream of whole rows; shapes as in ``AttentionBackend.attend``.
 
     Args:
         tile: positions per tile, a multiple of the block; rows hold a clean stream.

@@ -1,6 +1,6 @@
 """What one micro-batch keeps for its backward pass on one rank, by part, and what is alive beside it for a moment.
 
-The counts follow the operations of :mod:`bd3_megatron.layers.specs`, :mod:`bd3_megatron.attention.chunked` and
+The counts follow the operations of :mod:`bd3_megatron.layers.specs`, of the attention backend and of
 :mod:`bd3_megatron.model` one by one, and equal the bytes of the distinct storages that autograd holds; those of a GPU's
 kernels are not compared with one.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from bd3_megatron.attention.limits import clean_multiple, clean_positions, skips_last_block, tile_size
+from bd3_megatron.attention.backends import AttentionBackend, AttentionSizes, Demand, candidates
+from bd3_megatron.attention.lengths import clean_multiple, clean_positions, skips_last_block, tile_size
 from bd3_megatron.config import EngineConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig
 from bd3_megatron.cost.partition import Chunk, padded_rows, rows_per_chunk
 
@@ -69,7 +70,7 @@ class Activations:
     Attributes:
         norms: inputs and normalized values of the norms, in fp32.
         linears: inputs of the matrices.
-        attention: queries, keys, values and outputs of all tiles, with masks and log-sum-exps.
+        attention: what the attention backend keeps: queries, keys, values, outputs, log-sum-exps, masks.
         mlp: what lies between the MLP's matrices.
         dropout: its masks.
         layer_inputs: all that full recomputation keeps of a layer.
@@ -359,32 +360,29 @@ class Counter:
         return held
 
     def _attention(self, layer: int) -> float:
-        """Queries, keys, values, outputs and log-sum-exps. Block-sparse kernels, and the chunked backend on CPU where
-        whole rows come in tiles of several blocks, read them in place; else every tile of queries has its own copy of
-        the clean keys and values before it."""
-        rows, size, context = self.rows, self.size, self.parallel.context
-        if self.cuda and self.kernels.attention not in ("chunked", "reference"):
-            asking, cells = self._asking(layer), self._cells(rows.positions)
-            return (2 * asking * self._query + 2 * cells * self._grouped) * size + asking * self._heads * _FP32
-        chunk = rows.length // (2 * context) if context > 1 else rows.length
-        tile = min(tile_size(rows.length, rows.block_size), chunk)
-        tile -= tile % rows.block_size if tile > rows.block_size else 0
-        if context == 1 and rows.clean and tile > rows.block_size and not self.cuda and not self.packed:
-            return self._query_key_value(layer) * size + self._asking(layer) * self._heads * _FP32
-        asking = [rows.length] * rows.noisy + ([] if self._leaves(layer) or not rows.clean else [rows.clean])
-        asked = [rows.length] * rows.noisy + ([rows.clean] if rows.clean else [])
-        repeats = self.model.heads // self.model.groups
-        queries = keys = masks = 0.0
-        for number in (0,) if context == 1 else (0, 2 * context - 1):  # the first rank's chunks
-            for start in range(number * chunk, (number + 1) * chunk, tile):
-                past = start if rows.clean else 0
-                end = min(start + tile, (number + 1) * chunk)
-                here, there = (sum(max(0, min(end, n) - start) for n in side) for side in (asking, asked))
-                queries += here
-                if tile == rows.block_size:  # each stream by itself, without a mask
-                    keys += here + past * sum(n > start for n in asking)
-                else:
-                    keys += past + there
-                    masks += here * repeats * (past + there) * size * (self.micro_batch if self.packed else 1)
-        outputs = 2 * queries * self._query * size + queries * self._heads * _FP32
-        return self.micro_batch * (outputs + 2 * keys * self._grouped * size) + masks
+        """Bytes that the attention backend keeps."""
+        rows = self.rows
+        sizes = AttentionSizes(
+            length=rows.length,
+            block_size=rows.block_size,
+            noisy=rows.noisy,
+            clean=rows.clean,
+            clean_queries=not self._leaves(layer),
+            micro_batch=self.micro_batch,
+            context=self.parallel.context,
+            heads=self._heads,
+            groups=self._groups,
+            head_dim=self.model.width_per_head,
+            element=self.size,
+            inputs=self._query_key_value(layer),
+            cuda=self.cuda,
+            packed=self.packed,
+        )
+        return self.backend.activation_bytes(sizes)
+
+    @property
+    def backend(self) -> type[AttentionBackend]:
+        """The attention backend that is counted: under ``auto`` the first one that the configuration allows."""
+        demand, device = Demand.of(self.config), "cuda" if self.cuda else "cpu"
+        backends = candidates(self.kernels.attention, device)
+        return next((cls for cls in backends if cls.unsupported_reason(demand) is None), backends[0])

@@ -25,9 +25,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from bd3_megatron.attention.context import ContextShard
+from bd3_megatron.attention.backends import AttentionBackend
 from bd3_megatron.attention.core import TwoStreamAttention
-from bd3_megatron.attention.mask import Streams
 from bd3_megatron.backbones import Traits
 from bd3_megatron.config import EngineConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig, split_layers
 from bd3_megatron.layers import transformer_engine as te
@@ -242,15 +241,14 @@ def pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[s
     return layout
 
 
-def layer_spec(
-    model: ModelConfig, streams: Streams, kernels: KernelConfig, context: ContextShard, last: bool = False
-) -> ModuleSpec:
+def layer_spec(model: ModelConfig, kernels: KernelConfig, backend: AttentionBackend, last: bool = False) -> ModuleSpec:
     """One layer: linear layers and norms as ``kernels.layers`` says, :class:`TwoStreamAttention` as core attention.
 
     Transformer Engine's column-parallel layers hold the norm before them; :func:`bd3_megatron.model.global_name` gives
     it the name that it has as a layer of its own.
 
     Args:
+        backend: attention of the model's streams.
         last: give the noisy streams only, all that the head reads.
     """
     if te.chosen(kernels):
@@ -260,7 +258,7 @@ def layer_spec(
         column, row, norm = ColumnParallelLinear, RowParallelLinear, Norm
         norm_before = Norm
     qk_norm = norm if model.traits.qk_norm else None
-    noisy = streams.noisy * context.held
+    noisy = backend.streams.noisy * backend.context.positions
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -270,9 +268,7 @@ def layer_spec(
                 params={"noisy": noisy} if last else {},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=column,
-                    core_attention=partial(
-                        TwoStreamAttention, streams=streams, context=context, backend=kernels.attention
-                    ),
+                    core_attention=partial(TwoStreamAttention, backend=backend),
                     linear_proj=row,
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,

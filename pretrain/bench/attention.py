@@ -15,15 +15,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.attention import backends, flex
-from bd3_megatron.attention.limits import NAMES, Demand
+from bd3_megatron.attention.backends import (
+    AUTO,
+    PRECISIONS,
+    Demand,
+    candidates,
+    choose,
+    reason_against,
+)
 from bd3_megatron.attention.mask import Streams, dense_mask, live_pairs
 from bd3_megatron.config import DiffusionConfig, divisors, listing
 from pretrain.bench.models import checked_plot, seconds_of
 from pretrain.bench.options import AttentionOptions
 from pretrain.tracking.plots import MUTED, finish, save_figure
 
-DTYPES = {precision: dtype for dtype, precision in backends.PRECISIONS.items()}
+DTYPES = {precision: getattr(torch, dtype) for dtype, precision in PRECISIONS.items()}
 MATMUL = {"cpu": 1024, "cuda": 8192}  # side of the square matrices whose product is the ceiling
 
 
@@ -93,8 +99,8 @@ def _resolved(options: AttentionOptions) -> AttentionOptions:
     names = options.backends
     if names is None:
         demand = Demand(dtype, options.head_dim, options.lengths[0], options.lengths[0])
-        usual = NAMES[:-1] if device.type == "cuda" else ("chunked",)
-        names = tuple(name for name in usual if not backends.cannot(name, demand, device))
+        usual = candidates(AUTO, device.type)
+        names = tuple(cls.name for cls in usual if reason_against(cls, demand, device) is None)
     return options.model_copy(update={"kv_heads": groups, "dtype": dtype, "backends": names})
 
 
@@ -104,12 +110,12 @@ def _rows(options: AttentionOptions, length: int, block_size: int, device: torch
     streams, causal = Streams.of(diffusion, length), Streams(length, 1, 0, length)
     dtype = DTYPES[options.dtype]
     chosen = [
-        backends.choose(name, streams, None, head_dim=options.head_dim, dtype=dtype, device=device)
-        for name in options.backends
+        choose(name, streams, None, head_dim=options.head_dim, dtype=dtype, device=device) for name in options.backends
     ]
     inputs = partial(_inputs, options, dtype, device)
-    ours = [Timed(b.name, _pass(b.attend, inputs(streams.tokens), streams), live_pairs(streams)) for b in chosen]
-    peers = [Timed(f"causal {b.name}", _causal(b.name, inputs(length), causal), live_pairs(causal)) for b in chosen]
+    scale = options.head_dim**-0.5
+    ours = [Timed(b.name, _pass(b.attend, inputs(streams.tokens), scale, None), live_pairs(streams)) for b in chosen]
+    peers = [Timed(f"causal {b.name}", _pass(b.causal, inputs(length)), live_pairs(causal)) for b in chosen]
     side = MATMUL[device.type]
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     others = [Timed("matmul", lambda: a @ b)]
@@ -153,23 +159,6 @@ def _pass(attend: Callable[..., Tensor], qkv: list[Tensor], *more: Any) -> Calla
     """One forward and one backward pass."""
     upstream = torch.randn_like(qkv[0])
     return lambda: torch.autograd.grad(attend(*qkv, *more), qkv, upstream)
-
-
-def _causal(name: str, qkv: list[Tensor], streams: Streams) -> Callable[[], Any]:
-    """Causal attention as the kernels of this backend have it: their own, or SDPA's."""
-    if name == "flex":
-        return _pass(flex.attend, qkv, streams)
-
-    def flash(*qkv: Tensor) -> Tensor:
-        from flash_attn.cute import flash_attn_func
-
-        return flash_attn_func(*(x.transpose(0, 1) for x in qkv), causal=True)[0].transpose(0, 1)
-
-    def sdpa(*qkv: Tensor) -> Tensor:
-        heads_first = (x.permute(1, 2, 0, 3) for x in qkv)
-        return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).permute(2, 0, 1, 3)
-
-    return _pass(flash if name == "flash" else sdpa, qkv)
 
 
 def _dense(qkv: list[Tensor], streams: Streams) -> Callable[[], Any] | None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from bd3_common.registry import Choice
+from bd3_megatron.attention.backends import ATTENTION_BACKENDS, AUTO
 from bd3_megatron.backbones import BACKBONES
 from bd3_megatron.config import Section, Seed
 from pretrain.bench.layouts import LAYOUTS
@@ -49,8 +50,8 @@ class AttentionOptions(Section):
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(
         default=None, description="null means fp32 on CPU, bf16 on CUDA"
     )
-    backends: tuple[Literal["flash", "flex", "chunked", "reference"], ...] | None = Field(
-        default=None, description="null means all that are kernels of this device: chunked on CPU"
+    backends: tuple[Annotated[str, Choice(ATTENTION_BACKENDS)], ...] | None = Field(
+        default=None, description="null means all that kernels.attention=auto may take on this device"
     )
     repeats: int = Field(default=5, ge=1, description="measured passes of each; they take turns")
     threads: int = Field(default=1, ge=1, description="CPU threads")
@@ -75,8 +76,8 @@ class StepOptions(ModelOptions):
     recompute: Literal["none", "selective", "full"] = Field(
         default="none", description="parallel.recompute of all paths"
     )
-    attention: Literal["auto", "flash", "flex", "chunked", "reference"] = Field(
-        default="auto", description="its backend"
+    attention: Annotated[str, Choice(ATTENTION_BACKENDS, (AUTO,))] = Field(
+        default=AUTO, description="kernels.attention of our path"
     )
     layers_kind: Literal["auto", "local", "te"] = Field(default="auto", description="kernels.layers of our path")
     fp8: Literal["none", "current", "delayed", "block"] = Field(default="none", description="FP8 recipe of our path")

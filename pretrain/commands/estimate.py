@@ -200,9 +200,10 @@ def _memory_lines(prediction: Prediction) -> list[str]:
         parts = process_peak(prediction)
         named = ", ".join(f"{name} {_size(value)}" for name, value in parts.items())
         lines.append(f"  peak of the process           {_size(sum(parts.values())):>12}: {named}")
+    left_out = prediction.counter().backend.uncounted
     uncounted = [
         ("data.document_mask=true: its masks for each row are", prediction.cuda and config.data.document_mask),
-        ("kernels.attention=reference: its masks for each row are", config.kernels.attention == "reference"),
+        (f"kernels.attention={config.kernels.attention}: {left_out} are", left_out is not None),
         ("fp8.enabled=true: memory and time are those of bf16; FP8 copies and faster products are", config.fp8.enabled),
     ]
     lines += [f"  {what} not counted" for what, given in uncounted if given]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.attention.limits import Demand, check_kernels
+from bd3_megatron.attention.backends import Demand, check_backend
 from bd3_megatron.config import (
     DiffusionConfig,
     EngineConfig,
@@ -234,7 +234,7 @@ def check_run(config: RunConfig, world_size: int) -> int:
     """
     engine = config.engine()
     data_size = check_layout(engine, world_size)
-    check_kernels(config.kernels, Demand.of(config.model, config.diffusion, config.parallel, config.train.precision))
+    check_backend(config.kernels.attention, Demand.of(engine))
     check_fp8(engine)
     _check_guard(config.guard, config.checkpoint)
     return data_size

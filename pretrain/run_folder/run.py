@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bd3_common.errors import ConfigError
 from bd3_megatron import parallel
+from bd3_megatron.attention.backends import portable
 from bd3_megatron.config import Fp8Config, ParallelConfig, ZeroConfig
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.hf.mapping import check_shapes, entries
@@ -35,8 +36,8 @@ class LoadedRun:
         """The model with these weights, ready to evaluate or sample, in a world of 1 that ends with the context."""
         config = self.config.engine()
         # Another machine than the one trained on may have no GPU. FP8 is for training: here it is bf16.
-        other = {"layers": "auto"} | ({"attention": "auto"} if config.kernels.attention in ("flash", "flex") else {})
-        kernels = config.kernels.model_copy(update=other)
+        attention = portable(config.kernels.attention)
+        kernels = config.kernels.model_copy(update={"layers": "auto", "attention": attention})
         config = config.replace(kernels=kernels, parallel=ParallelConfig(), zero=ZeroConfig(), fp8=Fp8Config())
         world = parallel.start(config.parallel)
         try:

@@ -14,11 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bd3_megatron.attention.backends import PRECISIONS, Backend, cannot, choose
+from bd3_megatron.attention.backends import (
+    ATTENTION_BACKENDS,
+    AUTO,
+    AttentionBackend,
+    candidates,
+    choose,
+    demand_of,
+    reason_against,
+)
 from bd3_megatron.attention.context import ContextShard
-from bd3_megatron.attention.limits import Demand
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.attention.reference import attend as reference
 
 FACTOR = 3
 FLOOR = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}
@@ -39,11 +45,15 @@ class Case:
     documents: bool = False
     noisy_only: bool = False
 
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
     def __str__(self) -> str:
         s = self.streams
         more = "-documents" * self.documents + "-noisy" * self.noisy_only
         return (
-            f"L{s.length}-B{s.block_size}-K{s.noisy}-clean{s.clean}-{PRECISIONS[self.dtype]}-"
+            f"L{s.length}-B{s.block_size}-K{s.noisy}-clean{s.clean}-{str(self.dtype).removeprefix('torch.')}-"
             f"{self.heads}x{self.head_dim}-g{self.groups}{more}"
         )
 
@@ -76,14 +86,14 @@ OTHERS = [
     Case(blocks(16, 2, length=528, short=16), head_dim=80, documents=True),
     Case(blocks(4), FP32, head_dim=64, documents=True),
 ]
-PARAMETERS = [(name, case) for name in ("flash", "flex", "chunked") for case in CASES]
-PARAMETERS += [(name, case) for name in ("flex", "chunked") for case in OTHERS]
+KERNELS = [cls.name for cls in candidates(AUTO, "cuda")]
+PARAMETERS = [(name, case) for name in KERNELS for case in CASES]
+PARAMETERS += [(name, case) for name in KERNELS if name != "flash" for case in OTHERS]
 
 
-def backend_for(name: str, case: Case, device: torch.device, context: ContextShard | None = None) -> Backend:
-    piece = context.chunk if context else case.streams.length
-    demand = Demand(PRECISIONS[case.dtype], case.head_dim, piece, case.streams.clean)
-    if reason := cannot(name, demand, device):
+def backend_for(name: str, case: Case, device: torch.device, context: ContextShard | None = None) -> AttentionBackend:
+    demand = demand_of(case.streams, context, head_dim=case.head_dim, dtype=case.dtype)
+    if reason := reason_against(ATTENTION_BACKENDS.load(name), demand, device):
         pytest.skip(f"{name}: {reason}")
     return choose(name, case.streams, context, head_dim=case.head_dim, dtype=case.dtype, device=device)
 
@@ -108,11 +118,14 @@ def with_gradients(out: Tensor, qkv: list[Tensor], upstream: Tensor) -> dict[str
     return dict(zip(("out", "dq", "dk", "dv"), (out.detach(), *gradients)))
 
 
-def plain(qkv: list[Tensor], upstream: Tensor, dtype: torch.dtype, *more: object, **named: object) -> dict[str, Tensor]:
+def plain(
+    case: Case, qkv: list[Tensor], upstream: Tensor, dtype: torch.dtype, documents: Tensor | None
+) -> dict[str, Tensor]:
     """The reference in a precision, without a kernel that would fuse it."""
     cast = [x.detach().to(dtype).requires_grad_() for x in qkv]
     with sdpa_kernel(SDPBackend.MATH):
-        return with_gradients(reference(*cast, *more, **named), cast, upstream)
+        out = ATTENTION_BACKENDS.load("reference")(case.streams).attend(*cast, case.scale, documents)
+        return with_gradients(out, cast, upstream)
 
 
 def assert_near(found: dict[str, Tensor], exact: dict[str, Tensor], rounded: dict[str, Tensor]) -> None:
@@ -129,10 +142,8 @@ def test_backend_equals_the_reference_in_fp32(name, case, device):
     backend = backend_for(name, case, device)
     qkv, documents = inputs(case, device)
     upstream = torch.randn_like(qkv[0])
-    found = with_gradients(backend.attend(*qkv, case.streams, None, None, documents), qkv, upstream)
-    exact, rounded = (
-        plain(qkv, upstream, dtype, case.streams, documents=documents) for dtype in (torch.float32, case.dtype)
-    )
+    found = with_gradients(backend.attend(*qkv, case.scale, documents), qkv, upstream)
+    exact, rounded = (plain(case, qkv, upstream, dtype, documents) for dtype in (torch.float32, case.dtype))
     assert_near(found, exact, rounded)
 
 
@@ -148,15 +159,13 @@ class OneOfTwo(ContextShard):
 
 
 @pytest.mark.parametrize("documented", [False, True])
-@pytest.mark.parametrize("name", ["flash", "flex", "chunked"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_two_ranks_that_share_a_row_attend_as_one(name, documented, device):
     case = Case(blocks(4, 2, length=1024), documents=documented, heads=8, groups=2)
     streams = case.streams
     qkv, documents = inputs(case, device)
     upstream = torch.randn_like(qkv[0])
-    exact, rounded = (
-        plain(qkv, upstream, dtype, streams, documents=documents) for dtype in (torch.float32, case.dtype)
-    )
+    exact, rounded = (plain(case, qkv, upstream, dtype, documents) for dtype in (torch.float32, case.dtype))
     shards = [OneOfTwo(streams.length, 2, rank).holding(*qkv[1:], streams) for rank in range(2)]
     outs, sums = [], [torch.zeros_like(x, dtype=torch.float32) for x in qkv]
     for shard in shards:
@@ -165,7 +174,7 @@ def test_two_ranks_that_share_a_row_attend_as_one(name, documented, device):
         def held(x: Tensor, shard: ContextShard = shard) -> Tensor:
             return shard.take(x.unflatten(0, (-1, streams.length)), 1).flatten(0, 1)
 
-        out = backend.attend(*(held(x) for x in qkv), streams, None, shard, documents)
+        out = backend.attend(*(held(x) for x in qkv), case.scale, documents)
         for total, part in zip(sums, torch.autograd.grad(out, qkv, held(upstream))):
             total += part
         outs.append(out.detach().unflatten(0, (streams.count, 2, -1)))
@@ -181,7 +190,7 @@ def test_flash_gives_the_same_gradients_at_every_launch(case, device):
     """But for the order in which fp32 sums are made; a race shows as a value far off."""
     backend = backend_for("flash", case, device)
     qkv, _ = inputs(case, device, batch=8)
-    out = backend.attend(*qkv, case.streams)
+    out = backend.attend(*qkv, case.scale, None)
     upstream = torch.randn_like(out)
     first = torch.autograd.grad(out, qkv, upstream, retain_graph=True)
     worst = torch.zeros(3, device=device)
@@ -200,7 +209,7 @@ def test_flex_compiles_nothing_for_further_micro_batches(device):
 
     def micro_batch(documents: Tensor) -> None:
         for asking in (qkv[0], qkv[0][: case.streams.predicting]):  # the last layer has noisy queries only
-            backend.attend(asking, *qkv[1:], case.streams, None, None, documents).sum().backward()
+            backend.attend(asking, *qkv[1:], case.scale, documents).sum().backward()
 
     micro_batch(documents)
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -217,7 +226,7 @@ def test_flash_compiles_nothing_for_further_micro_batches(device):
     kernels = [interface._flash_attn_fwd.compile_cache.cache, interface._flash_attn_bwd.compile_cache.cache]
     counts = []
     for _ in range(3):
-        backend.attend(*qkv, case.streams, None, None, documents).sum().backward()
+        backend.attend(*qkv, case.scale, documents).sum().backward()
         documents = random_documents(case.streams, device)
         counts.append([len(cache) for cache in kernels])
     assert counts[0] == counts[1] == counts[2]

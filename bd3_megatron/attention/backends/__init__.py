@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from bd3_megatron.attention.context import ContextShard
     from bd3_megatron.attention.mask import Streams
-    from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig
+    from bd3_megatron.config import EngineConfig
 
 AUTO = "auto"
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch's names and the configuration's
@@ -53,12 +53,13 @@ class Demand:
     context: int = 1
 
     @classmethod
-    def of(cls, model: ModelConfig, diffusion: DiffusionConfig, parallel: ParallelConfig, precision: str) -> Demand:
+    def of(cls, config: EngineConfig) -> Demand:
         """Demand of a run, before its model is built."""
-        length, context = model.length, parallel.context
+        model, diffusion, context = config.model, config.diffusion, config.parallel.context
+        length = model.length
         chunk = length if context == 1 else length // (2 * context)
         one_block = diffusion.objective == "diffusion" and diffusion.block_size == length
-        return cls(precision, model.width_per_head, chunk, 0 if one_block else length, context)
+        return cls(config.optimization.precision, model.width_per_head, chunk, 0 if one_block else length, context)
 
 
 @dataclass(frozen=True)
@@ -258,6 +259,12 @@ def choose(
     if name == AUTO:
         raise ConfigError(f"kernels.attention={AUTO}: no backend works on {device.type}; name one: {_listed(_all())}")
     raise _unsupported(name, reason, [cls for cls in _all() if reason_against(cls, demand, device) is None])
+
+
+def portable(name: str) -> str:
+    """``name``, or ``auto`` for a backend of GPUs: a run's model may be used on a machine without one."""
+    priority = {} if name == AUTO else ATTENTION_BACKENDS.load(name).priority
+    return AUTO if priority and "cpu" not in priority else name
 
 
 def demand_of(streams: Streams, context: ContextShard | None, *, head_dim: int, dtype: torch.dtype) -> Demand:

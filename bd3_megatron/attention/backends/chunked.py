@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 from bd3_megatron.attention.backends import AttentionBackend, AttentionSizes
 from bd3_megatron.attention.lengths import tile_size
@@ -17,7 +18,7 @@ class Chunked(AttentionBackend):
     """SDPA in tiles; the computation is in :mod:`bd3_megatron.attention.chunked_attention`."""
 
     name = "chunked"
-    priority = {"cuda": 10, "cpu": 10}
+    priority: ClassVar[Mapping[str, int]] = {"cuda": 10, "cpu": 10}
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float, documents: Tensor | None) -> Tensor:
         from bd3_megatron.attention import chunked_attention

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from bd3_megatron.attention.backends import AttentionBackend, Demand
 from bd3_megatron.attention.lengths import TILE
@@ -20,7 +21,7 @@ class Flash(AttentionBackend):
     """FlashAttention-4 (``flash_attn.cute``); the computation is in :mod:`bd3_megatron.attention.flash_attention`."""
 
     name = "flash"
-    priority = {"cuda": 30}
+    priority: ClassVar[Mapping[str, int]] = {"cuda": 30}
     multiple = TILE
 
     @classmethod

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 from bd3_megatron.attention.backends import AttentionBackend, Demand
 
@@ -17,7 +18,7 @@ class Flex(AttentionBackend):
     """FlexAttention; the computation is in :mod:`bd3_megatron.attention.flex_attention`."""
 
     name = "flex"
-    priority = {"cuda": 20}
+    priority: ClassVar[Mapping[str, int]] = {"cuda": 20}
 
     @classmethod
     def missing_reason(cls, demand: Demand, device: torch.device) -> str | None:
@@ -36,4 +37,4 @@ class Flex(AttentionBackend):
         from bd3_megatron.attention import flex_attention, mask, tiles
 
         call = tiles.Call.of(mask.Streams(len(query), block_size=1, noisy=0, clean=len(query)), len(query))
-        return flex_attention.attend(query, key, value, call, None, None)
+        return flex_attention.attend(query, key, value, call)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.attention import backends, flash
-from bd3_megatron.attention.backends import choose
+from bd3_megatron.attention.backends import ATTENTION_BACKENDS, Demand, check_backend, choose, flash, portable
 from bd3_megatron.attention.context import ContextShard
-from bd3_megatron.attention.limits import Demand, check_kernels
+from bd3_megatron.attention.core import TwoStreamAttention
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.config import DiffusionConfig, KernelConfig, ModelConfig, ParallelConfig
+from bd3_megatron.config import DiffusionConfig, EngineConfig, ModelConfig, OptimizationConfig, ParallelConfig
+from tests.unit import tiny
+from tests.unit.bd3_megatron.attention.dense import ON_CPU
 
 STREAMS = Streams(1024, 4, 1, 1024)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -29,10 +30,10 @@ def card(monkeypatch):
     def pretend(capability, package=True):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setitem(sys.modules, "flash_attn.cute", types.ModuleType("cute") if package else None)
-        flash.package_refusal.cache_clear()
+        flash.package_reason.cache_clear()
 
     yield pretend
-    flash.package_refusal.cache_clear()
+    flash.package_reason.cache_clear()
 
 
 def chosen(name: str, device=CUDA, dtype=torch.bfloat16, head_dim=128, streams=STREAMS, context=None) -> str:
@@ -56,10 +57,13 @@ def test_auto_takes_the_fastest_that_can_do_it(card):
     assert chosen("auto") == "flex"
 
 
-@pytest.mark.parametrize("name", sorted(backends.BACKENDS))
+@pytest.mark.parametrize("name", ON_CPU)
 def test_a_name_that_can_do_it_is_taken(name):
     found = choose(name, STREAMS, None, head_dim=64, dtype=torch.float32, device=CPU)
-    assert found == backends.Backend(name, backends.BACKENDS[name])
+    assert type(found) is ATTENTION_BACKENDS.load(name)
+    assert found.name == name
+    assert found.streams is STREAMS
+    assert found.context == ContextShard(1024)
 
 
 REFUSED = [
@@ -68,7 +72,7 @@ REFUSED = [
     ({"dtype": torch.float32}, "takes bf16 and fp16, not fp32; use auto, flex or chunked"),
     (
         {"context": ContextShard(1024, 8, 1)},
-        "takes pieces of a row in multiples of 128 positions, not 64; use auto, flex or chunked",
+        "takes chunks of a row in multiples of 128 positions, not 64; use auto, flex or chunked",
     ),
 ]
 
@@ -104,11 +108,12 @@ def test_flex_names_heads_that_its_kernel_does_not_take(card):
 
 def test_what_the_configuration_rules_out_is_refused_without_a_device():
     model, diffusion = ModelConfig(heads=12, hidden=768, length=1024), DiffusionConfig(block_size=4)
-    kernels = KernelConfig(attention="flash")
 
     def check(precision="bf16", context=1, **other):
-        demand = Demand.of(model.model_copy(update=other), diffusion, ParallelConfig(context=context), precision)
-        check_kernels(kernels, demand)
+        layout, optimization = ParallelConfig(context=context), OptimizationConfig(precision=precision)
+        shape = model.model_copy(update=other)
+        config = EngineConfig(model=shape, diffusion=diffusion, parallel=layout, optimization=optimization)
+        check_backend("flash", Demand.of(config))
 
     check()
     with pytest.raises(ConfigError, match=r"^kernels.attention=flash: takes bf16 and fp16, not fp32; use auto, flex"):
@@ -117,15 +122,39 @@ def test_what_the_configuration_rules_out_is_refused_without_a_device():
         check(head_dim=32)
     with pytest.raises(ConfigError, match="in multiples of 128 positions, not 64"):
         check(context=8)
-    check_kernels(KernelConfig(), Demand("fp32", 80, 100, 100))
+    check_backend("auto", Demand("fp32", 80, 100, 100))
 
 
-def test_limits_are_known_without_torch():
-    code = "import sys, bd3_megatron.attention.limits; sys.exit('torch' in sys.modules)"
+def test_traits_and_counts_are_read_without_torch():
+    code = (
+        "import sys; from bd3_megatron.attention import lengths; "
+        "from bd3_megatron.attention.backends import ATTENTION_BACKENDS as known; "
+        "[known.load(name) for name in known.names()]; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_backend_of_gpus_is_not_asked_for_where_a_run_is_used():
+    assert [portable(name) for name in ("flash", "flex", "chunked", "reference", "auto")] == [
+        "auto",
+        "auto",
+        "chunked",
+        "reference",
+        "auto",
+    ]
+
+
+@pytest.mark.usefixtures("world")
+def test_one_backend_serves_all_layers_of_a_model():
+    model = tiny.shape(layers=3)
+    network = tiny.build(model, DiffusionConfig(block_size=4), tiny.weights_of(model))
+    backends = [m.backend for m in network.modules() if isinstance(m, TwoStreamAttention)]
+    assert len(backends) == 3
+    assert all(backend is backends[0] for backend in backends)
+    assert backends[0].streams is network.streams
 
 
 def test_backends_are_importable_without_the_gpu_packages():
     missing = "import sys; sys.modules.update(dict.fromkeys(['flash_attn', 'cutlass', 'quack']))"
-    code = f"{missing}; import bd3_megatron.attention.backends, bd3_megatron.attention.flash"
+    code = f"{missing}; import bd3_megatron.attention.flash_attention"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

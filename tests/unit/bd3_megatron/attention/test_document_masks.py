@@ -10,19 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bd3_megatron.attention import chunked
-from bd3_megatron.attention.backends import BACKENDS
+from bd3_megatron.attention import chunked_attention
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.mask import Streams, dense_mask
-from bd3_megatron.attention.reference import attend as reference
 from bd3_megatron.config import DiffusionConfig, KernelConfig
 from bd3_megatron.diffusion.batches import Batch, causal_batch
 from bd3_megatron.hf.modeling_bd3 import BD3ForMaskedLM
 from tests.unit import tiny
+from tests.unit.bd3_megatron.attention.dense import ON_CPU, OTHERS, attend, reference
 from tests.unit.bd3_megatron.attention.test_mask import OneOfMany, inputs, streams_of
 from tests.unit.bd3_megatron.layers.test_head import loss_and_gradients
 
-OTHERS = sorted(set(BACKENDS) - {"reference"})
 OBJECTIVES = {
     "blocks": DiffusionConfig(block_size=4),
     "two draws": DiffusionConfig(block_size=4, draws=2),
@@ -79,18 +77,18 @@ def test_backend_equals_the_dense_reference(name, case):
     streams, batch, groups, heads, documents = case
     qkv = inputs(streams, batch, groups, heads)
     expected = reference(*qkv, streams, documents=documents)
-    assert_same(BACKENDS[name](*qkv, streams, documents=documents), expected, qkv)
+    assert_same(attend(name, qkv, streams, documents=documents), expected, qkv)
 
 
-@pytest.mark.parametrize("name", sorted(BACKENDS))
+@pytest.mark.parametrize("name", ON_CPU)
 def test_a_row_of_one_document_is_a_row_without_documents(name):
     streams = Streams(256, 4, 2, 252)
     qkv = inputs(streams, 2, 2, 4)
     one = torch.full((2, 256), 7, dtype=torch.int32)
-    assert_same(BACKENDS[name](*qkv, streams, documents=one), BACKENDS[name](*qkv, streams), qkv)
+    assert_same(attend(name, qkv, streams, documents=one), attend(name, qkv, streams), qkv)
 
 
-@pytest.mark.parametrize("name", sorted(BACKENDS))
+@pytest.mark.parametrize("name", ON_CPU)
 @settings(max_examples=25, deadline=None)
 @given(case=packed(), size=st.sampled_from([2, 3]), parts=st.integers(1, 2), seed=st.integers(0, 99), one=st.booleans())
 def test_ranks_that_share_a_row_attend_as_one(name, case, size, parts, seed, one):
@@ -109,7 +107,7 @@ def test_ranks_that_share_a_row_attend_as_one(name, case, size, parts, seed, one
     for rank in range(size):
         shard = OneOfMany(length, size, rank).holding(key, value, streams)
         mine = map(shard.mine, (query, key, value))
-        found = BACKENDS[name](*mine, streams, None, shard, documents)
+        found = attend(name, list(mine), streams, None, shard, documents)
         torch.testing.assert_close(found, shard.mine(expected), rtol=1e-5, atol=1e-5)
         for total, part in zip(sums, torch.autograd.grad(found, (query, key, value), shard.mine(upstream))):
             total += part
@@ -130,7 +128,7 @@ def pairs_and_result(monkeypatch, qkv: list[Tensor], streams: Streams, documents
 
     with monkeypatch.context() as patched:
         patched.setattr(F, "scaled_dot_product_attention", counting)
-        return sizes, chunked.attend(*qkv, streams, documents=documents)
+        return sizes, chunked_attention.attend(*qkv, streams, ContextShard(streams.length), documents=documents)
 
 
 @pytest.mark.parametrize("streams", LONG, ids=str)
@@ -142,12 +140,12 @@ def test_keys_of_no_document_in_a_tile_are_skipped_and_change_nothing(monkeypatc
     qkv = inputs(streams, batch, 1, 2)
     sizes, found = pairs_and_result(monkeypatch, qkv, streams, documents)
 
-    class Unskipped(chunked.Documents):
+    class Unskipped(chunked_attention.Documents):
         def __init__(self, numbers: Tensor):
             super().__init__(numbers)
             self.first, self.last = [0] * length, [length] * length
 
-    monkeypatch.setattr(chunked, "Documents", Unskipped)
+    monkeypatch.setattr(chunked_attention, "Documents", Unskipped)
     every, expected = pairs_and_result(monkeypatch, qkv, streams, documents)
     assert_same(found, expected, qkv)
     assert_same(found, reference(*qkv, streams, documents=documents), qkv)
@@ -180,7 +178,7 @@ def oracle_inputs():
 
 @pytest.mark.usefixtures("world")
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("backbone", tiny.BACKBONES)
 def test_loss_and_every_gradient_equal_the_plain_model(oracle_inputs, backbone, backend, objective):
     model, diffusion = tiny.shape(backbone), OBJECTIVES[objective]
@@ -240,7 +238,7 @@ def gradients_of_each_document(backbone: str, backend: str, diffusion: Diffusion
 
 @pytest.mark.usefixtures("world")
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("backbone", tiny.BACKBONES)
 def test_no_document_reaches_the_loss_of_another(backbone, backend, objective):
     seen = 0
@@ -255,7 +253,7 @@ def test_no_document_reaches_the_loss_of_another(backbone, backend, objective):
 
 @pytest.mark.usefixtures("world")
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_without_their_numbers_documents_do_reach_each_other(backend, objective):
     found = gradients_of_each_document("qwen3", backend, OBJECTIVES[objective], passed=False)
     assert any(bool(gradient[:, ~own].any()) for gradient, own in found)

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bd3_megatron.attention import flash
+from bd3_megatron.attention import flash_attention
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.mask import Streams, dense_mask
-from bd3_megatron.attention.reference import attend as reference
 from bd3_megatron.attention.tiles import Call, device_lists
+from tests.unit.bd3_megatron.attention.dense import attend, reference
 
 
 @pytest.fixture
@@ -28,9 +28,9 @@ def plain_integers(monkeypatch):
     names |= {"flash_attn.cute": types.ModuleType("flash_attn.cute"), "flash_attn.cute.utils": utils}
     for name, module in names.items():
         monkeypatch.setitem(sys.modules, name, module)
-    flash.mask_mod.cache_clear()
+    flash_attention.mask_mod.cache_clear()
     yield
-    flash.mask_mod.cache_clear()
+    flash_attention.mask_mod.cache_clear()
 
 
 KINDS = [
@@ -57,7 +57,7 @@ def test_the_predicate_of_the_kernel_is_the_mask(plain_integers, streams, ranks,
         queries = torch.cat([*held, shard.take(clean, 0) if streams.clean else clean])
         keys = torch.cat([*(held if streams.clean else noisy), clean])
         call = Call.of(streams, len(queries), shard)
-        seen = flash.mask_mod(call, documented)
+        seen = flash_attention.mask_mod(call, documented)
         found = [
             [[seen([row], [0], [i], [j], None, [documents]) for j in range(len(keys))] for i in range(len(queries))]
             for row in range(2)
@@ -70,12 +70,14 @@ def test_a_kernel_is_known_by_its_call_in_every_process(plain_integers):
     calls = [Call.of(streams, queries) for streams in several for queries in (256, 512)]
 
     def names() -> list[str]:
-        return [flash.mask_mod(call, documents).__cute_hash__ for call in calls for documents in (False, True)]
+        return [
+            flash_attention.mask_mod(call, documents).__cute_hash__ for call in calls for documents in (False, True)
+        ]
 
-    first, one = names(), flash.mask_mod(calls[0], False)
-    assert flash.mask_mod(Call.of(Streams(256, 4, 1, 256), 256), False) is one
-    flash.mask_mod.cache_clear()
-    assert flash.mask_mod(calls[0], False) is not one
+    first, one = names(), flash_attention.mask_mod(calls[0], False)
+    assert flash_attention.mask_mod(Call.of(Streams(256, 4, 1, 256), 256), False) is one
+    flash_attention.mask_mod.cache_clear()
+    assert flash_attention.mask_mod(calls[0], False) is not one
     assert names() == first
     assert len(set(first)) == 8
 
@@ -110,13 +112,13 @@ def written_out(q, k, v, *, softmax_scale, mask_mod, aux_tensors, pack_gqa, bloc
 @pytest.mark.parametrize("streams", [Streams(16, 2, 2, 16), Streams(16, 8, 1, 8), Streams(16, 16, 2, 0)])
 def test_the_kernels_are_given_what_gives_the_reference(plain_integers, monkeypatch, streams, noisy_only, documented):
     sys.modules["flash_attn.cute"].flash_attn_func = written_out
-    monkeypatch.setattr(flash, "tile_of", lambda device: (8, 4))
-    monkeypatch.setattr(flash, "block_sparse", lambda lists, tile: SparseLists(*lists, tile))
+    monkeypatch.setattr(flash_attention, "tile_of", lambda device: (8, 4))
+    monkeypatch.setattr(flash_attention, "block_sparse", lambda lists, tile: SparseLists(*lists, tile))
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(streams.tokens, 2, n, 8, generator=generator) for n in (4, 2, 2))
     documents = torch.tensor([[0] * 5 + [1] * 11, [3] * 16]).int() if documented else None
     query = query[: streams.predicting] if noisy_only else query
-    found = flash.attend(query, key, value, streams, 0.4, documents=documents)
+    found = attend("flash", [query, key, value], streams, 0.4, documents=documents)
     torch.testing.assert_close(found, reference(query, key, value, streams, 0.4, documents=documents))
 
 
@@ -150,7 +152,7 @@ class TestThePackage:
         streams = Streams(256, 4, 1, 256)
         call = Call.of(streams, streams.length)  # 2 tiles of queries, 4 of keys
         tiles = device_lists(call, (128, 128), torch.device("cpu"))
-        forward, backward = (flash.block_sparse(lists, (128, 128)) for lists in tiles)
+        forward, backward = (flash_attention.block_sparse(lists, (128, 128)) for lists in tiles)
         sizes = {"batch_size": 2, "num_head": 4, "seqlen_q": 256, "seqlen_k": 512}
         shapes = block_sparsity.infer_block_sparse_expected_shapes(
             forward, m_block_size=128, n_block_size=128, q_stage=1, context="", sparse_block_size_q=128, **sizes
@@ -167,5 +169,7 @@ class TestThePackage:
 
         several = [Streams(256, size, 1, 256) for size in (4, 16)]
         calls = [Call.of(streams, queries) for streams in several for queries in (256, 512)]
-        hashes = [hash_callable(flash.mask_mod(call, documents)) for call in calls for documents in (False, True)]
+        hashes = [
+            hash_callable(flash_attention.mask_mod(call, documents)) for call in calls for documents in (False, True)
+        ]
         assert len(set(hashes)) == 8

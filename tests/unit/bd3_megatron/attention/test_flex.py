@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from bd3_megatron.attention import flex, tiles
+from bd3_megatron.attention import flex_attention, tiles
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.attention.reference import attend as reference
 from bd3_megatron.attention.tiles import Call
+from tests.unit.bd3_megatron.attention.dense import reference
 
 
 @st.composite
@@ -38,6 +38,14 @@ def inputs(streams: Streams, batch: int, groups: int, heads: int, width: int = 8
     return [torch.randn(s, generator=generator, requires_grad=True) for s in shapes]
 
 
+def prepared(
+    qkv: list[Tensor], streams: Streams, context: ContextShard | None = None
+) -> tuple[Tensor, Tensor, Tensor, Call]:
+    """Queries, keys, values and call, as the backend hands them on."""
+    call, key, value = tiles.prepare(*qkv, streams, context or ContextShard(streams.length))
+    return qkv[0], key, value, call
+
+
 def assert_same(found: Tensor, expected: Tensor, qkv: list[Tensor]) -> None:
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -52,7 +60,7 @@ def test_lists_and_predicate_give_the_reference(case, tile):
     streams, batch, groups, heads, documents, noisy_only = case
     query, key, value = qkv = inputs(streams, batch, groups, heads)
     asking = query[: streams.noisy * streams.length] if noisy_only else query
-    found = flex.attend(asking, key, value, streams, 0.3, documents=documents, tile=tile)
+    found = flex_attention.attend(*prepared([asking, key, value], streams), 0.3, documents, tile)
     assert_same(found, reference(asking, key, value, streams, 0.3, documents=documents), qkv)
 
 
@@ -93,7 +101,8 @@ def test_ranks_that_share_a_row_attend_as_one(case, ranks, tile, marks):
         def held(x: Tensor, shard: ContextShard = shard) -> Tensor:
             return shard.take(x.unflatten(0, (-1, length)), 1).flatten(0, 1)
 
-        found = flex.attend(held(query[:asked]), held(key), held(value), streams, None, shard, documents, tile)
+        mine = [held(x) for x in (query[:asked], key, value)]
+        found = flex_attention.attend(*prepared(mine, streams, shard), None, documents, tile)
         torch.testing.assert_close(found, held(expected), rtol=1e-5, atol=1e-5)
         gradients = torch.autograd.grad(found, qkv, held(upstream), materialize_grads=True)
         for total, part in zip(sums, gradients):
@@ -108,7 +117,7 @@ def test_torch_derives_the_lists_of_the_backward_pass_that_we_have(case, tile):
     """Flex takes its own transpose, FlashAttention takes ours."""
     streams, *_, documents, _ = case
     call, sides = Call.of(streams, streams.tokens), (tile, tile)
-    mask = flex.block_mask(call, sides, torch.device("cpu"), documents)
+    mask = flex_attention.block_mask(call, sides, torch.device("cpu"), documents)
     ours = (
         tiles.device_lists(call, sides, torch.device("cpu"))
         if documents is None
@@ -119,28 +128,28 @@ def test_torch_derives_the_lists_of_the_backward_pass_that_we_have(case, tile):
         assert torch.equal(one, other)
 
 
-def test_the_kernel_itself_agrees_where_torch_runs_it(monkeypatch):
+def test_the_kernel_itself_equals_the_reference_where_torch_runs_it(monkeypatch):
     """torch runs FlexAttention eagerly on CPU, dense and by the predicate alone; its refusal of gradients is lifted."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     streams = Streams(24, 4, 2, 20)
     query, key, value = qkv = inputs(streams, 2, 2, 4, width=16)
     documents = torch.tensor([[0] * 10 + [1] * 14, [0] * 24]).int()
     expected = reference(query, key, value, streams, documents=documents)
-    monkeypatch.setattr(flex, "_written_out", flex.flex_attention)
-    assert_same(flex.attend(query, key, value, streams, documents=documents, tile=8), expected, qkv)
+    monkeypatch.setattr(flex_attention, "_written_out", flex_attention.flex_attention)
+    assert_same(flex_attention.attend(*prepared(qkv, streams), None, documents, 8), expected, qkv)
 
 
 def test_masks_are_made_once_for_all_layers_and_again_for_other_documents():
     call, device = Call.of(Streams(16, 4, 1, 16), 32), torch.device("cpu")
-    assert flex.block_mask(call, (8, 8), device) is flex.block_mask(call, (8, 8), device)
+    assert flex_attention.block_mask(call, (8, 8), device) is flex_attention.block_mask(call, (8, 8), device)
     documents = torch.zeros(2, 16, dtype=torch.int32)
 
     def made() -> BlockMask:
-        return flex.block_mask(call, (8, 8), device, documents)
+        return flex_attention.block_mask(call, (8, 8), device, documents)
 
     first = made()
     assert made() is first
-    assert flex.block_mask(call, (8, 8), device, documents.view(2, 16)) is first
+    assert flex_attention.block_mask(call, (8, 8), device, documents.view(2, 16)) is first
     documents[:, 8:] = 1  # the same memory, another version
     assert made() is not first
     assert made().kv_num_blocks.sum() < first.kv_num_blocks.sum() + first.full_kv_num_blocks.sum()
@@ -153,11 +162,11 @@ def test_micro_batches_with_other_documents_do_not_compile_again():
         compiles.append(graph)
         return graph.forward
 
-    compiled = torch.compile(flex.flex_attention, backend=count, dynamic=False, fullgraph=True)
+    compiled = torch.compile(flex_attention.flex_attention, backend=count, dynamic=False, fullgraph=True)
     query, key, value = (x.detach().permute(1, 2, 0, 3) for x in inputs(streams, 2, 1, 2, width=16))
     call = Call.of(streams, streams.tokens)
     for start in range(2, 6):
         documents = (torch.arange(16) >= start).int().expand(2, -1).contiguous()
-        mask = flex.block_mask(call, (8, 8), torch.device("cpu"), documents)
+        mask = flex_attention.block_mask(call, (8, 8), torch.device("cpu"), documents)
         compiled(query, key, value, block_mask=mask, scale=None, enable_gqa=True)
     assert len(compiles) == 1

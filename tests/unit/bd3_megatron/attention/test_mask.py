@@ -5,11 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bd3_megatron.attention import chunked
-from bd3_megatron.attention.backends import BACKENDS
+from bd3_megatron.attention import chunked_attention
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.attention.mask import Streams, dense_mask, live_pairs
-from bd3_megatron.attention.reference import attend as reference
+from tests.unit.bd3_megatron.attention.dense import ON_CPU, OTHERS, attend, reference
 
 
 @st.composite
@@ -37,7 +36,7 @@ def inputs(streams, batch, groups, heads, width=8, seed=0):
     return [torch.randn(s, generator=generator, requires_grad=True) for s in shapes]
 
 
-@pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"reference"}))
+@pytest.mark.parametrize("name", OTHERS)
 @settings(max_examples=60, deadline=None)
 @given(case=cases())
 def test_backend_equals_the_dense_reference(name, case):
@@ -46,7 +45,7 @@ def test_backend_equals_the_dense_reference(name, case):
     for asking in {streams.tokens, streams.predicting}:  # all streams, or those that predict alone
         qkv = [query[:asking].detach().requires_grad_(), *key_value]
         expected = reference(*qkv, streams)
-        found = BACKENDS[name](*qkv, streams, None)
+        found = attend(name, qkv, streams)
         upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
         gradients = [torch.autograd.grad(out, qkv, upstream) for out in (expected, found)]
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -61,10 +60,10 @@ def test_chunks_made_of_differentiable_pieces_equal_those_in_place(case):
     streams, batch, groups, heads = case
     qkv = inputs(streams, batch, groups, heads)
     upstream = torch.randn(qkv[0].shape, generator=torch.Generator().manual_seed(1))
-    found = chunked.attend(*qkv, streams)
+    found = chunked_attention.attend(*qkv, streams, ContextShard(streams.length))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(chunked, "_in_place", lambda *_: False)
-        expected = chunked.attend(*qkv, streams)
+        patched.setattr(chunked_attention, "_in_place", lambda *_: False)
+        expected = chunked_attention.attend(*qkv, streams, ContextShard(streams.length))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for one, other in zip(*(torch.autograd.grad(out, qkv, upstream) for out in (found, expected))):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
@@ -80,12 +79,12 @@ def test_predictions_are_those_of_all_queries(case):
     torch.testing.assert_close(alone, reference(query, key, value, streams)[:predicting], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", sorted(set(BACKENDS) - {"reference"}))
+@pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("size", [16, 128, 256])
 def test_backend_equals_the_reference_at_a_length_of_many_tiles(name, size):
     streams = Streams(1024, size, 1, 1024 - size)
     qkv = inputs(streams, 1, 2, 4)
-    expected, found = reference(*qkv, streams), BACKENDS[name](*qkv, streams, None)
+    expected, found = reference(*qkv, streams), attend(name, qkv, streams)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -110,7 +109,7 @@ def test_mask_says_what_the_objective_says(case):
     assert live_pairs(streams) == int(mask.sum())
 
 
-@pytest.mark.parametrize("name", sorted(BACKENDS))
+@pytest.mark.parametrize("name", ON_CPU)
 @settings(max_examples=25, deadline=None)
 @given(case=cases(), data=st.data())
 def test_no_clean_token_leaks_into_the_past(name, case, data):
@@ -120,7 +119,7 @@ def test_no_clean_token_leaks_into_the_past(name, case, data):
     size, blocks = streams.block_size, streams.length // streams.block_size
     block = data.draw(st.integers(0, blocks - 1))
     q, k, v = (x.detach().requires_grad_() for x in inputs(streams, batch, groups, heads))
-    *noisy, clean = streams.parts(BACKENDS[name](q, k, v, streams, None))
+    *noisy, clean = streams.parts(attend(name, [q, k, v], streams))
     past = clean[: block * size].sum() + sum(x[: (block + 1) * size].sum() for x in noisy)
     for gradient in torch.autograd.grad(past, (k, v), materialize_grads=True):
         assert torch.count_nonzero(streams.parts(gradient)[-1][block * size : (block + 1) * size]) == 0
@@ -147,7 +146,7 @@ class OneOfMany(ContextShard):
         return self.take(x.unflatten(0, (-1, self.length)), 1).flatten(0, 1)
 
 
-@pytest.mark.parametrize("name", sorted(BACKENDS))
+@pytest.mark.parametrize("name", ON_CPU)
 @settings(max_examples=40, deadline=None)
 @given(case=cases(), size=st.sampled_from([2, 3, 4]), parts=st.integers(1, 3))
 def test_ranks_that_share_a_row_attend_as_one(name, case, size, parts):
@@ -167,7 +166,7 @@ def test_ranks_that_share_a_row_attend_as_one(name, case, size, parts):
         sums = [torch.zeros_like(x) for x in (asked, key, value)]
         for rank in range(size):
             shard = OneOfMany(length, size, rank).holding(key, value, streams)
-            found = BACKENDS[name](*map(shard.mine, (asked, key, value)), streams, None, shard)
+            found = attend(name, [shard.mine(x) for x in (asked, key, value)], streams, None, shard)
             torch.testing.assert_close(found, shard.mine(expected), rtol=1e-5, atol=1e-5)
             for total, part in zip(sums, torch.autograd.grad(found, (asked, key, value), shard.mine(upstream))):
                 total += part
