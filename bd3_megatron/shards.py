@@ -1,4 +1,8 @@
-"""Whole tensors and the parts of them that ranks hold: what initial weights, imports and checkpoints share."""
+"""Layout of whole tensors over ranks, for initial weights, imports and checkpoints.
+
+A whole tensor has one form under every layout, the form of a checkpoint: the vocabulary unpadded, and the fused gate
+and up projections of a gated MLP as ``[2, ffn, ...]``, because each tensor-parallel rank has a part of both.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +14,19 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+_FUSED = "mlp.linear_fc1"
+_AXES = {"weight": 2, "bias": 1}  # of one projection
+
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How a parameter's tensor-parallel shard lies in the whole tensor.
-
-    The whole tensor has one shape under every layout: the vocabulary unpadded, fused gate and up projections as
-    ``[2, ffn, ...]``.
+    """Place of a parameter's tensor-parallel shard in the whole tensor.
 
     Attributes:
         shape: of the whole tensor.
         local: shape of this rank's shard in the same form, padding included.
         offsets: where the shard begins in the whole tensor.
-        duplicate: another rank holds the same values and is the one that writes them.
+        duplicate: another rank has the same values and writes them.
     """
 
     shape: tuple[int, ...]
@@ -32,37 +36,37 @@ class ShardSpec:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A box of a whole tensor: where it begins, and its values as a view of live memory."""
+class Chunk:
+    """A rectangular part of a whole tensor: the offsets of its first element, and a view of its live values."""
 
     offsets: tuple[int, ...]
     data: Tensor
 
 
 @dataclass(frozen=True)
-class Held:
-    """What this rank holds of a whole tensor. Over all ranks the pieces cover it.
+class ShardedTensor:
+    """This rank's chunks of a whole tensor: one value of a sharded state dict. Over all ranks the chunks cover it.
 
     Attributes:
         shape: of the whole tensor.
-        pieces: this rank's boxes; none where padding or another rank's share is all there is.
-        duplicate: another rank holds the same and is the one that writes it.
+        chunks: this rank's; none if it has padding only, or nothing.
+        duplicate: another rank has the same chunks and writes them.
     """
 
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    chunks: tuple[Chunk, ...]
     duplicate: bool = False
 
     @torch.no_grad()
     def fill(self, whole: Tensor) -> None:
-        """Copy this rank's boxes out of the whole tensor (of any shape with the same elements in order)."""
+        """Copy this rank's chunks out of the whole tensor (of any shape with the same elements in order)."""
         whole = whole.view(self.shape)
-        for piece in self.pieces:
-            piece.data.copy_(whole[tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.data.shape))])
+        for chunk in self.chunks:
+            chunk.data.copy_(whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.data.shape))])
 
 
 def is_sharded(parameter: Tensor) -> bool:
-    """Whether tensor-parallel ranks hold different parts (Megatron tags its parameters)."""
+    """True if tensor-parallel ranks have different parts (Megatron tags its parameters)."""
     return getattr(parameter, "tensor_model_parallel", False)
 
 
@@ -95,7 +99,7 @@ def shard_spec(parameter: Tensor, rows: int | None = None, duplicate: bool = Fal
     """Place of ``parameter`` (a shard as Megatron tags it, of its full local shape) in the whole tensor.
 
     Args:
-        rows: rows of the whole tensor where padding is to be left out (embedding and head), else None.
+        rows: rows of the whole tensor without padding, for the embedding and the head; None: there is no padding.
         duplicate: another pipeline stage writes this parameter.
     """
     local = tuple(parameter.shape)
@@ -113,38 +117,49 @@ def shard_spec(parameter: Tensor, rows: int | None = None, duplicate: bool = Fal
     return ShardSpec(tuple(shape), local, tuple(offsets), duplicate)
 
 
-def held(flat: Tensor, spec: ShardSpec, start: int = 0) -> Held:
-    """What this rank holds of a whole tensor when ``flat`` is part of its flattened shard.
+def as_parameter(name: str, whole: Tensor) -> Tensor:
+    """A whole tensor as the parameter of this name has it: gate and up projections stacked, ``[2 ffn, ...]``.
 
-    Sharded optimizers own ranges of flattened parameters that respect no row. A range is at most a few boxes:
-    part of a row, whole rows, part of a row.
+    The name decides. Only an MLP's first layer is fused, and without a gate it has no axis for gate and up. Any other
+    tensor is returned as it is, whatever its shape.
+    """
+    module, _, kind = name.rpartition(".")
+    fused = module.endswith(f".{_FUSED}") and whole.dim() == _AXES[kind] + 1
+    return whole.flatten(0, 1) if fused else whole
+
+
+def sharded_tensor(flat: Tensor, spec: ShardSpec, start: int = 0) -> ShardedTensor:
+    """Chunks of a whole tensor that ``flat``, a range of this rank's flattened shard, covers.
+
+    Distributed optimizers own ranges of flattened parameters that begin and end inside rows. A range is cut into part
+    of a row, whole rows, and part of a row.
 
     Args:
         flat: contiguous, of any shape: elements ``start`` to ``start + flat.numel()`` of the flattened shard.
     """
     flat = flat.detach().view(-1)
-    pieces = []
-    for low, sizes, first in _boxes(spec.local, start, start + flat.numel()):
+    chunks = []
+    for low, sizes, first in _chunks(spec.local, start, start + flat.numel()):
         data = flat[first - start : first - start + math.prod(sizes)].view(sizes)
         offsets = tuple(o + at for o, at in zip(spec.offsets, low))
         there = min(sizes[0], spec.shape[0] - offsets[0])  # rows that are not padding
         if there > 0:
-            pieces.append(Piece(offsets, data[:there]))
-    return Held(spec.shape, tuple(pieces), spec.duplicate)
+            chunks.append(Chunk(offsets, data[:there]))
+    return ShardedTensor(spec.shape, tuple(chunks), spec.duplicate)
 
 
-Box = tuple[tuple[int, ...], tuple[int, ...], int]
+Extent = tuple[tuple[int, ...], tuple[int, ...], int]
 
 
-def _boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[Box]:
-    """Boxes (offsets, sizes, flat index of the first element) of the elements [start, end) of an array, in order."""
+def _chunks(shape: tuple[int, ...], start: int, end: int) -> Iterator[Extent]:
+    """Chunks (offsets, sizes, flat index of the first element) of the elements [start, end) of an array, in order."""
     if start >= end:
         return
     inner = math.prod(shape[1:])
     first, last = -(-start // inner), end // inner  # whole rows
 
-    def part_of_row(row: int, low: int, high: int) -> Iterator[Box]:
-        for offsets, sizes, at in _boxes(shape[1:], low - row * inner, high - row * inner):
+    def part_of_row(row: int, low: int, high: int) -> Iterator[Extent]:
+        for offsets, sizes, at in _chunks(shape[1:], low - row * inner, high - row * inner):
             yield (row, *offsets), (1, *sizes), at + row * inner
 
     if first > last:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bd3_megatron.diffusion.batches import Batch
 from bd3_megatron.parallel import World
-from bd3_megatron.shards import Held
+from bd3_megatron.shards import ShardedTensor
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class Engine(Protocol):
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Context in which the model computes with the EMA weights (with its own when no EMA is kept)."""
 
-    def state(self) -> dict[str, Held]:
-        """What a checkpoint holds: this rank's boxes of fp32 tensors by ``section/global parameter name``, sections
+    def state(self) -> dict[str, ShardedTensor]:
+        """What a checkpoint holds: this rank's chunks of fp32 tensors by ``section/global parameter name``, sections
         ``weights``, ``exp_avg``, ``exp_avg_sq`` and, when kept, ``ema``; of FP8 with delayed scaling also the section
-        ``fp8``, which a checkpoint may lack. The boxes are live memory, not copies."""
+        ``fp8``, which a checkpoint may lack. The chunks are live memory, not copies."""
 
     def loaded(self, updates: int) -> None:
-        """To be called after the boxes of :meth:`state` were filled from a checkpoint of that many updates."""
+        """To be called after the chunks of :meth:`state` were filled from a checkpoint of that many updates."""
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take whole tensors by global name as weights and EMA. Raises KeyError where one is missing."""

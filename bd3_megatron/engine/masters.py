@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bd3_megatron.engine.scaling import Fp8State
-from bd3_megatron.shards import Held, ShardSpec, held
+from bd3_megatron.shards import ShardedTensor, ShardSpec, sharded_tensor
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,16 @@ class MasterWeights:
         if ema_decay > 0:
             self.ema = {name: master.weight.detach().clone() for name, master in masters.items()}
 
-    def state(self) -> dict[str, Held]:
+    def state(self) -> dict[str, ShardedTensor]:
         """See :meth:`bd3_megatron.engine.base.Engine.state`."""
         state = {}
         for name, master in self.masters.items():
             sections = {"weights": master.weight, "exp_avg": master.exp_avg, "exp_avg_sq": master.exp_avg_sq}
             if self.ema_decay > 0:
                 sections["ema"] = self.ema[name]
-            state |= {f"{key}/{name}": held(tensor, master.spec, master.start) for key, tensor in sections.items()}
+            state |= {
+                f"{key}/{name}": sharded_tensor(tensor, master.spec, master.start) for key, tensor in sections.items()
+            }
         return state
 
     @torch.no_grad()
@@ -68,7 +70,7 @@ class MasterWeights:
             KeyError: a parameter has no tensor.
         """
         for name, master in self.masters.items():
-            held(master.weight, master.spec, master.start).fill(weights[name])
+            sharded_tensor(master.weight, master.spec, master.start).fill(weights[name])
             if self.ema_decay > 0:
                 self.ema[name].copy_(master.weight)
         self.publish()
@@ -112,5 +114,5 @@ class OwnsMasters:
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         return self.masters.averaged()
 
-    def state(self) -> dict[str, Held]:
+    def state(self) -> dict[str, ShardedTensor]:
         return self.masters.state() | self.fp8.state()

@@ -32,7 +32,7 @@ from bd3_megatron.engine.stage import (
 )
 from bd3_megatron.model import BlockDiffusionModel
 from bd3_megatron.parallel import World
-from bd3_megatron.shards import held
+from bd3_megatron.shards import sharded_tensor
 
 
 class MegatronEngine(OwnsMasters):
@@ -122,7 +122,7 @@ class MegatronEngine(OwnsMasters):
             self.masters.fill(weights)
             return
         for name, parameter, module in named_parameters(self.modules):
-            held(parameter, parameter_spec(name, parameter, module)).fill(weights[name])
+            sharded_tensor(parameter, parameter_spec(name, parameter, module)).fill(weights[name])
 
     def _clip(self, norm: float) -> None:
         """Scale the prepared gradients down to ``clip_norm``, as Megatron's own ``step`` does between its halves."""

@@ -14,7 +14,7 @@ from megatron.core.fp8_utils import get_fp8_context
 from torch import Tensor
 
 from bd3_megatron.model import BlockDiffusionModel, global_name
-from bd3_megatron.shards import Held, Piece
+from bd3_megatron.shards import Chunk, ShardedTensor
 
 SECTION = "fp8"
 _DIRECTIONS = {"scaling_fwd": "forward", "scaling_bwd": "backward"}
@@ -35,10 +35,11 @@ class Fp8State:
             for module in modules:
                 self.tensors |= _delayed(module)
 
-    def state(self) -> dict[str, Held]:
+    def state(self) -> dict[str, ShardedTensor]:
         """What a checkpoint holds, see :meth:`bd3_megatron.engine.base.Engine.state`."""
         return {
-            f"{SECTION}/{name}": Held(tuple(x.shape), (Piece((0,) * x.dim(), x),)) for name, x in self.tensors.items()
+            f"{SECTION}/{name}": ShardedTensor(tuple(x.shape), (Chunk((0,) * x.dim(), x),))
+            for name, x in self.tensors.items()
         }
 
     def weights_changed(self) -> None:

@@ -36,7 +36,7 @@ from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine import build_engine
 from bd3_megatron.engine.base import Engine
 from bd3_megatron.hf.mapping import entries
-from bd3_megatron.shards import Held, Piece
+from bd3_megatron.shards import Chunk, ShardedTensor
 from pretrain.bench.layouts import LAYOUTS, Layout
 from pretrain.bench.options import ParityOptions
 from pretrain.config.schema import TrainConfig, check_batches
@@ -162,26 +162,26 @@ def batches(
     return made
 
 
-def copied(state: Mapping[str, Held], factor: float = 1.0) -> dict[str, Held]:
-    """This rank's boxes as copies on the CPU, times ``factor``."""
+def copied(state: Mapping[str, ShardedTensor], factor: float = 1.0) -> dict[str, ShardedTensor]:
+    """This rank's chunks as copies on the CPU, times ``factor``."""
     return {
-        name: Held(held.shape, tuple(Piece(p.offsets, p.data.cpu() * factor) for p in held.pieces))
-        for name, held in state.items()
+        name: ShardedTensor(sharded.shape, tuple(Chunk(p.offsets, p.data.cpu() * factor) for p in sharded.chunks))
+        for name, sharded in state.items()
     }
 
 
-def whole(parts: Iterable[Mapping[str, Held]]) -> dict[str, torch.Tensor]:
-    """Whole tensors from the boxes of all ranks; what no rank holds is NaN."""
+def whole(parts: Iterable[Mapping[str, ShardedTensor]]) -> dict[str, torch.Tensor]:
+    """Whole tensors from the chunks of all ranks; what no rank holds is NaN."""
     tensors: dict[str, torch.Tensor] = {}
-    for name, held in (item for part in parts for item in part.items()):
-        tensor = tensors.setdefault(name, torch.full(held.shape, torch.nan))
-        for piece in held.pieces:
-            tensor[tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.data.shape))] = piece.data
+    for name, sharded in (item for part in parts for item in part.items()):
+        tensor = tensors.setdefault(name, torch.full(sharded.shape, torch.nan))
+        for chunk in sharded.chunks:
+            tensor[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.data.shape))] = chunk.data
     return tensors
 
 
 def _train(world: parallel.World, layout: Layout, task: Task) -> Outcome:
-    """The outcome with this rank's boxes in place of whole tensors."""
+    """The outcome with this rank's chunks in place of whole tensors."""
     engine = make_engine(world, layout, task)
     losses, norms, gradients, noise = [], [], {}, {}
     for step in range(task.steps):
@@ -192,7 +192,7 @@ def _train(world: parallel.World, layout: Layout, task: Task) -> Outcome:
         if step == 0:
             # Adam's first moment after one step is (1 - beta1) times the clipped gradient.
             unclipped = max(1.0, result.grad_norm / CLIP_NORM) / (1 - BETA1)
-            moments = {name: held for name, held in engine.state().items() if name.startswith("exp_avg/")}
+            moments = {name: sharded for name, sharded in engine.state().items() if name.startswith("exp_avg/")}
             gradients = copied(moments, unclipped)
     with engine.averaged():
         nll = torch.cat(engine.forward(batches(world, task, task.steps)))

@@ -22,9 +22,9 @@ from bd3_common.errors import ConfigError
 from bd3_megatron.engine.base import Engine
 from bd3_megatron.engine.scaling import SECTION
 from bd3_megatron.parallel import World
-from bd3_megatron.shards import Held, Piece
+from bd3_megatron.shards import Chunk, ShardedTensor, as_parameter
 from pretrain.checkpoint.folder import COMPLETE, Checkpoint, folder_of, folders, problem, read_listing, step_of
-from pretrain.checkpoint.planner import LoadPieces
+from pretrain.checkpoint.planner import LoadChunks
 from pretrain.checkpoint.writer import CheckpointWriter, Written, save
 from pretrain.distributed.collectives import gather_from_ranks, on_rank_0
 
@@ -123,9 +123,9 @@ def restore(checkpoint: Checkpoint, engine: Engine, say: Callable[[str], None] =
         ConfigError: the checkpoint holds other tensors than this model has.
     """
     state = engine.state()
-    scales = {name: held for name, held in state.items() if name.startswith(f"{SECTION}/")}
+    scales = {name: sharded for name, sharded in state.items() if name.startswith(f"{SECTION}/")}
     if scales and not _holds(checkpoint, scales):
-        state = {name: held for name, held in state.items() if name not in scales}
+        state = {name: sharded for name, sharded in state.items() if name not in scales}
         say(f"{checkpoint.path}: holds no FP8 scales of this recipe and history; they start anew")
     gather_from_ranks(lambda: _check(checkpoint, state))  # stages hold different tensors
     _load(checkpoint, state)
@@ -141,34 +141,34 @@ def read_weights(checkpoint: Checkpoint, averaged: bool = True) -> dict[str, Ten
     known = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
     section = "ema/" if averaged and any(name.startswith("ema/") for name in known) else "weights/"
     tensors = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in known.items() if k.startswith(section)}
-    state = {k: Held(tuple(t.shape), (Piece((0,) * t.dim(), t),)) for k, t in tensors.items()}
+    state = {k: ShardedTensor(tuple(t.shape), (Chunk((0,) * t.dim(), t),)) for k, t in tensors.items()}
     _check(checkpoint, state)
     _load(checkpoint, state, no_dist=True)
-    # Fused gate and up projections are stored as [2, ffn, h].
-    return {name.removeprefix(section): t.flatten(0, 1) if t.dim() == 3 else t for name, t in tensors.items()}
+    weights = {name.removeprefix(section): tensor for name, tensor in tensors.items()}
+    return {name: as_parameter(name, tensor) for name, tensor in weights.items()}
 
 
-def _holds(checkpoint: Checkpoint, state: dict[str, Held]) -> bool:
+def _holds(checkpoint: Checkpoint, state: dict[str, ShardedTensor]) -> bool:
     known = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
-    return all(name in known and tuple(known[name].size) == held.shape for name, held in state.items())
+    return all(name in known and tuple(known[name].size) == sharded.shape for name, sharded in state.items())
 
 
-def _check(checkpoint: Checkpoint, state: dict[str, Held]) -> None:
+def _check(checkpoint: Checkpoint, state: dict[str, ShardedTensor]) -> None:
     known = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
-    for name, held in state.items():
+    for name, sharded in state.items():
         there = known.get(name)
-        if there is None or tuple(there.size) != held.shape:
+        if there is None or tuple(there.size) != sharded.shape:
             found = "absent" if there is None else f"of shape {list(there.size)}"
             raise ConfigError(
-                f"{checkpoint.path}: {name} is {found}, the configuration asks for {list(held.shape)}; "
+                f"{checkpoint.path}: {name} is {found}, the configuration asks for {list(sharded.shape)}; "
                 f"use the configuration the run was started with"
             )
 
 
-def _load(checkpoint: Checkpoint, state: dict[str, Held], **options: Any) -> None:
+def _load(checkpoint: Checkpoint, state: dict[str, ShardedTensor], **options: Any) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(state, checkpoint_id=checkpoint.path, planner=LoadPieces(), **options)
+        dcp.load(state, checkpoint_id=checkpoint.path, planner=LoadChunks(), **options)
 
 
 def _examine(path: Path) -> Checkpoint | str:

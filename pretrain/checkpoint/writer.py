@@ -1,6 +1,6 @@
 """Writing checkpoints while training goes on.
 
-``save`` copies the boxes that this rank writes to the CPU and returns; a thread per rank writes them with torch's
+``save`` copies the chunks that this rank writes to the CPU and returns; a thread per rank writes them with torch's
 distributed checkpoint over a process group of its own, because training uses the others at the same time. All threads
 end with the same result. Ranks look at it together, at step boundaries, so that a failure is raised on all of them at
 the same step and none waits in a collective for one that failed.
@@ -28,16 +28,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from bd3_megatron.engine.base import Engine
-from bd3_megatron.shards import Held, Piece
+from bd3_megatron.shards import Chunk, ShardedTensor
 from pretrain.checkpoint import folder as files
-from pretrain.checkpoint.planner import SavePieces
+from pretrain.checkpoint.planner import SaveChunks
 from pretrain.distributed.collectives import gather_from_ranks, mark_collective, on_rank_0, raise_on_all_ranks
 
 # Ranks wait for the slowest disk among them; a rank that died is noticed at once, by its closed connection.
 _PATIENCE = datetime.timedelta(hours=2)
 _LAST_WORDS = 10.0  # seconds that a run whose ranks may be gone waits for a write under way
 
-Box = tuple[str, tuple[int, ...]]
+ChunkKey = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class CheckpointWriter:
         self.keep, self.keep_every, self.asynchronous = keep, keep_every, asynchronous
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self._name = on_rank_0(lambda: os.urandom(3).hex(), self._group)
-        self._buffers: dict[Box, Tensor] | None = None
+        self._buffers: dict[ChunkKey, Tensor] | None = None
         self._write: _Write | None = None
 
     def __enter__(self) -> CheckpointWriter:
@@ -148,27 +148,27 @@ class CheckpointWriter:
             dist.destroy_process_group(self._group)
             self._group = None
 
-    def _stage(self) -> dict[str, Held]:
-        """Copies of the boxes that this rank writes."""
+    def _stage(self) -> dict[str, ShardedTensor]:
+        """Copies of the chunks that this rank writes."""
         state, world = self.engine.state(), self.engine.world
         if self._buffers is None:
-            boxes = _share(state, world.rank, self._group)
+            chunks = _share(state, world.rank, self._group)
             shapes = {
-                (name, piece.offsets): piece.data.shape
-                for name, held in state.items()
-                for piece in held.pieces
-                if (name, piece.offsets) in boxes
+                (name, chunk.offsets): chunk.data.shape
+                for name, sharded in state.items()
+                for chunk in sharded.chunks
+                if (name, chunk.offsets) in chunks
             }
             self._buffers = _buffers(shapes, pinned=world.device.type == "cuda")
         staged = {}
-        for name, held in state.items():
-            pieces = []
-            for piece in held.pieces:
-                buffer = self._buffers.get((name, piece.offsets))
+        for name, sharded in state.items():
+            chunks = []
+            for chunk in sharded.chunks:
+                buffer = self._buffers.get((name, chunk.offsets))
                 if buffer is not None:
-                    buffer.copy_(piece.data, non_blocking=True)
-                    pieces.append(Piece(piece.offsets, buffer))
-            staged[name] = Held(held.shape, tuple(pieces))
+                    buffer.copy_(chunk.data, non_blocking=True)
+                    chunks.append(Chunk(chunk.offsets, buffer))
+            staged[name] = ShardedTensor(sharded.shape, tuple(chunks))
         if world.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return staged
@@ -178,7 +178,7 @@ class _Write:
     """One checkpoint on its way to the disk, in a thread."""
 
     def __init__(
-        self, writer: CheckpointWriter, step: int, meta: dict[str, Any], staged: dict[str, Held], begin: float
+        self, writer: CheckpointWriter, step: int, meta: dict[str, Any], staged: dict[str, ShardedTensor], begin: float
     ):
         self.step, self.stall_seconds, self.write_seconds = step, 0.0, 0.0
         self._writer, self._meta, self._staged, self._begin = writer, meta, staged, begin
@@ -214,7 +214,7 @@ class _Write:
             # No copies ahead: the tensors are on the CPU, and a thread beside training should use no CUDA stream.
             storage = dcp.FileSystemWriter(partial, per_thread_copy_ahead=0)
             with _plain_errors(final):
-                dcp.save(self._staged, storage_writer=storage, planner=SavePieces(), process_group=group)
+                dcp.save(self._staged, storage_writer=storage, planner=SaveChunks(), process_group=group)
             parts = gather_from_ranks(lambda: _stamps(partial, rank), group)
             stamps = {name: stamp for part in parts for name, stamp in part.items()}
             on_rank_0(lambda: files.publish(partial, final, self._meta, stamps), group)
@@ -243,37 +243,37 @@ def save(run: Path, engine: Engine, step: int, meta: Mapping[str, Any], keep: in
     return files.folder_of(run, step)
 
 
-def _buffers(shapes: Mapping[Box, torch.Size], pinned: bool) -> dict[Box, Tensor]:
+def _buffers(shapes: Mapping[ChunkKey, torch.Size], pinned: bool) -> dict[ChunkKey, Tensor]:
     """fp32 tensors of these shapes; pinned ones are parts of one allocation, because the system rounds each up.
 
     Others have an allocation each: torch's writer copies what is part of a larger one, and keeps all copies until the
     file is written, which would be the whole checkpoint once more.
     """
     if not pinned:
-        return {box: torch.empty(shape, dtype=torch.float32) for box, shape in shapes.items()}
+        return {chunk: torch.empty(shape, dtype=torch.float32) for chunk, shape in shapes.items()}
     sizes = [shape.numel() for shape in shapes.values()]
     parts = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=True).split(sizes)
-    return {box: part.view(shape) for (box, shape), part in zip(shapes.items(), parts)}
+    return {chunk: part.view(shape) for (chunk, shape), part in zip(shapes.items(), parts)}
 
 
-def _share(state: Mapping[str, Held], rank: int, group: dist.ProcessGroup) -> set[Box]:
-    """The boxes that this rank writes: those that no other rank holds, and its part of what its replicas hold alike."""
+def _share(state: Mapping[str, ShardedTensor], rank: int, group: dist.ProcessGroup) -> set[ChunkKey]:
+    """The chunks that this rank writes: those that no other rank has, and its part of what several ranks have."""
     sizes = {
-        (name, piece.offsets): piece.data.nbytes
-        for name, held in state.items()
-        if not held.duplicate
-        for piece in held.pieces
+        (name, chunk.offsets): chunk.data.nbytes
+        for name, sharded in state.items()
+        if not sharded.duplicate
+        for chunk in sharded.chunks
     }
     digest = hashlib.sha256(repr(sorted(sizes)).encode()).hexdigest()
     digests = gather_from_ranks(lambda: digest, group)
     replicas = [other for other, theirs in enumerate(digests) if theirs == digest]
     loads = dict.fromkeys(replicas, 0)
     mine = set()
-    for box in sorted(sizes, key=lambda box: (-sizes[box], box)):
+    for chunk in sorted(sizes, key=lambda chunk: (-sizes[chunk], chunk)):
         writer = min(replicas, key=loads.__getitem__)
-        loads[writer] += sizes[box]
+        loads[writer] += sizes[chunk]
         if writer == rank:
-            mine.add(box)
+            mine.add(chunk)
     return mine
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from bd3_megatron import parallel
 from bd3_megatron.engine.base import Engine, StepResult
-from bd3_megatron.shards import Held
+from bd3_megatron.shards import ShardedTensor
 from data_prep.read.reader import RowReader
 from pretrain.bench import parity
 from pretrain.bench.parity import Layout, Outcome, Task, batches, make_engine
@@ -91,13 +91,13 @@ class Skipping:
         results: of every step.
         unchanged: whether all of this rank's state was bit for bit the same after that step, model weights included.
         updates: that the engine counts in the end.
-        state: this rank's boxes in the end.
+        state: this rank's chunks in the end.
     """
 
     results: list[StepResult]
     unchanged: bool
     updates: int
-    state: dict[str, Held]
+    state: dict[str, ShardedTensor]
 
 
 def train_spoiled(
@@ -127,10 +127,10 @@ def train_spoiled(
 
 
 def _all_of(engine: Engine, task: Task, world: parallel.World) -> dict[str, torch.Tensor]:
-    """This rank's boxes, and what the model computes with its own copy of the weights."""
+    """This rank's chunks, and what the model computes with its own copy of the weights."""
     found = {
-        f"{name} {piece.offsets}": piece.data.detach().clone()
-        for name, held in engine.state().items()
-        for piece in held.pieces
+        f"{name} {chunk.offsets}": chunk.data.detach().clone()
+        for name, sharded in engine.state().items()
+        for chunk in sharded.chunks
     }
     return found | {"nll": torch.cat(engine.forward(batches(world, task, task.steps)))}

@@ -74,8 +74,8 @@ def engine(world: World, model: ModelConfig, diffusion: DiffusionConfig, seed: i
 
 
 def state(engine: Engine) -> dict[str, Tensor]:
-    """The live tensors of an engine's state, in a world of one: each lies in one piece."""
-    return {name: piece.data for name, held in engine.state().items() for (piece,) in [held.pieces]}
+    """The live tensors of an engine's state, in a world of one: each lies in one chunk."""
+    return {name: chunk.data for name, sharded in engine.state().items() for (chunk,) in [sharded.chunks]}
 
 
 def oracle(model: ModelConfig, diffusion: DiffusionConfig, weights: Mapping[str, Tensor]) -> BD3ForMaskedLM:

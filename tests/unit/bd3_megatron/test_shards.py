@@ -1,4 +1,4 @@
-"""Flat ranges of shards as boxes of whole tensors."""
+"""Flat ranges of shards as chunks of whole tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bd3_megatron import shards
-from bd3_megatron.shards import ShardSpec, held, local_shard, shard_spec
+from bd3_megatron.shards import ShardSpec, as_parameter, local_shard, shard_spec, sharded_tensor
 
 
 @settings(max_examples=300, deadline=None)
@@ -23,15 +23,15 @@ def test_a_flat_range_is_cut_into_boxes_that_hold_just_its_elements(shape, data)
     end = data.draw(st.integers(start, count))
     whole = torch.arange(count, dtype=torch.float32).view(shape)
     spec = ShardSpec(shape, shape, (0,) * len(shape))
-    got = held(whole.flatten()[start:end].clone(), spec, start)
+    got = sharded_tensor(whole.flatten()[start:end].clone(), spec, start)
     back = torch.full(shape, -1.0)
-    for piece in got.pieces:
-        back[tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.data.shape))] = piece.data
+    for chunk in got.chunks:
+        back[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.data.shape))] = chunk.data
     expected = torch.full((count,), -1.0)
     expected[start:end] = torch.arange(start, end, dtype=torch.float32)
     assert torch.equal(back.flatten(), expected)
-    assert sum(piece.data.numel() for piece in got.pieces) == end - start
-    assert len(got.pieces) <= 2 * len(shape) - 1
+    assert sum(chunk.data.numel() for chunk in got.chunks) == end - start
+    assert len(got.chunks) <= 2 * len(shape) - 1
 
 
 class Tensors(SimpleNamespace):
@@ -71,16 +71,16 @@ def test_the_ranks_of_a_layout_hold_the_whole_tensor_once(monkeypatch, whole, di
         ends = [shard.numel() * part // parts for part in range(parts + 1)]
         for low, high in itertools.pairwise(ends):
             flat = shard.flatten()[low:high].clone()
-            mine = held(flat, spec, low)
+            mine = sharded_tensor(flat, spec, low)
             back = torch.zeros(mine.shape) if back is None else back
-            for piece in mine.pieces:
-                box = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.data.shape))
-                assert not back[box].any()  # nobody else held it
-                back[box] = piece.data
+            for chunk in mine.chunks:
+                place = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.data.shape))
+                assert not back[place].any()  # no other rank has it
+                back[place] = chunk.data
             # and it takes its part back out of the whole
             before = flat.clone()
-            for piece in mine.pieces:
-                piece.data.zero_()
+            for chunk in mine.chunks:
+                chunk.data.zero_()
             mine.fill(full)
             assert torch.equal(flat, before)
     assert torch.equal(back.view(whole), full)
@@ -91,4 +91,24 @@ def test_one_rank_writes_what_is_replicated(monkeypatch):
     assert not shard_spec(torch.zeros(3)).duplicate
     on_rank(monkeypatch, 1, 2)
     assert shard_spec(torch.zeros(3)).duplicate
-    assert held(torch.zeros(3), shard_spec(torch.zeros(3))).duplicate
+    assert sharded_tensor(torch.zeros(3), shard_spec(torch.zeros(3))).duplicate
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "shape"),
+    [
+        ("decoder.layers.0.mlp.linear_fc1.weight", (2, 3, 4), (6, 4)),
+        ("decoder.layers.0.mlp.linear_fc1.bias", (2, 3), (6,)),
+        ("decoder.layers.0.mlp.linear_fc1.weight", (3, 4), (3, 4)),
+        ("decoder.layers.0.mlp.linear_fc1.bias", (3,), (3,)),
+        ("decoder.layers.0.mlp.linear_fc2.weight", (4, 3), (4, 3)),
+        ("decoder.layers.0.self_attention.conv.weight", (4, 1, 3), (4, 1, 3)),
+        ("decoder.layers.0.mlp.experts.weight", (8, 3, 4), (8, 3, 4)),
+        ("bare", (2, 3, 4), (2, 3, 4)),
+    ],
+)
+def test_the_name_decides_whether_a_stored_tensor_is_a_fused_gate_and_up(name, stored, shape):
+    whole = torch.arange(math.prod(stored)).view(stored)
+    found = as_parameter(name, whole)
+    assert tuple(found.shape) == shape
+    assert torch.equal(found.flatten(), whole.flatten())
