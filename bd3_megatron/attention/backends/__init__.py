@@ -129,7 +129,7 @@ class AttentionBackend(ABC):
         priority: preference of ``kernels.attention=auto`` by type of device (cpu, cuda); it takes the highest that
             works, and never a backend without an entry for the device.
         multiple: row length (or its chunk under context parallelism) and clean stream must be multiples of it.
-        uncounted: the part of its memory that :meth:`activation_bytes` leaves out, for estimates; None if nothing.
+        uncounted: plural noun for the memory that :meth:`activation_bytes` leaves out, for estimates; None if none.
     """
 
     name: ClassVar[str]
