@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_file(path: Path, sync_folder: bool = True) -> Iterator[Path]:
+def atomic_file(path: Path, sync_folder: bool = True, durable: bool = True, suffix: str = ".tmp") -> Iterator[Path]:
     """A temporary path beside ``path``; what the block writes there is synced and renamed to ``path`` at its end.
 
     The temporary name is unique to this process, so that processes that write the same file do not disturb each
@@ -19,33 +19,37 @@ def atomic_file(path: Path, sync_folder: bool = True) -> Iterator[Path]:
 
     Args:
         sync_folder: also sync the folder's entries; False if another file of the same folder follows.
+        durable: False skips all syncing, for a file that is soon written again: after a power cut it may be old or
+            empty.
+        suffix: of the temporary name, for libraries that look at it.
 
     Raises:
         OSError: it cannot be written; ``path`` is as it was.
     """
-    temporary = path.with_name(f".{path.name}.{unique_suffix()}.tmp")
+    temporary = path.with_name(f".{path.name}.{unique_suffix()}{suffix}")
     try:
         yield temporary
         if path.exists():
             os.chmod(temporary, path.stat().st_mode & 0o777)
-        sync(temporary)
+        if durable:
+            sync(temporary)
         temporary.replace(path)
-        if sync_folder:
+        if durable and sync_folder:
             sync(path.parent)
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file atomically."""
-    with atomic_file(path) as temporary:
+def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
+    """Write a whole file atomically; ``durable`` as in :func:`atomic_file`."""
+    with atomic_file(path, durable=durable) as temporary:
         temporary.write_bytes(content)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a whole UTF-8 text file atomically."""
-    write_bytes(path, text.encode())
+def write_text(path: Path, text: str, durable: bool = True) -> None:
+    """Write a whole UTF-8 text file atomically; ``durable`` as in :func:`atomic_file`."""
+    write_bytes(path, text.encode(), durable)
 
 
 def unique_suffix() -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from bd3_common.atomic import atomic_file
 from data_prep.errors import DataError
 
+PARTIAL = ".partial"
+"""ending of a copy under way"""
 ATTEMPTS = 5
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before the second attempt, and at most before any
 CHUNK = 8 << 20
@@ -48,8 +49,8 @@ def fetch(url: str, to: Path, size: int | None = None, sha256: str | None = None
         DataError: no attempt succeeded, or the file is missing; names the file and the last reason.
         OSError: ``to`` cannot be written.
     """
-    partial = to.with_name(f".{to.name}.{os.getpid()}-{random.randrange(2**32):08x}.partial")
-    try:
+    problem = remedy = ""
+    with atomic_file(to, durable=False, suffix=PARTIAL) as partial:
         for attempt in range(attempts):
             if attempt:
                 time.sleep(min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT) * random.uniform(0.5, 1.5))
@@ -68,13 +69,9 @@ def fetch(url: str, to: Path, size: int | None = None, sha256: str | None = None
             elif sha256 is not None and digest != sha256:
                 problem = f"its sha256 is {digest[:12]}, {sha256[:12]} is expected"
             else:
-                os.replace(partial, to)
                 return digest
         problem = " ".join(problem.split())
         raise DataError(f"{url}: cannot be fetched after {attempts} attempts ({problem}); {remedy}")
-    finally:
-        with suppress(FileNotFoundError):
-            partial.unlink()
 
 
 class _SourceError(Exception):

@@ -17,7 +17,7 @@ import numpy as np
 
 from data_prep.errors import DataError
 from data_prep.format.files import lies_at, sha256_file
-from data_prep.format.remote import fetch
+from data_prep.format.remote import PARTIAL, fetch
 from data_prep.read.mapping import map_file
 
 FETCHERS = 4  # background threads of a process
@@ -171,7 +171,7 @@ class ShardCache:
                 elif path.suffix == ".claim":
                     if self._is_abandoned(path):
                         continue
-                elif path.suffix == ".partial":  # .<sha256>.tar.<process>.partial, counted by its claim
+                elif path.suffix == PARTIAL:  # .<sha256>.tar.<process>.partial, counted by its claim
                     if self._is_abandoned(self._claim(path.name[1:65])):
                         path.unlink()
                     continue

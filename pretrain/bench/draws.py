@@ -21,9 +21,9 @@ from bd3_megatron.diffusion.noise import SampleKeys
 from bd3_megatron.engine.megatron import MegatronEngine
 from data_prep.read.stream import RowStream
 from pretrain.bench.options import SCATTER_GROUPS, DrawsOptions
+from pretrain.checkpoint.loaded_run import LoadedRun, load_run
 from pretrain.config.values import validate
 from pretrain.run_folder import data as run_data
-from pretrain.run_folder import run as runs
 from pretrain.run_folder.data import order_seed
 from pretrain.trainer.batches import make_batch
 
@@ -63,7 +63,7 @@ def bench_draws(options: DrawsOptions) -> None:
     Raises:
         ConfigError: the run has no noise to draw, or a coupling does not go with its noise.
     """
-    loaded = runs.load(Path(options.run), options.step, averaged=options.weights == "ema")
+    loaded = load_run(Path(options.run), options.step, averaged=options.weights == "ema")
     config = loaded.config
     asked = {name: value for name in ("beta", "omega", "stratify") if (value := getattr(options, name)) is not None}
     single = validate(DiffusionConfig, config.diffusion.model_dump() | {"draws": 1, "coupling": "independent"} | asked)
@@ -105,7 +105,7 @@ def _estimators(options: DrawsOptions, single: DiffusionConfig) -> list[Estimato
 
 def _measure(
     options: DrawsOptions,
-    run: runs.LoadedRun,
+    run: LoadedRun,
     engine: MegatronEngine,
     stream: RowStream,
     estimator: Estimator,
@@ -161,7 +161,7 @@ def _keys(options: DrawsOptions, stream: RowStream, estimator: Estimator, over: 
 
 def _gradient(
     options: DrawsOptions,
-    run: runs.LoadedRun,
+    run: LoadedRun,
     engine: MegatronEngine,
     stream: RowStream,
     batches: list[SampleKeys],

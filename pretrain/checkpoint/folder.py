@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bd3_common.atomic import sync
+from bd3_common.atomic import sync, unique_suffix, write_text
 from data_prep.format.files import sha256_file
-
-COMPLETE = "complete.json"
-_PREFIX = "step-"
+from pretrain.run_folder import layout
+from pretrain.run_folder.layout import COMPLETE
 
 
 @dataclass(frozen=True)
@@ -28,18 +27,18 @@ class Checkpoint:
 
 def folder_of(run: Path, step: int) -> Path:
     """Where the checkpoint of ``step`` lies."""
-    return run / "checkpoints" / f"{_PREFIX}{step:08d}"
+    return run / layout.CHECKPOINTS / layout.checkpoint_name(step)
 
 
 def partial_of(run: Path, step: int, writer: str) -> Path:
     """Where ``writer`` prepares it; of another name for every job, as ranks of a dying one may still be writing."""
-    return run / "checkpoints" / f".{_PREFIX}{step:08d}.{writer}.partial"
+    return run / layout.CHECKPOINTS / layout.partial_checkpoint_name(step, writer)
 
 
 def folders(run: Path) -> list[Path]:
     """Checkpoint folders by ascending step, complete or not."""
-    found = (run / "checkpoints").glob(f"{_PREFIX}*")
-    return sorted((path for path in found if path.name.removeprefix(_PREFIX).isdecimal()), key=step_of)
+    steps = {path: layout.checkpoint_step(path.name) for path in (run / layout.CHECKPOINTS).glob("*")}
+    return sorted((path for path, step in steps.items() if step is not None), key=step_of)
 
 
 def newest_complete(run: Path) -> Path | None:
@@ -49,13 +48,17 @@ def newest_complete(run: Path) -> Path | None:
 
 def step_of(path: Path) -> int:
     """The step in a checkpoint folder's name."""
-    return int(path.name.removeprefix(_PREFIX))
+    step = layout.checkpoint_step(path.name)
+    if step is None:
+        raise ValueError(f"{path}: not the name of a checkpoint folder")
+    return step
 
 
 def start(partial: Path) -> None:
     """An empty folder to write into; what killed writers left is removed."""
-    for left in partial.parent.glob(f".{_PREFIX}*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
+    for left in partial.parent.glob(".*"):
+        if layout.is_partial_checkpoint(left.name):
+            shutil.rmtree(left, ignore_errors=True)
     partial.mkdir(parents=True)
 
 
@@ -66,11 +69,9 @@ def publish(partial: Path, final: Path, meta: Mapping[str, Any], files: Mapping[
         files: stamps (:func:`stamp`) by name.
     """
     listing = {"step": step_of(final), "meta": meta, "files": {name: files[name] for name in sorted(files)}}
-    (partial / COMPLETE).write_text(json.dumps(listing, indent=1))
-    sync(partial / COMPLETE)
-    sync(partial)
+    write_text(partial / COMPLETE, json.dumps(listing, indent=1))
     if final.exists():  # passed over as damaged, or the same again
-        aside = partial.with_suffix(".replaced.partial")
+        aside = partial.with_name(layout.partial_checkpoint_name(step_of(final), f"{unique_suffix()}.replaced"))
         os.replace(final, aside)
         os.replace(partial, final)
         shutil.rmtree(aside, ignore_errors=True)

@@ -23,10 +23,11 @@ from bd3_megatron.engine.base import Engine
 from bd3_megatron.engine.scaling import SECTION
 from bd3_megatron.parallel import World
 from bd3_megatron.shards import Chunk, ShardedTensor, as_parameter
-from pretrain.checkpoint.folder import COMPLETE, Checkpoint, folder_of, folders, problem, read_listing, step_of
+from pretrain.checkpoint.folder import Checkpoint, folder_of, folders, problem, read_listing, step_of
 from pretrain.checkpoint.planner import LoadChunks
 from pretrain.checkpoint.writer import CheckpointWriter, Written, save
 from pretrain.distributed.collectives import gather_from_ranks, on_rank_0
+from pretrain.run_folder.layout import CHECKPOINTS, COMPLETE
 
 __all__ = [
     "COMPLETE",
@@ -93,12 +94,12 @@ def find(run: Path, step: int | None = None) -> Checkpoint:
     Raises:
         ConfigError: there is none, or it is damaged.
     """
-    if not (run / "checkpoints").is_dir():
+    if not (run / CHECKPOINTS).is_dir():
         raise ConfigError(f"{run}: holds no checkpoints; give the folder of a run that bd3 pretrain wrote")
     if step is None:
         found = newest(run)
         if found is None:
-            raise ConfigError(f"{run}/checkpoints: no complete checkpoint; let bd3 pretrain reach one")
+            raise ConfigError(f"{run / CHECKPOINTS}: no complete checkpoint; let bd3 pretrain reach one")
         return found
     path = folder_of(run, step)
     if not path.is_dir():

@@ -17,11 +17,12 @@ from bd3_megatron.hf.files import Loaded, read_json
 from bd3_megatron.hf.reference import load_reference
 from data_prep.format.tokenizer import load_tokenizer, special_ids
 from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.loaded_run import load_run
 from pretrain.config.command_line import Positional, parse_options
 from pretrain.config.resolve import save_config
 from pretrain.config.schema import RunConfig, TrainConfig
 from pretrain.config.values import did_you_mean
-from pretrain.run_folder import run as runs
+from pretrain.run_folder import layout
 from pretrain.run_folder.staging import staged
 
 
@@ -62,9 +63,9 @@ def export_run(args: list[str]) -> None:
     """Write the exported folder and check that it reads back as the same weights."""
     options = parse_options(ExportOptions, args, "bd3 convert export")
     run, out = Path(options.run), Path(options.out)
-    loaded = runs.load(run, options.step, averaged=options.weights == "ema")
+    loaded = load_run(run, options.step, averaged=options.weights == "ema")
     model = loaded.config.model
-    tokenizer = run / runs.TOKENIZER
+    tokenizer = run / layout.TOKENIZER
     tokens = TokenIds(model.bos_id, model.eos_id, model.mask_id)
     export(
         loaded.weights,
@@ -87,7 +88,7 @@ def import_run(args: list[str]) -> None:
     source, run = Path(options.source), Path(options.run)
     if run.exists():
         raise ConfigError(f"{run}: exists already; give a folder that does not")
-    beside = source / runs.TOKENIZER
+    beside = source / layout.TOKENIZER
     tokenizer = Path(options.tokenizer) if options.tokenizer else beside if beside.is_file() else None
     model, diffusion, weights = _read_source(source, tokenizer, options)
     config = RunConfig(run=str(run), model=model, diffusion=diffusion, train=TrainConfig(precision=options.precision))
@@ -98,8 +99,8 @@ def import_run(args: list[str]) -> None:
         with staged(run.absolute(), overwrite=False) as folder:
             checkpoint.save(folder, engine, 0, {"tokens": 0, "imported_from": source.name}, keep=1)
             if tokenizer is not None:
-                (folder / runs.TOKENIZER).write_bytes(tokenizer.read_bytes())
-            save_config(config, folder / runs.CONFIG)
+                (folder / layout.TOKENIZER).write_bytes(tokenizer.read_bytes())
+            save_config(config, folder / layout.CONFIG)
     finally:
         parallel.stop()
     print(f"{run}: {sum(t.numel() for t in weights.values()):,} parameters as the checkpoint of step 0")

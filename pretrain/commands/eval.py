@@ -11,10 +11,10 @@ from pydantic import Field
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import Section, Seed
 from data_prep.read.stream import RowStream
+from pretrain.checkpoint.loaded_run import load_run
 from pretrain.config.command_line import Positional, parse_options
 from pretrain.config.schema import EvalConfig
 from pretrain.run_folder import data as run_data
-from pretrain.run_folder import run as runs
 from pretrain.trainer.document_likelihood import DocumentEvaluation, DocumentTally
 from pretrain.trainer.likelihood import Evaluation, evaluate
 
@@ -41,7 +41,7 @@ def main(args: list[str]) -> None:
     """`bd3 eval RUN`."""
     options = parse_options(EvalOptions, args, "bd3 eval")
     run = Path(options.run)
-    loaded = runs.load(run, options.step, averaged=options.weights == "ema")
+    loaded = load_run(run, options.step, averaged=options.weights == "ema")
     config, data = loaded.config, loaded.config.data
     if options.data is not None:
         data = data.model_copy(update={"path": options.data, "mix": None})

@@ -23,7 +23,7 @@ from pretrain.config.site import site_layer
 from pretrain.config.values import Layer, did_you_mean, leaves, show
 from pretrain.resilience.hang_detection import spans
 from pretrain.resilience.supervisor import finished
-from pretrain.run_folder import events
+from pretrain.run_folder import events, layout
 from pretrain.run_folder.launch_snapshot import LaunchFolder, quote
 from slurm import client, script
 from slurm.options import JobOptions, seconds_of
@@ -101,12 +101,12 @@ def pretrain(args: list[str]) -> None:
     fits = ["--fits", *fitting] if len(options.node_counts) > 1 else []
     lines = [
         f"RUN={quote(run)}",
-        f'BD3=(bd3 pretrain --config {quote(launch.folder / "config.yaml")} --run "$RUN")',
+        f'BD3=(bd3 pretrain --config {quote(launch.folder / layout.CONFIG)} --run "$RUN")',
         f"TASKS={options.ranks}",
         f"ATTEMPT=({quote(*steps, *fits)})",
         *launch.environment(),
     ]
-    directives = options.directives() | {"output": run / "logs" / "%x-%j.log"}
+    directives = options.directives() | {"output": run / layout.LOGS / "%x-%j.log"}
     directives["job-name"] = options.job_name or run.name
     text = script.fill(script.template(name), directives, lines)
     config = config.model_copy(update={"run": str(run)})
@@ -114,7 +114,7 @@ def pretrain(args: list[str]) -> None:
         print(text, end="")
         return
     _check_idle(run)
-    with launch.written(text, {"config.yaml": config}):
+    with launch.written(text, {layout.CONFIG: config}):
         for link in range(1, options.chain + 1):
             after = [f"--dependency=afterany:{launch.jobs[-1]}"] if launch.jobs else []
             export = [f"--export=ALL,{CHAIN}={launch.name} {link} {options.chain}"] if options.chain > 1 else []
@@ -141,14 +141,14 @@ def sweep(args: list[str]) -> None:
     left = [number for number, (run, found) in enumerate(runs.items()) if not finished(run, found.train.steps)]
     launch = LaunchFolder(folder, options)
     lines = [
-        f"RUNS={quote(launch.folder / 'runs.txt')}",
+        f"RUNS={quote(launch.folder / layout.LAUNCH_RUNS)}",
         f"TASKS={options.ranks}",
         f"ATTEMPT=({quote('--restarts', options.restarts)})",
         *launch.environment(),
     ]
     directives = options.directives() | {
         "array": _array(left, options.at_once),
-        "output": folder / "logs" / "%x-%A_%a.log",
+        "output": folder / layout.LOGS / "%x-%A_%a.log",
         "job-name": options.job_name or folder.name,
     }
     text = script.fill(script.template("sweep"), directives, lines)
@@ -160,7 +160,7 @@ def sweep(args: list[str]) -> None:
         return
     _check_idle(folder)
     configs = {str(run / "sweep.yaml"): runs[run] for number, run in enumerate(runs) if number in left}
-    with launch.written(text, {"runs.txt": "".join(f"{run}\n" for run in runs)} | configs):
+    with launch.written(text, {layout.LAUNCH_RUNS: "".join(f"{run}\n" for run in runs)} | configs):
         number = launch.submit()
     at_once = f", {options.at_once} at a time" if options.at_once else ""
     print(f"job {number}: {len(left)} of {len(runs)} runs{at_once}, {launch.script}")
@@ -194,7 +194,7 @@ def prep(args: list[str]) -> None:
     ]
     directives = options.task_directives() | {
         "array": _array(range(options.tasks), options.at_once),
-        "output": launch.root / "logs" / "%x-%A_%a.log",
+        "output": launch.root / layout.LOGS / "%x-%A_%a.log",
         "job-name": options.job_name or f"prep-{out.name}",
     }
     text = script.fill(script.template("prep"), directives, lines)
@@ -206,7 +206,7 @@ def prep(args: list[str]) -> None:
     with launch.written(text, {}):
         number = launch.submit()
     print(f"job {number}: {options.tasks} tasks, {launch.script}")
-    print(f"logs: {launch.root / 'logs'}    stop it with: scancel {number}")
+    print(f"logs: {launch.root / layout.LOGS}    stop it with: scancel {number}")
 
 
 def _check(config: RunConfig, options: SubmitOptions) -> list[int]:

@@ -14,8 +14,9 @@ from bd3_common.errors import ConfigError
 from bd3_megatron.config import Section, Seed
 from bd3_megatron.sampling.sampler import Sampling, sample
 from data_prep.format.tokenizer import load_tokenizer
+from pretrain.checkpoint.loaded_run import load_run
 from pretrain.config.command_line import Positional, parse_options
-from pretrain.run_folder import run as runs
+from pretrain.run_folder import layout
 
 
 class SampleOptions(Section):
@@ -40,13 +41,13 @@ def main(args: list[str]) -> None:
     """`bd3 sample RUN`."""
     options = parse_options(SampleOptions, args, "bd3 sample")
     run = Path(options.run)
-    loaded = runs.load(run, options.step, averaged=options.weights == "ema")
+    loaded = load_run(run, options.step, averaged=options.weights == "ema")
     model = loaded.config.model
-    if not (run / runs.TOKENIZER).is_file():
-        raise ConfigError(f"{run}: has no {runs.TOKENIZER}; copy the one the model was trained with into it")
+    if not (run / layout.TOKENIZER).is_file():
+        raise ConfigError(f"{run}: has no {layout.TOKENIZER}; copy the one the model was trained with into it")
     if model.bos_id is None:
-        raise ConfigError(f"{run / runs.CONFIG}: model.bos_id=null: set it to the id that begins a row")
-    tokenizer = load_tokenizer(run / runs.TOKENIZER)
+        raise ConfigError(f"{run / layout.CONFIG}: model.bos_id=null: set it to the id that begins a row")
+    tokenizer = load_tokenizer(run / layout.TOKENIZER)
     prompt = [model.bos_id, *tokenizer.encode(options.prompt, add_special_tokens=False).ids]
     if model.mask_id in prompt:
         raise ConfigError(

@@ -12,13 +12,12 @@ from pydantic import Field
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import Section
-from pretrain.checkpoint.folder import COMPLETE, newest_complete, step_of
+from pretrain.checkpoint.folder import newest_complete, step_of
 from pretrain.config.command_line import Positional, parse_options
 from pretrain.config.resolve import load_saved
 from pretrain.resilience import heartbeat
-from pretrain.run_folder import events
+from pretrain.run_folder import events, layout
 from pretrain.tracking.console import duration, si
-from pretrain.tracking.metrics import METRICS, THROUGHPUT
 from slurm import client
 from slurm.client import SlurmError
 
@@ -45,7 +44,7 @@ def main(args: list[str]) -> None:
     runs = [
         run
         for run in runs
-        if (run / "config.yaml").is_file() or (run / events.EVENTS).is_file() or (run / "sweep.yaml").is_file()
+        if (run / layout.CONFIG).is_file() or (run / layout.EVENTS).is_file() or (run / layout.SWEEP).is_file()
     ]
     if not runs:
         raise ConfigError(f"{folder}: not a run folder; give the one that bd3 pretrain or bd3 launch wrote")
@@ -59,14 +58,14 @@ def main(args: list[str]) -> None:
 
 def status(run: Path) -> dict[str, Any]:
     """What is known of a run, as plain values; None where nothing is."""
-    config = next((run / name for name in ("config.yaml", "sweep.yaml") if (run / name).is_file()), None)
+    config = next((run / name for name in (layout.CONFIG, layout.SWEEP) if (run / name).is_file()), None)
     try:
         steps, unread = load_saved(config).train.steps if config else None, None
     except ConfigError as error:  # written by another version, or not by bd3
         steps, unread = None, str(error)
     happened = events.read(run)
-    train, validation = _last(run / METRICS, "train"), _last(run / METRICS, "validation")
-    speed = _last(run / THROUGHPUT, "throughput")
+    train, validation = _last(run / layout.METRICS, "train"), _last(run / layout.METRICS, "validation")
+    speed = _last(run / layout.THROUGHPUT, "throughput")
     newest = newest_complete(run)
     checkpoint = step_of(newest) if newest else 0
     step = max(train["step"] if train else 0, checkpoint)
@@ -85,9 +84,9 @@ def status(run: Path) -> dict[str, Any]:
         "perplexity": validation and validation.get("perplexity"),
         "tokens_per_second": speed and speed.get("tokens_per_second"),
         "seconds_left": left,
-        "record_age": _age(run / METRICS),
+        "record_age": _age(run / layout.METRICS),
         "checkpoint": checkpoint or None,
-        "checkpoint_age": newest and _age(newest / COMPLETE),
+        "checkpoint_age": newest and _age(newest / layout.COMPLETE),
         "phase": beat.phase if beat and not beat.left else None,
         "starts": sum(event["event"] == "started" for event in happened),
         "restarts": [

@@ -39,12 +39,11 @@ from pretrain.distributed.ranks import Ranks, read_ranks, rendezvous
 from pretrain.preflight import findings, probes
 from pretrain.preflight.findings import Clock, Finding, Report
 from pretrain.resilience import signals
-from pretrain.resilience.supervisor import SUSPECTS
 from pretrain.resilience.watchdog import Watchdog
 from pretrain.run_folder import data as run_data
+from pretrain.run_folder import layout
 from pretrain.run_folder.data import open_data
 
-REPORT = "preflight.json"
 _LINES = 4  # findings in a message
 
 Opened = tuple[RunConfig, RowStream, RowStream]
@@ -64,7 +63,7 @@ def check(config: RunConfig) -> None:
     try:
         with lost_ranks(ranks.rank, lambda: watch.phase if watch else "at the start"):
             world = parallel.start(config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, rendezvous(ranks))
-            watch = Watchdog(ranks, config.parallel.timeout_minutes, Path(config.run) / "hang")
+            watch = Watchdog(ranks, config.parallel.timeout_minutes, Path(config.run) / layout.HANG)
             preflight = Preflight(config, ranks, world, watch)
             preflight.nodes()
             if config.data.weights():
@@ -78,7 +77,7 @@ def check(config: RunConfig) -> None:
 
 
 class BadNodes(SystemExit):
-    """The run would go better without the nodes in :data:`SUSPECTS`; all ranks exit with :data:`BAD_NODE`."""
+    """The run would go better without the nodes in ``layout.BAD_NODES``; all ranks exit with ``BAD_NODE``."""
 
 
 class Preflight:
@@ -149,7 +148,7 @@ class Preflight:
         if not self.options.enabled:
             return
         with self._timed("of the folders"):
-            names = on_rank_0(lambda: [path.name for path in self.run.glob("checkpoints") if path.is_dir()])
+            names = on_rank_0(lambda: [path.name for path in self.run.glob(layout.CHECKPOINTS) if path.is_dir()])
             needed = self._checkpoints_to_come(config)
             found = []
             for name in ("", *names):
@@ -255,7 +254,7 @@ class Preflight:
         self.run.mkdir(parents=True, exist_ok=True)
         self._write_report()
         named = {"hosts": list(reasons), "reasons": reasons}
-        write_bytes(self.run / SUSPECTS, f"{json.dumps(named, indent=1)}\n".encode())
+        write_bytes(self.run / layout.BAD_NODES, f"{json.dumps(named, indent=1)}\n".encode())
         self._say(f"preflight: {_joined(blamed)}; preflight.strict=true: start again without {', '.join(reasons)}")
 
     def _write_report(self) -> None:
@@ -265,7 +264,7 @@ class Preflight:
         text = json.dumps(record | {"hosts": {}}, indent=1).replace(
             '"hosts": {}\n}', f'"hosts": {{\n{hosts}\n }}\n}}\n'
         )
-        write_bytes(self.run / REPORT, text.encode())
+        write_bytes(self.run / layout.PREFLIGHT, text.encode())
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:

@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-HEARTBEAT = "heartbeat.json"
+from bd3_common.atomic import write_text
+from pretrain.run_folder.layout import HEARTBEAT
+
 _LONGEST = 15.0  # seconds between beats
 
 
@@ -83,11 +85,8 @@ class Heart:
             self._write(Beat(self._name, number, progress, phase, patient, leaving, self._timeout))
 
     def _write(self, beat: Beat) -> None:
-        path = self._run / HEARTBEAT
-        partial = path.with_name(f".{HEARTBEAT}.partial")
         with contextlib.suppress(OSError):  # nothing depends on it, and it is soon written again
-            partial.write_text(json.dumps(beat._asdict()))
-            partial.replace(path)
+            write_text(self._run / HEARTBEAT, json.dumps(beat._asdict()), durable=False)
 
 
 def read(run: Path) -> Beat | None:

@@ -29,11 +29,10 @@ from pretrain.resilience import signals
 from pretrain.resilience.exit_reason import Ending, Word, fruitless_starts, judge, last_word
 from pretrain.resilience.heartbeat import Listener
 from pretrain.run_folder import events
+from pretrain.run_folder.layout import BAD_NODES
 from slurm import client
 from slurm.client import SlurmError
 from slurm.options import node_range
-
-SUSPECTS = "suspects.json"  # what the preflight wrote before it ended with BAD_NODE
 
 _STARTED = f"{os.getpid()} {time.time():.0f}"
 _LISTEN, _FORCE = 1.0, 60.0  # seconds between looks at the heartbeat, and until a hung command is killed
@@ -330,7 +329,7 @@ def finished(run: Path, steps: int) -> bool:
 
 def preflight_suspects(run: Path, code: int) -> dict[str, str] | None:
     """Reasons by host that the preflight of this attempt has left; no later one finds them."""
-    path = run / SUSPECTS
+    path = run / BAD_NODES
     if not path.is_file():
         return None
     try:

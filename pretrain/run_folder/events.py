@@ -18,8 +18,8 @@ from typing import Any
 from bd3_common.errors import ConfigError
 from data_prep.errors import DataError
 from pretrain.distributed.ranks import Ranks
+from pretrain.run_folder.layout import EVENTS
 
-EVENTS = "events.jsonl"
 # Of files that will not be better at the next start; others, as EIO and ESTALE, may.
 _LASTING = {
     errno.ENOSPC,

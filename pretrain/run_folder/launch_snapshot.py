@@ -16,14 +16,14 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from bd3_common import PACKAGES
+from bd3_common.atomic import write_text
 from bd3_common.errors import ConfigError
 from pretrain.config.resolve import save_config
 from pretrain.config.schema import RunConfig
-from pretrain.run_folder import events
+from pretrain.run_folder import events, layout
 from slurm import client
 from slurm.options import JobOptions
 
-FOLDER = "launch"
 # Variables that change how a job computes or talks, kept for whoever wonders later.
 _TELLING = ("CUDA_", "NCCL_", "UCX_", "FI_", "OMP_", "MKL_", "NVTE_", "TORCH", "PYTHON", "MASTER_", "SLURM_", "BD3_")
 _TELLING += ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "LOADEDMODULES")
@@ -37,10 +37,10 @@ class LaunchFolder:
         if found := re.search(r"[%\\\n]", str(root)):
             raise ConfigError(f"{name}: holds {found[0]!r}, which Slurm replaces in names of logs; use another name")
         self.root, self.options = root, options
-        taken = [int(path.name) for path in (root / FOLDER).glob("[0-9]*") if path.name.isdecimal()]
+        taken = [int(path.name) for path in (root / layout.LAUNCH).glob("[0-9]*") if path.name.isdecimal()]
         self.name = f"{max(taken, default=-1) + 1:03d}"
-        self.folder = root / FOLDER / self.name
-        self.script = self.folder / "job.sbatch"
+        self.folder = root / layout.LAUNCH / self.name
+        self.script = self.folder / layout.LAUNCH_SCRIPT
         self.jobs: list[int] = []
 
     def environment(self) -> list[str]:
@@ -69,7 +69,7 @@ class LaunchFolder:
             files: by name in the folder, or by absolute path.
         """
         paths = {self.folder / name: content for name, content in files.items()}
-        folders = [self.folder, self.root / "logs", *(path.parent for path in paths)]
+        folders = [self.folder, self.root / layout.LOGS, *(path.parent for path in paths)]
         new = [path for path in paths if not path.exists()]
         made = {path for folder in folders for path in (folder, *folder.parents) if not path.exists()}
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -82,14 +82,16 @@ class LaunchFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             for room in PACKAGES:
                 source = Path(importlib.util.find_spec(room).origin).parent
-                shutil.copytree(source, self.folder / "code" / room, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(
+                    source, self.folder / layout.LAUNCH_CODE / room, ignore=shutil.ignore_patterns("__pycache__")
+                )
             for path, content in paths.items():
                 if isinstance(content, str):
-                    path.write_text(content)
+                    write_text(path, content)
                 else:
                     save_config(content, path)
-            (self.folder / "environment.txt").write_text(_environment_text())
-            self.script.write_text(text)
+            write_text(self.folder / layout.LAUNCH_ENVIRONMENT, _environment_text())
+            write_text(self.script, text)
             yield
             events.record(self.root, "launched", jobs=list(map(str, self.jobs)), launch=self.name)
         except BaseException:

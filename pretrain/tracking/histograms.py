@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from pretrain.tracking.plots import ACCENT, INK
+from pretrain.tracking.plots import ACCENT, INK, save_figure
 
 BAR = 40  # columns of the longest bar
 
@@ -56,7 +55,7 @@ def plot_histograms(path: Path, lengths: Mapping[str, Mapping[int, int]], counts
     """Write a PNG: documents by length in quarters of an octave, and tokens by rank of frequency.
 
     Args:
-        path: written under a temporary name and renamed.
+        path: written atomically.
         lengths: by split, tokens of a document -> documents.
         counts: by split, occurrences of every id ``[V]``.
 
@@ -84,9 +83,4 @@ def plot_histograms(path: Path, lengths: Mapping[str, Mapping[int, int]], counts
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(partial, format="png")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    save_figure(figure, path)

@@ -17,10 +17,7 @@ from typing import Any
 
 from bd3_common.atomic import write_bytes
 from bd3_common.errors import ConfigError
-
-METRICS = "metrics.jsonl"
-THROUGHPUT = "throughput.jsonl"
-TENSORBOARD = "tensorboard"
+from pretrain.run_folder.layout import METRICS, TENSORBOARD, THROUGHPUT
 
 
 class MetricsWriter:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bd3_common.atomic import atomic_file
+from pretrain.run_folder.layout import CURVES
 from pretrain.tracking.metrics import read_metrics, series
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 INK, ACCENT, MUTED = "#1f3b57", "#c4572f", "#8a9097"
 
 
-def plot_curves(run_dir: Path, out: str = "curves.png", reference: Mapping[str, float] | None = None) -> Path:
+def plot_curves(run_dir: Path, out: str = CURVES, reference: Mapping[str, float] | None = None) -> Path:
     """Plot training loss and validation perplexity against the step; returns the path of the PNG.
 
     Args:
@@ -54,13 +55,9 @@ def finish(axes: Axes) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG under a temporary name and rename it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(partial, format="png")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write a PNG atomically."""
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:

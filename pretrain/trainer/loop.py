@@ -32,8 +32,7 @@ from pretrain.preflight.run import Preflight
 from pretrain.resilience import signals
 from pretrain.resilience.watchdog import Watchdog
 from pretrain.run_folder import data as run_data
-from pretrain.run_folder import events
-from pretrain.run_folder import run as runs
+from pretrain.run_folder import events, layout
 from pretrain.run_folder.data import open_data
 from pretrain.tracking.console import Progress, Throughput
 from pretrain.tracking.metrics import MetricsWriter, read_metrics, series
@@ -71,7 +70,7 @@ def train(config: RunConfig) -> Path:
             store = rendezvous(ranks)
             world = parallel.start(config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, store)
             record_allocations(config.profile)
-            watch = Watchdog(ranks, config.parallel.timeout_minutes, Path(config.run) / "hang")
+            watch = Watchdog(ranks, config.parallel.timeout_minutes, Path(config.run) / layout.HANG)
             # From here on what may fail on one rank alone is agreed on by all.
             raise_on_all_ranks(lambda: check_installed(config.engine()))
             preflight = Preflight(config, ranks, world, watch)
@@ -385,7 +384,7 @@ def _prepare_folder(run: Path, config: RunConfig, stream: RowStream) -> int:
     except BlockingIOError:
         os.close(lock)
         raise ConfigError(f"run={run}: another process is training in it; wait for it or use another --run") from None
-    tokenizer = run / runs.TOKENIZER
+    tokenizer = run / layout.TOKENIZER
     if not tokenizer.exists():
         partial = tokenizer.with_suffix(".partial")
         stream.readers[0].copy_tokenizer(partial)
@@ -393,5 +392,5 @@ def _prepare_folder(run: Path, config: RunConfig, stream: RowStream) -> int:
     lines = [f"python {platform.python_version()}"]
     lines += [f"{name} {version(name)}" for name in ("bd3-megatron", "torch", "megatron-core", "numpy")]
     (run / "versions.txt").write_text("\n".join(lines) + "\n")
-    save_config(config, run / runs.CONFIG)
+    save_config(config, run / layout.CONFIG)
     return lock

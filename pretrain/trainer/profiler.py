@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from bd3_common.atomic import atomic_file
 from bd3_common.errors import ConfigError
 from pretrain.config.schema import ProfileConfig, RunConfig
+from pretrain.run_folder.layout import PROFILE, memory_snapshot, trace_file
 
 # Steps before the trace with profile.start=0: kernels are compiled and buffers allocated in the first ones.
 _WARM_UP = 2
@@ -30,7 +32,7 @@ class Profiler:
     """
 
     def __init__(self, options: ProfileConfig, folder: Path, rank: int, step: int, say: Callable[[str], None]):
-        self.options, self.folder, self.rank, self._say = options, folder / "profile", rank, say
+        self.options, self.folder, self.rank, self._say = options, folder, rank, say
         self._first = step + 1 + _WARM_UP if options.start == 0 else options.start
         self._profile: profile | None = None
         self._last: int | None = None
@@ -78,14 +80,13 @@ class Profiler:
             if self._last is not None:  # else the first of them failed
                 self._write(traced, self._last)
         except (OSError, RuntimeError) as error:
-            self._say(f"no trace in {self.folder}: {' '.join(str(error).split())}")
+            self._say(f"no trace in {self.folder / PROFILE}: {' '.join(str(error).split())}")
 
     def _write(self, traced: profile, last: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"steps-{self._first}-{last}.rank-{self.rank}.json.gz"
-        partial = path.with_name(f".{path.name}")  # ends in .gz, by which torch knows to compress
-        traced.export_chrome_trace(str(partial))
-        partial.replace(path)
+        path = trace_file(self.folder, self._first, last, self.rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path, suffix=path.suffix) as temporary:  # torch compresses what is named .gz
+            traced.export_chrome_trace(str(temporary))
         self._say(f"trace of steps {self._first} to {last}: {path}")
 
 
@@ -114,7 +115,7 @@ def out_of_memory(
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
         where = f"{phase()} rank {rank} ran out of memory" + (f" when it asked for {asked[1]}" if asked else "")
         key, remedies = _remedies(config, "evaluation" in where)
-        seen = _snapshot(Path(config.run) / "oom" / f"rank-{rank}.pickle", dump)
+        seen = _snapshot(memory_snapshot(Path(config.run), rank), dump)
         raise ConfigError(f"{key}: {where}; use {' or '.join(remedies)}; {seen}") from None
 
 

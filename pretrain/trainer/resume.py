@@ -15,7 +15,7 @@ from pretrain.config.resolve import load_saved
 from pretrain.config.schema import RunConfig
 from pretrain.distributed.collectives import mark_collective, on_rank_0
 from pretrain.run_folder import data as run_data
-from pretrain.run_folder import run as runs
+from pretrain.run_folder import layout
 from pretrain.run_folder.data import order_seed
 from pretrain.trainer import stability as guard
 
@@ -29,11 +29,11 @@ _FREE += ("guard", "train.steps", "train.micro_batch", "data.path", "data.cache"
 
 def check_same_run(run: Path, config: RunConfig) -> None:
     """A run folder goes on with the configuration it was started with."""
-    if not (run / runs.CONFIG).is_file():
-        if (run / "checkpoints").exists():
-            raise ConfigError(f"run={run}: has checkpoints but no {runs.CONFIG}; put it back or use another --run")
+    if not (run / layout.CONFIG).is_file():
+        if (run / layout.CHECKPOINTS).exists():
+            raise ConfigError(f"run={run}: has checkpoints but no {layout.CONFIG}; put it back or use another --run")
         return
-    before, now = (_comparable(found) for found in (load_saved(run / runs.CONFIG), config))
+    before, now = (_comparable(found) for found in (load_saved(run / layout.CONFIG), config))
     for path, old, new in _differences(before, now):
         if not any(path == free or path.startswith(free + ".") for free in _FREE):
             raise ConfigError(f"{path}={new}: the run in {run} was started with {old}; use that, or another --run")
@@ -90,7 +90,9 @@ def checkpoint_to_resume(run: Path, config: RunConfig, stream: RowStream, world:
     if found is None:
         if on_rank_0(lambda: checkpoint.exists(run)):
             raise mark_collective(
-                ConfigError(f"{run}/checkpoints: none is whole; put one back, or start again with another --run")
+                ConfigError(
+                    f"{run / layout.CHECKPOINTS}: none is whole; put one back, or start again with another --run"
+                )
             )
         return None
     data = run_data.data_identity(*stream.manifests)

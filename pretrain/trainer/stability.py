@@ -30,11 +30,10 @@ from pretrain.checkpoint import folder as checkpoint_files
 from pretrain.checkpoint import reader as checkpoint
 from pretrain.config.schema import GuardConfig, RunConfig
 from pretrain.distributed.collectives import gather_from_ranks, mark_collective, on_rank_0
+from pretrain.run_folder import layout
 from pretrain.tracking.metrics import read_metrics
 from pretrain.trainer.batches import Batches
 
-RANGES = "skips.json"
-BATCHES = "skipped"
 _NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
 
 
@@ -170,8 +169,8 @@ class Guard:
             raise mark_collective(
                 ConfigError(
                     f"guard.spike_limit={options.spike_limit}: {what}, and {len(known)} ranges of steps are left out "
-                    f"already ({self.run / RANGES}); lower train.lr={self.config.train.lr:g} in another --run, "
-                    f"or raise guard.spike_limit"
+                    f"already ({self.run / layout.SKIPPED_RANGES}); lower train.lr={self.config.train.lr:g} in "
+                    f"another --run, or raise guard.spike_limit"
                 )
             )
         found = checkpoint.newest_together(
@@ -192,19 +191,19 @@ class Guard:
         on_rank_0(lambda: self._remember())
         self._say(
             f"{what}: going back to step {found.step} and leaving out steps {begin} to {end} "
-            f"({len(self.ranges)} of guard.spike_limit={options.spike_limit}, {self.run / RANGES})"
+            f"({len(self.ranges)} of guard.spike_limit={options.spike_limit}, {self.run / layout.SKIPPED_RANGES})"
         )
         return found
 
     def _remember(self) -> None:
         ranges = [asdict(found) for found in self.ranges]
-        write_text(self.run / RANGES, json.dumps({"ranges": ranges}, indent=1) + "\n")
+        write_text(self.run / layout.SKIPPED_RANGES, json.dumps({"ranges": ranges}, indent=1) + "\n")
         _remove_undone(self.run, self.ranges)
 
     def _at(self, step: int) -> History:
         _remove_undone(self.run, self.ranges)
-        for path in (self.run / BATCHES).glob("step-*.json"):
-            if path.stem.removeprefix("step-").isdecimal() and int(path.stem.removeprefix("step-")) > step:
+        for other, path in layout.skipped_batches(self.run).items():
+            if other > step:
                 path.unlink()
         return read_history(self.run, step, self.options)
 
@@ -233,7 +232,7 @@ class Guard:
             "noise_seed": batches.noise_seed,
         }
         lines = ",\n  ".join(map(json.dumps, rows))
-        path = self.run / BATCHES / f"step-{step:08d}.json"
+        path = layout.skipped_batch(self.run, step)
         path.parent.mkdir(exist_ok=True)
         write_bytes(path, f'{json.dumps(head)[:-1]},\n "rows": [\n  {lines}\n ]}}\n'.encode())
         return path
@@ -260,11 +259,13 @@ def read_ranges(run: Path) -> list[Range]:
         ConfigError: the file is damaged.
     """
     try:
-        return [Range(**found) for found in json.loads((run / RANGES).read_text())["ranges"]]
+        return [Range(**found) for found in json.loads((run / layout.SKIPPED_RANGES).read_text())["ranges"]]
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"{run / RANGES}: not a list of ranges of steps; put back what bd3 pretrain wrote") from None
+        raise ConfigError(
+            f"{run / layout.SKIPPED_RANGES}: not a list of ranges of steps; put back what bd3 pretrain wrote"
+        ) from None
 
 
 def undone(ranges: Sequence[Range], step: int, meta: Mapping[str, Any]) -> bool:
@@ -287,7 +288,8 @@ def check_skips(run: Path, options: GuardConfig, step: int) -> None:
             steps = [checkpoint_files.step_of(path) for path in checkpoint_files.folders(run)]
             before = [number for number in steps if number < done[0]]
             back = (
-                f"remove the checkpoints after that of step {before[-1]} from {run / 'checkpoints'} to go back to it"
+                f"remove the checkpoints after that of step {before[-1]} from {run / layout.CHECKPOINTS} to go back "
+                f"to it"
                 if before
                 else "there is no checkpoint from before it, so use another --run"
             )

@@ -10,9 +10,9 @@ from bd3_common.errors import ConfigError
 from bd3_megatron.config import EngineConfig, Fp8Config, KernelConfig
 from bd3_megatron.layers import transformer_engine as te
 from bd3_megatron.layers.fp8 import check_fp8
+from pretrain.checkpoint.loaded_run import LoadedRun
 from pretrain.config.resolve import load_run_config, presets
 from pretrain.config.schema import RunConfig
-from pretrain.run_folder import run as runs
 from tests.unit import tiny
 
 MODEL = {"layers": 4, "hidden": 256, "heads": 4, "kv_heads": 2, "ffn_hidden": 768, "length": 256}
@@ -151,6 +151,6 @@ def test_an_old_gpu_or_cuda_is_refused(gpu):
 def test_a_run_of_fp8_is_read_where_there_is_none():
     model = tiny.shape()
     config = RunConfig(model=model, kernels=KernelConfig(layers="te"), fp8=Fp8Config(enabled=True))
-    with runs.LoadedRun(config, None, tiny.weights_of(model)).engine() as made:
+    with LoadedRun(config, None, tiny.weights_of(model)).engine() as made:
         assert any(isinstance(module, ColumnParallelLinear) for module in made.module.decoder.modules())
         assert made.config.fp8 is None

@@ -24,7 +24,7 @@ from bd3_megatron.model import BlockDiffusionModel, global_name, initialize
 from pretrain.checkpoint import reader as checkpoint
 from pretrain.config.resolve import save_config
 from pretrain.config.schema import RunConfig
-from pretrain.run_folder import run as runs
+from pretrain.run_folder import layout
 from pretrain.trainer.resume import check_same_run
 from tests.unit import fake_te, tiny
 from tests.unit.fake_te import Column
@@ -249,7 +249,7 @@ def test_weights_are_cast_once_in_every_step_and_in_every_evaluation(world):
 def test_a_run_may_go_on_with_other_kernels_and_another_recipe(tmp_path):
     """A run that began with kernels of a GPU goes on where they are refused."""
     run = RunConfig(kernels=KernelConfig(attention="flash"))
-    save_config(run, tmp_path / runs.CONFIG)
+    save_config(run, tmp_path / layout.CONFIG)
     others = [KernelConfig(attention="chunked"), *(KernelConfig(**{name: False}) for name in SWITCHES)]
     for kernels, fp8 in ((TE, DELAYED), *((kernels, Fp8Config()) for kernels in others)):
         check_same_run(tmp_path, run.model_copy(update={"kernels": kernels, "fp8": fp8}))

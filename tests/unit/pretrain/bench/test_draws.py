@@ -16,8 +16,8 @@ from bd3_megatron.engine.megatron import MegatronEngine
 from pretrain import bench
 from pretrain.bench import draws
 from pretrain.bench.draws import DrawsOptions, Scatter
+from pretrain.checkpoint.loaded_run import load_run
 from pretrain.run_folder import data as run_data
-from pretrain.run_folder import run as runs
 from pretrain.trainer.batches import Batches
 from tests.conftest import LENGTH
 from tests.unit.commands import bd3
@@ -56,7 +56,7 @@ def test_the_scatter_is_the_trace_of_the_covariance():
 def test_the_gradient_is_that_of_a_training_step(run, micro):
     """The first step of the run, its norm before clipping, however the rows are dealt to passes."""
     parallel.stop()
-    loaded = runs.load(run)
+    loaded = load_run(run)
     config = loaded.config
     stream = run_data.open_stream(config.data, "train", config.model)
     batches = Batches(stream, config.model, config.diffusion, global_batch=8, micro_batch=8)

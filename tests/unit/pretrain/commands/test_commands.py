@@ -22,8 +22,8 @@ from bd3_megatron.config import DiffusionConfig, ModelConfig
 from bd3_megatron.diffusion.noise import Purpose, SampleKeys
 from data_prep.read.order import RowOrder
 from data_prep.read.reader import RowReader
+from pretrain.checkpoint.loaded_run import load_run
 from pretrain.config.resolve import load_saved
-from pretrain.run_folder import run as runs
 from pretrain.tracking.metrics import read_metrics
 from pretrain.trainer.batches import make_batch
 from pretrain.trainer.likelihood import likelihood_bound
@@ -339,7 +339,7 @@ def test_a_run_can_be_evaluated_from_elsewhere(workplace, tmp_path_factory, monk
 
 
 def test_a_run_is_opened_as_often_as_one_likes(trained):
-    loaded = runs.load(trained)
+    loaded = load_run(trained)
     for _ in range(2):
         with loaded.engine() as engine:
             assert engine.world.size == 1

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.resilience.heartbeat import HEARTBEAT, Beat, Heart, Listener, read
+from pretrain.resilience.heartbeat import Beat, Heart, Listener, read
 from pretrain.run_folder import events
+from pretrain.run_folder.layout import HEARTBEAT
 from tests.unit.pretrain.resilience.test_supervisor import run_attempt
 
 

@@ -17,7 +17,7 @@ from pretrain.commands.attempt import main
 from pretrain.resilience import supervisor as attempt
 from pretrain.resilience.exit_reason import Ending, Word, first_failure, fruitless_starts, judge
 from pretrain.resilience.supervisor import Job, fit
-from pretrain.run_folder import events
+from pretrain.run_folder import events, layout
 from slurm import client
 from tests.unit.slurm_fakes import FakeSlurm
 
@@ -381,7 +381,7 @@ def test_an_attempt_that_died_with_its_node_is_counted_at_the_next_start(tmp_pat
         assert done.returncode == code, done.stderr
         found = next(event for event in events.read(run) if event["event"] == "ended")
         assert (found["cause"], found["suspects"]) == ("node failure: node2 is down*", ["node2"])
-        (run / events.EVENTS).unlink()
+        (run / layout.EVENTS).unlink()
 
 
 def test_suspects_of_the_preflight_are_taken_once(tmp_path):

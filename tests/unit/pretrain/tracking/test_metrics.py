@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bd3_common.errors import ConfigError
-from pretrain.tracking.metrics import METRICS, THROUGHPUT, MetricsWriter, plain, read_metrics, series
+from pretrain.run_folder.layout import METRICS, THROUGHPUT
+from pretrain.tracking.metrics import MetricsWriter, plain, read_metrics, series
 
 
 def write(run: Path, first: int, last: int) -> None:

@@ -1,4 +1,4 @@
-"""A run folder: its configuration, its data and its checkpoints, as the commands after training need them."""
+"""A trained run: its configuration and the weights of one checkpoint, for the commands after training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from bd3_megatron.attention.backends import portable
 from bd3_megatron.config import Fp8Config, ParallelConfig, ZeroConfig
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.hf.mapping import check_shapes, entries
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import Checkpoint, find, read_weights
 from pretrain.config.resolve import load_saved
 from pretrain.config.schema import RunConfig
-
-CONFIG = "config.yaml"
-TOKENIZER = "tokenizer.json"
+from pretrain.run_folder.layout import CONFIG
 
 
 @dataclass
@@ -28,7 +26,7 @@ class LoadedRun:
     """A run's configuration and one checkpoint's weights."""
 
     config: RunConfig
-    checkpoint: checkpoint.Checkpoint
+    checkpoint: Checkpoint
     weights: dict[str, Tensor]
 
     @contextmanager
@@ -48,7 +46,7 @@ class LoadedRun:
             parallel.stop()
 
 
-def load(run: Path, step: int | None = None, averaged: bool = True) -> LoadedRun:
+def load_run(run: Path, step: int | None = None, averaged: bool = True) -> LoadedRun:
     """Read a run folder.
 
     Raises:
@@ -57,10 +55,10 @@ def load(run: Path, step: int | None = None, averaged: bool = True) -> LoadedRun
     if not (run / CONFIG).is_file():
         raise ConfigError(f"{run}: not a run folder ({CONFIG} is missing); give the folder that bd3 pretrain wrote")
     config = load_saved(run / CONFIG)
-    found = checkpoint.find(run, step)
+    found = find(run, step)
     if config.model.mask_id is None:
         raise ConfigError(f"{run / CONFIG}: model.mask_id=null: set it to the id the model was trained with")
-    weights = checkpoint.read_weights(found, averaged)
+    weights = read_weights(found, averaged)
     try:
         check_shapes(weights, {entry.name: entry.shape for entry in entries(config.model)})
     except ConfigError as error:

@@ -1,0 +1,109 @@
+"""Names of all files and folders in a run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONFIG = "config.yaml"
+"""the resolved configuration"""
+SWEEP = "sweep.yaml"
+"""the configuration of a folder of runs that `bd3 launch --sweep` made"""
+TOKENIZER = "tokenizer.json"
+VERSIONS = "versions.txt"
+"""versions of the packages that the last start used"""
+
+METRICS = "metrics.jsonl"
+"""what was computed: the same bytes after any number of interruptions"""
+THROUGHPUT = "throughput.jsonl"
+"""how fast"""
+TENSORBOARD = "tensorboard"
+CURVES = "curves.png"
+
+EVENTS = "events.jsonl"
+"""starts, signals, hangs, failures"""
+HEARTBEAT = "heartbeat.json"
+"""rank 0's sign of life"""
+PREFLIGHT = "preflight.json"
+"""what the last preflight measured"""
+BAD_NODES = "suspects.json"
+"""nodes that the preflight blames, for the supervisor"""
+
+CHECKPOINTS = "checkpoints"
+COMPLETE = "complete.json"
+"""list of a checkpoint's files, written last"""
+_CHECKPOINT_PREFIX = "step-"
+
+SKIPPED_RANGES = "skips.json"
+"""steps left out after loss spikes"""
+SKIPPED_BATCHES = "skipped"
+"""a file for each batch without a finite loss and gradient"""
+
+HANG = "hang"
+"""stacks of the ranks of a job that hung"""
+PROFILE = "profile"
+OUT_OF_MEMORY = "oom"
+"""snapshots of GPU memory"""
+LOGS = "logs"
+"""messages of every rank; logs of Slurm's jobs"""
+
+LAUNCH = "launch"
+"""a numbered folder for each submission"""
+LAUNCH_CODE = "code"
+LAUNCH_SCRIPT = "job.sbatch"
+LAUNCH_ENVIRONMENT = "environment.txt"
+LAUNCH_RUNS = "runs.txt"
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder of a checkpoint in :data:`CHECKPOINTS`."""
+    return f"{_CHECKPOINT_PREFIX}{step:08d}"
+
+
+def checkpoint_step(name: str) -> int | None:
+    """Step of a checkpoint's folder; None for the name of another file."""
+    step = name.removeprefix(_CHECKPOINT_PREFIX)
+    return int(step) if name.startswith(_CHECKPOINT_PREFIX) and step.isdecimal() else None
+
+
+def partial_checkpoint_name(step: int, writer: str) -> str:
+    """Folder of a checkpoint that ``writer`` is writing."""
+    return f".{checkpoint_name(step)}.{writer}{_PARTIAL}"
+
+
+def is_partial_checkpoint(name: str) -> bool:
+    """True for :func:`partial_checkpoint_name` of any step and writer."""
+    return name.startswith(f".{_CHECKPOINT_PREFIX}") and name.endswith(_PARTIAL)
+
+
+_PARTIAL = ".partial"
+
+
+def rank_log(run: Path, rank: int) -> Path:
+    """Messages of a rank."""
+    return run / LOGS / f"rank-{rank:05d}.log"
+
+
+def stack_file(run: Path, rank: int) -> Path:
+    """Stacks of a rank of a job that hung."""
+    return run / HANG / f"rank-{rank:05d}.txt"
+
+
+def trace_file(run: Path, first: int, last: int, rank: int) -> Path:
+    """Profile of steps ``first`` to ``last``. The ending tells torch to compress it."""
+    return run / PROFILE / f"steps-{first}-{last}.rank-{rank}.json.gz"
+
+
+def memory_snapshot(run: Path, rank: int) -> Path:
+    """What a GPU's memory held when it ran out."""
+    return run / OUT_OF_MEMORY / f"rank-{rank}.pickle"
+
+
+def skipped_batch(run: Path, step: int) -> Path:
+    """Rows of the batch of a step that was skipped."""
+    return run / SKIPPED_BATCHES / f"step-{step:08d}.json"
+
+
+def skipped_batches(run: Path) -> dict[int, Path]:
+    """Files of :func:`skipped_batch` by step."""
+    found = {path.stem.removeprefix("step-"): path for path in (run / SKIPPED_BATCHES).glob("step-*.json")}
+    return {int(step): path for step, path in found.items() if step.isdecimal()}
