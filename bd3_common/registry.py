@@ -161,13 +161,21 @@ class Choice:
     Help texts list :meth:`names` when they are printed, plugins included.
     """
 
-    registry: Registry[Any]
+    registry: Registry[Any] | str
+    """the registry, or ``module:NAME`` of one in a room above that of the configuration"""
     also: tuple[str, ...] = ()
     """words beside the registry's names, for example ``auto``"""
 
     def names(self) -> list[str]:
         """What the field takes, words of ``also`` first."""
-        return [*self.also, *self.registry.names()]
+        return [*self.also, *self._found().names()]
+
+    def _found(self) -> Registry[Any]:
+        if isinstance(self.registry, Registry):
+            return self.registry
+        module, _, name = self.registry.partition(":")
+        found: Registry[Any] = getattr(importlib.import_module(module), name)
+        return found
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         from pydantic_core import core_schema
@@ -178,7 +186,7 @@ class Choice:
         if value not in self.names():
             from pydantic_core import PydanticCustomError
 
-            raise PydanticCustomError("unknown_name", "{remedy}", {"remedy": self.registry.remedy(value, self.also)})
+            raise PydanticCustomError("unknown_name", "{remedy}", {"remedy": self._found().remedy(value, self.also)})
         return value
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from bd3_common.errors import ConfigError
+from bd3_common.registry import Choice
 from bd3_megatron.attention.backends import Demand, check_backend
 from bd3_megatron.config import (
     DiffusionConfig,
@@ -149,12 +150,19 @@ class LogConfig(Section):
     """What is written while training."""
 
     every: int = Field(10, ge=1, description="steps between progress lines where there is no terminal")
-    tensorboard: bool = True
+    tensorboard: bool = Field(default=True, description="TensorBoard scalars in the run folder")
+    sinks: tuple[Annotated[str, Choice("pretrain.tracking.sinks:METRIC_SINKS")], ...] = Field(
+        default=(), description="further places for metrics; jsonl, the record of the run, is always written"
+    )
     peak_tflops: float | None = Field(
         None,
         gt=0,
         description="the device's peak for MFU; null looks the GPU up, or measures a matmul on CPU",
     )
+
+    def sink_names(self) -> tuple[str, ...]:
+        """Names of all metric sinks besides ``jsonl``."""
+        return (("tensorboard",) if self.tensorboard else ()) + self.sinks
 
 
 class ProfileConfig(Section):

@@ -17,6 +17,8 @@ METRICS = "metrics.jsonl"
 THROUGHPUT = "throughput.jsonl"
 """how fast"""
 TENSORBOARD = "tensorboard"
+WANDB_ID = "wandb_id.txt"
+"""id of the W&B run that this run is written to"""
 CURVES = "curves.png"
 
 EVENTS = "events.jsonl"

@@ -1,82 +1,76 @@
-"""A run's numbers as JSON lines: what was computed apart from how fast.
-
-``metrics.jsonl`` holds only what the configuration, the data and the step determine, so the file of a run
-that was interrupted and resumed is byte for byte that of a run that was not. Seconds, tokens/s and MFU differ
-from run to run and go to ``throughput.jsonl``. Every record is one line, appended by one write: a crash can
-tear the last line only.
-"""
+"""The numbers of a run: the writer that gives them to metric sinks, and the reader of the run's own record."""
 
 from __future__ import annotations
 
 import json
 import numbers
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bd3_common.atomic import write_bytes
 from bd3_common.errors import ConfigError
-from pretrain.run_folder.layout import METRICS, TENSORBOARD, THROUGHPUT
+from pretrain.run_folder.layout import METRICS
+from pretrain.tracking.sinks import METRIC_SINKS, MetricSink
 
 
 class MetricsWriter:
-    """Appends records to a run folder; only one rank opens it.
-
-    Opening drops the records of later steps than ``resume_step``, and a torn last line, so that a run
-    continues from its checkpoint as if the lost steps had not been written.
+    """Gives the numbers of a run to its sinks; rank 0 alone opens it.
 
     Args:
         run_dir: the run folder, which exists.
         resume_step: step of the checkpoint the run continues from; 0 for a new run.
-        tensorboard: also write TensorBoard scalars under ``tensorboard/``.
+        sinks: names of :data:`METRIC_SINKS` besides ``jsonl``, which is always written.
+        config: the resolved configuration as nested plain values, for sinks that show it.
 
     Raises:
-        ConfigError: a line other than the last is not a record.
+        ConfigError: a sink cannot be opened, or a line of the run's record is damaged.
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, run_dir: Path, resume_step: int = 0, tensorboard: bool = False) -> None:
-        paths = [run_dir / METRICS, run_dir / THROUGHPUT]
-        kept, _ = (_truncate(path, resume_step) for path in paths)
-        self._newest = kept[-2:]  # a step has one of training and one of validation
-        self._metrics, self._throughput = (path.open("ab", buffering=0) for path in paths)
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+    def __init__(
+        self, run_dir: Path, resume_step: int = 0, sinks: Iterable[str] = (), config: Mapping[str, Any] | None = None
+    ) -> None:
+        from pretrain.tracking.sinks.jsonl import Jsonl
 
-            self._board = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=resume_step + 1)
+        self._record_file = Jsonl(run_dir, resume_step)
+        self._sinks: list[MetricSink] = [self._record_file]
+        try:
+            for name in dict.fromkeys(sinks):
+                if name != "jsonl":
+                    self._sinks.append(METRIC_SINKS.load(name)(run_dir, resume_step, config))
+        except BaseException:
+            self.close()
+            raise
 
     def has(self, split: str, step: int) -> bool:
         """Whether the run had a record of this split and step when it was opened."""
-        return any(record["split"] == split and record["step"] == step for record in self._newest)
+        return self._record_file.has(split, step)
 
     def train(self, step: int, fields: Mapping[str, Any]) -> None:
         """Record an optimizer step: loss, grad_norm, lr, tokens, ... (numbers only)."""
-        self._record(self._metrics, "train", step, fields)
+        self._record("train", step, fields)
 
     def validation(self, step: int, fields: Mapping[str, Any]) -> None:
         """Record an evaluation after ``step``: nelbo and nelbo_stderr (nats per token), perplexity, ..."""
-        self._record(self._metrics, "validation", step, fields)
+        self._record("validation", step, fields)
 
     def throughput(self, step: int, fields: Mapping[str, Any]) -> None:
-        """Record what the clock says about a step: seconds_per_step, tokens_per_second, mfu, ..."""
-        self._record(self._throughput, "throughput", step, fields)
+        """Record the speed of a step by the clock: seconds_per_step, tokens_per_second, mfu, ..."""
+        self._record("throughput", step, fields)
 
     def checkpoint(self, step: int, fields: Mapping[str, Any]) -> None:
-        """Record what the clock says about a checkpoint: stall_seconds, write_seconds, bytes."""
-        self._record(self._throughput, "checkpoint", step, fields)
+        """Record the cost of a checkpoint by the clock: stall_seconds, write_seconds, bytes."""
+        self._record("checkpoint", step, fields)
 
     def sync(self) -> None:
         """Have the system write the records to the disk: those that lead to a checkpoint must not be lost before it."""
-        os.fsync(self._metrics.fileno())
+        for sink in self._sinks:
+            sink.sync()
 
     def close(self) -> None:
-        """Close the files."""
-        self._metrics.close()
-        self._throughput.close()
-        if self._board is not None:
-            self._board.close()
+        """Close the sinks."""
+        for sink in self._sinks:
+            sink.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -84,14 +78,10 @@ class MetricsWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _record(self, file: Any, split: str, step: int, fields: Mapping[str, Any]) -> None:
+    def _record(self, split: str, step: int, fields: Mapping[str, Any]) -> None:
         values = {name: plain(value) for name, value in fields.items()}
-        line = json.dumps({"step": step, "split": split} | values) + "\n"
-        file.write(line.encode())
-        if self._board is not None:
-            for name, value in values.items():
-                if value is not None:
-                    self._board.add_scalar(f"{split}/{name}", value, step)
+        for sink in self._sinks:
+            sink.record(split, step, values)
 
 
 def plain(value: Any) -> int | float | None:
@@ -115,7 +105,7 @@ def read_metrics(run_dir: Path, name: str = METRICS) -> list[dict[str, Any]]:
     Raises:
         ConfigError: a line other than the last is not a record.
     """
-    return [record for _, record in _parse(run_dir / name)]
+    return [record for _, record in parse_records(run_dir / name)]
 
 
 def series(records: Iterable[Mapping[str, Any]], split: str, name: str) -> tuple[list[int], list[float]]:
@@ -124,8 +114,12 @@ def series(records: Iterable[Mapping[str, Any]], split: str, name: str) -> tuple
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def _parse(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Whole lines of the file with what they say."""
+def parse_records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Whole lines of the file with their records; a torn last line is left out.
+
+    Raises:
+        ConfigError: a line other than the last is not a record.
+    """
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
@@ -141,18 +135,3 @@ def _parse(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         elif number < len(lines):
             raise ConfigError(f"{path}: line {number} is not a record; delete that line")
     return parsed
-
-
-def _truncate(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """Rewrite the file without the records of steps after ``last_step``; all of it stays until the rename.
-
-    Returns:
-        the records that are kept.
-    """
-    if not path.exists():
-        return []
-    kept = [(line, record) for line, record in _parse(path) if record["step"] <= last_step]
-    content = b"".join(line for line, _ in kept)
-    if content != path.read_bytes():
-        write_bytes(path, content)
-    return [record for _, record in kept]

@@ -154,8 +154,8 @@ class Trainer:
         )
 
     def _open_metrics(self) -> None:
-        board = self.config.log.tensorboard and self.step < self.config.train.steps
-        self.metrics = MetricsWriter(self.folder, self.step, board)
+        sinks = self.config.log.sink_names() if self.step < self.config.train.steps else ()
+        self.metrics = MetricsWriter(self.folder, self.step, sinks, self.config.model_dump(mode="json"))
 
     def __enter__(self) -> Trainer:
         return self

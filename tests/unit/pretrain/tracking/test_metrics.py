@@ -128,7 +128,7 @@ def test_tensorboard_drops_the_steps_that_are_done_again(tmp_path: Path) -> None
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for first, last, scale in ((1, 5, 1.0), (4, 6, 2.0)):
-        with MetricsWriter(tmp_path, resume_step=first - 1, tensorboard=True) as writer:
+        with MetricsWriter(tmp_path, resume_step=first - 1, sinks=["tensorboard"]) as writer:
             for step in range(first, last + 1):
                 writer.train(step, {"loss": scale * step})
     board = EventAccumulator(str(tmp_path / "tensorboard"))
