@@ -26,13 +26,14 @@ _QUERIES = 128
 
 @lru_cache(maxsize=512)
 def _tile_mask(
-    start: int, asking: tuple[int, ...], asked: tuple[int, ...], streams: Streams, device: torch.device
+    start: int, query_counts: tuple[int, ...], key_counts: tuple[int, ...], streams: Streams, device: torch.device
 ) -> Tensor:
-    """Mask of a tile of all streams that begins at position ``start``, ``[sum(asking), start + sum(asked)]``.
+    """Mask of a tile of all streams, ``[sum(query_counts), start + sum(key_counts)]``.
 
     Args:
-        asking: queries of each stream in the tile.
-        asked: keys of each stream in the tile. The clean keys before it come first, if there is a clean stream.
+        start: the tile's first position.
+        query_counts: queries of each stream in the tile.
+        key_counts: keys of each stream in the tile. The clean keys before it come first, if there is a clean stream.
     """
 
     def stream_and_block(counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -40,8 +41,8 @@ def _tile_mask(
         return stream, torch.cat([torch.arange(start, start + n) for n in counts]) // streams.block_size
 
     past = torch.arange(start if streams.clean else 0) // streams.block_size
-    query_stream, query_block = stream_and_block(asking)
-    key_stream, key_block = stream_and_block(asked)
+    query_stream, query_block = stream_and_block(query_counts)
+    key_stream, key_block = stream_and_block(key_counts)
     key_stream = torch.cat([torch.full_like(past, streams.clean_index), key_stream])
     key_block = torch.cat([past, key_block])
     mask = sees(query_stream[:, None], query_block[:, None], key_stream, key_block, streams.clean_index)
@@ -134,8 +135,8 @@ def _tiles_of_rows(
     if streams.clean and context.size > 1:
         clean = [_tiles(context.gather(x[-1]), context.chunk, size) for x in (keys, values)]
     per_chunk = -(-context.chunk // size)
-    asking = [_split(stream, context.chunk, size) for stream in queries]
-    for i in range(len(asking[0])):
+    query_tiles = [_split(stream, context.chunk, size) for stream in queries]
+    for i in range(len(query_tiles[0])):
         local_chunk, within = divmod(i, per_chunk)
         chunk = context.chunks[local_chunk]
         start, before = chunk * context.chunk + within * size, chunk * per_chunk + within
@@ -148,7 +149,7 @@ def _tiles_of_rows(
             skipped = other * per_chunk + inside // size
             first = other * context.chunk + inside // size * size
         yield _Tile(
-            queries=[stream[i].permute(1, 2, 3, 0, 4) for stream in asking if i < len(stream)],
+            queries=[stream[i].permute(1, 2, 3, 0, 4) for stream in query_tiles if i < len(stream)],
             past=[x[skipped:before] for x in clean],
             own=[[stream[i] for stream in x if i < len(stream)] for x in own],  # the clean stream may be a tile short
             first=first,
@@ -212,21 +213,21 @@ def _tile_of_blocks(tile: _Tile, rows: _Rows) -> list[Tensor]:
     queries, packed, start = tile.queries, rows.packed, tile.start
     q = queries[0] if len(queries) == 1 else torch.cat(queries, 3)  # [b, g, r, T, d]
     repeats = q.shape[2]
-    asking, asked = (tuple(x.shape[-2] for x in side) for side in (queries, tile.own[0]))
-    mask = _tile_mask(start, asking, asked, rows.streams, q.device)
+    query_counts, key_counts = (tuple(x.shape[-2] for x in side) for side in (queries, tile.own[0]))
+    mask = _tile_mask(start, query_counts, key_counts, rows.streams, q.device)
     if packed is not None:
         mask = mask[:, -key.shape[2] :]  # without the keys that were skipped; cached masks are those of all keys
 
         def numbers(counts: tuple[int, ...]) -> list[Tensor]:
             return [packed.numbers[:, start : start + n] for n in counts]
 
-        key_document = torch.cat([packed.numbers[:, tile.first : start], *numbers(asked)], 1)
-        query_document = torch.cat(numbers(asking), 1)
+        key_document = torch.cat([packed.numbers[:, tile.first : start], *numbers(key_counts)], 1)
+        query_document = torch.cat(numbers(query_counts), 1)
         mask = within_documents(mask, query_document[:, :, None], key_document[:, None])[:, None]
     if repeats > 1:
         mask = mask.repeat(*[1] * (mask.dim() - 2), repeats, 1)
     mixed = F.scaled_dot_product_attention(q.flatten(2, 3), key, value, attn_mask=mask, scale=rows.scale)
-    return list(mixed.view(q.shape).split(asking, 3))
+    return list(mixed.view(q.shape).split(query_counts, 3))
 
 
 def _tile_of_one_block(tile: _Tile, rows: _Rows) -> list[Tensor]:

@@ -49,7 +49,7 @@ class TwoStreamAttention(MegatronModule):
         self,
         config: TransformerConfig,
         layer_number: int,
-        attn_mask_type=None,
+        attn_mask_type: object = None,
         attention_type: str | None = None,
         softmax_scale: float | None = None,
         *,
@@ -62,7 +62,9 @@ class TwoStreamAttention(MegatronModule):
         self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         self.cache: BlockCache | None = None
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **_: object
+    ) -> Tensor:
         """``[q, b, n, d]`` queries, ``[k, b, g, d]`` keys and values -> ``[q, b, n d]``.
 
         The k tokens are those of all streams at this context-parallel rank's positions; the q tokens are the same, or

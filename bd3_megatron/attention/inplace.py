@@ -42,14 +42,14 @@ class _Tile:
     Attributes:
         skipped: first positions whose noisy queries see no clean key: those of block 0.
         clean: positions that the clean stream has of them.
-        asking: clean queries: ``clean`` or none.
+        clean_queries: queries of the clean stream: ``clean`` or none.
     """
 
     start: int
     size: int
     skipped: int
     clean: int
-    asking: int
+    clean_queries: int
 
     def parts(self, x: Tensor, streams: Streams) -> list[Tensor]:
         """The tile's part of every stream of queries ``[q, b, ...]``, views."""
@@ -57,23 +57,23 @@ class _Tile:
         if len(x) == streams.noisy * streams.length:
             noisy, last = [*noisy, last], x[:0]
         first, end = self.start + self.skipped, self.start + self.size
-        return [*(part[first:end] for part in noisy), last[self.start : self.start + self.asking]]
+        return [*(part[first:end] for part in noisy), last[self.start : self.start + self.clean_queries]]
 
 
 def _tiles(streams: Streams, queries: int, tile: int) -> list[_Tile]:
-    found, asks = [], queries == streams.tokens
+    found, all_streams = [], queries == streams.tokens
     for start in range(0, streams.length, tile):
         size = min(tile, streams.length - start)
         clean = min(size, streams.clean - start)
         skipped = streams.block_size if start == 0 else 0
-        found.append(_Tile(start, size, skipped, clean, clean if asks else 0))
+        found.append(_Tile(start, size, skipped, clean, clean if all_streams else 0))
     return found
 
 
 @lru_cache(maxsize=64)
 def _tile_mask(tile: _Tile, streams: Streams, dtype: torch.dtype) -> Tensor:
     """Mask added to the logits of a tile's queries and the clean keys up to the tile's end, ``[T, start + clean]``."""
-    noisy, clean = torch.arange(tile.skipped, tile.size), torch.arange(tile.asking)
+    noisy, clean = torch.arange(tile.skipped, tile.size), torch.arange(tile.clean_queries)
     query_block = torch.cat([noisy.repeat(streams.noisy), clean]) // streams.block_size
     counts = torch.tensor([len(noisy)] * streams.noisy + [len(clean)])
     query_stream = torch.arange(streams.noisy + 1).repeat_interleave(counts)

@@ -1,4 +1,4 @@
-"""`bd3 bench`: what the pieces cost, as ratios within one run, because machines differ and are shared."""
+"""`bd3 bench`: benchmarks, whose results are ratios within one run because machines differ and are shared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BENCHMARKS: dict[str, type[Section]] = {
     "data": o.DataOptions,
     "parity": o.ParityOptions,
 }
-"""options by name; the module of the name has the function that takes them, ``bench_NAME``"""
+"""options of each benchmark; ``bench_NAME`` of the module of that name takes them"""
 
 
 def main(args: list[str]) -> int:

@@ -35,7 +35,7 @@ MATMUL = {"cpu": 1024, "cuda": 8192}  # side of the square matrices whose produc
 
 @dataclass(frozen=True)
 class Timed:
-    """Something that is timed: one ``run()``, which computes so many useful pairs of a row."""
+    """A timed computation: one ``run()`` computes ``pairs`` useful (query, key) pairs of a row."""
 
     name: str
     run: Callable[[], Any]
@@ -82,7 +82,7 @@ def _resolved(options: AttentionOptions) -> AttentionOptions:
     """Options without nulls.
 
     Raises:
-        ConfigError: numbers that do not fit together, or a backend that cannot do this here.
+        ConfigError: sizes that do not fit, or a backend that does not support them or does not work on this machine.
     """
     heads, groups, device = options.heads, options.kv_heads or options.heads, _device()
     checked_plot(options.plot)
@@ -105,7 +105,7 @@ def _resolved(options: AttentionOptions) -> AttentionOptions:
 
 
 def _rows(options: AttentionOptions, length: int, block_size: int, device: torch.device) -> list[dict[str, Any]]:
-    """Everything of one length and block size takes turns; a row per backend."""
+    """Results of one length and block size, a row per backend; all computations take turns."""
     diffusion = DiffusionConfig(block_size=block_size, draws=options.draws)
     streams, causal = Streams.of(diffusion, length), Streams(length, 1, 0, length)
     dtype = DTYPES[options.dtype]
@@ -150,7 +150,7 @@ def _rows(options: AttentionOptions, length: int, block_size: int, device: torch
 
 
 def _inputs(options: AttentionOptions, dtype: torch.dtype, device: torch.device, tokens: int) -> list[Tensor]:
-    """Query, key and value ``[tokens, b, n, d]`` that want gradients."""
+    """Query, key and value ``[tokens, b, n, d]`` that require gradients."""
     shapes = [(tokens, options.batch, n, options.head_dim) for n in (options.heads, options.kv_heads, options.kv_heads)]
     return [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
 
@@ -162,7 +162,7 @@ def _pass(attend: Callable[..., Tensor], qkv: list[Tensor], *more: Any) -> Calla
 
 
 def _dense(qkv: list[Tensor], streams: Streams) -> Callable[[], Any] | None:
-    """SDPA with the whole mask; None where it does not fit the memory. Its keys are repeated beforehand."""
+    """SDPA with the dense mask, keys repeated beforehand; None if it does not fit the memory."""
     repeats = qkv[0].shape[2] // qkv[1].shape[2]
     try:
         query, key, value = (x.detach().permute(1, 2, 0, 3) for x in qkv)

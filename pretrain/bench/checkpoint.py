@@ -1,4 +1,4 @@
-"""`bd3 bench checkpoint`: what a checkpoint costs training, on the disk and in time."""
+"""`bd3 bench checkpoint`: cost of a checkpoint, in bytes and in time lost to training."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def bench_checkpoint(options: CheckpointOptions) -> None:
 
 
 def _measure(engine: MegatronEngine, step: Callable[[], object], folder: Path, repeats: int) -> dict[str, float]:
-    """Medians. ``lost``: time until the checkpoint is complete, less that of the steps that were taken meanwhile."""
+    """Medians. ``lost``: time until the checkpoint is complete, minus that of the steps taken meanwhile."""
     step()  # warm up
     alone = statistics.median(_seconds(step) for _ in range(2 * repeats))
     values: dict[str, list[float]] = {}

@@ -112,7 +112,7 @@ def _measure(
     over: Over,
     seed: int,
 ) -> tuple[dict[str, Any], Tensor]:
-    """What one estimator's gradients vary by and cost, and their mean."""
+    """Variance and cost of one estimator's gradients, and their mean."""
     module, device = engine.module.eval(), engine.world.device
     size = sum(parameter.numel() for parameter in module.parameters())
     whole, groups, group = Scatter(size, device), [], -1
@@ -188,7 +188,7 @@ def _compared(
     """The row with its cost times variance relative to separate pairs, as many of them if they were measured.
 
     ``mean_distance`` is the squared distance of the two mean gradients by what chance allows: 1 is expected of
-    estimators that agree, much more says that one is biased.
+    unbiased estimators, much more says that one is biased.
     """
     pairs = [(other, at) for other, at in found if other["separate"]]
     base, base_mean = next((pair for pair in pairs if pair[0]["draws"] == row["draws"] > 1), pairs[1])

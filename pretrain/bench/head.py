@@ -1,4 +1,4 @@
-"""`bd3 bench head`: the head on masked rows in chunks, beside whole logits of masked rows and of every row."""
+"""`bd3 bench head`: head and cross-entropy in chunks of masked rows, beside whole logits of masked and of all rows."""
 
 from __future__ import annotations
 

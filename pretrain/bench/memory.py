@@ -1,4 +1,4 @@
-"""`bd3 bench memory`: what a training step keeps for its backward pass, with and without recomputation."""
+"""`bd3 bench memory`: activations that a training step keeps for its backward pass, by kind of recomputation."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from pretrain.bench.options import MemoryOptions
 
 
 class Saved:
-    """Bytes of distinct storages that autograd holds at present, and their peak."""
+    """Bytes of distinct storages that autograd keeps at present, and their peak."""
 
     def __init__(self, ignored: set[int]):
-        self._ignored, self._held = ignored, Counter()
+        self._ignored, self._uses = ignored, Counter()
         self.bytes = self.peak = 0
 
     def add(self, storage: torch.UntypedStorage) -> None:
         key = storage.data_ptr()
         if key in self._ignored:
             return
-        self._held[key] += 1
-        if self._held[key] == 1:
+        self._uses[key] += 1
+        if self._uses[key] == 1:
             self.bytes += storage.nbytes()
             self.peak = max(self.peak, self.bytes)
 
@@ -44,13 +44,13 @@ class Saved:
         key = storage.data_ptr()
         if key in self._ignored:
             return
-        self._held[key] -= 1
-        if self._held[key] == 0:
+        self._uses[key] -= 1
+        if self._uses[key] == 0:
             self.bytes -= storage.nbytes()
 
 
 class _Kept:
-    """A saved tensor that tells when autograd lets go of it."""
+    """A saved tensor that is counted until autograd releases it."""
 
     def __init__(self, tensor: torch.Tensor, saved: Saved):
         self.tensor, self._saved = tensor, saved
@@ -62,7 +62,7 @@ class _Kept:
 
 @contextmanager
 def saved_for_backward(parameters: Iterator[torch.Tensor]) -> Iterator[Saved]:
-    """Count what is saved for the backward pass inside the context, without ``parameters``, which stay anyway."""
+    """Count what autograd saves inside the context, without ``parameters``, which stay in memory anyway."""
     saved = Saved({parameter.untyped_storage().data_ptr() for parameter in parameters})
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Kept(tensor, saved), lambda kept: kept.tensor):
         yield saved

@@ -1,4 +1,4 @@
-"""The models and rows that benchmarks compute with."""
+"""Models, rows, clocks and plots that benchmarks share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model_of(options: ModelOptions, length: int) -> tuple[ModelConfig, Diffusion
     """A model whose layers have 12 h^2 weights on every backbone, and its objective.
 
     Raises:
-        ConfigError: the numbers do not fit together.
+        ConfigError: sizes that do not fit.
     """
     hidden = options.hidden
     # A gated MLP has three matrices, an ungated one two.

@@ -129,7 +129,7 @@ class DrawsOptions(Section):
 
     run: Positional[str] = Field(description="run folder")
     step: int | None = Field(default=None, ge=0, description="checkpoint to take; null means the newest")
-    weights: Literal["ema", "raw"] = Field(default="raw", description="averaged or last weights")
+    weights: Literal["ema", "raw"] = Field(default="raw", description="EMA weights, or the last step's")
     data: str | None = Field(default=None, description="data set; null means the one the run was trained on")
     rows: int = Field(default=8, ge=1, description="clean rows per gradient")
     micro_batch: int | None = Field(default=None, ge=1, description="rows per forward pass; null means as in training")
@@ -203,5 +203,5 @@ class ParityOptions(Section):
     global_batch: int = Field(default=8, ge=1, description="rows per step")
     micro_batch: int = Field(default=2, ge=1, description="rows per micro-batch")
     steps: int = Field(default=10, ge=1, description="optimizer steps")
-    documents: bool = Field(default=False, description="rows hold several documents, and attention keeps to them")
+    documents: bool = Field(default=False, description="rows hold several documents, and attention is limited to them")
     json_: bool = Field(default=False, description="print one line of JSON")

@@ -1,8 +1,8 @@
-"""`bd3 bench parity`: does every layout compute what one process computes?
+"""`bd3 bench parity`: every layout against one process.
 
-Each layout trains the same tiny model on the same rows in real processes, in fp32. Compared are the first
-step's loss and every gradient (gathered), losses and weights after all steps, the evaluation under averaged weights,
-and the noise of every sample, bit for bit.
+Each layout trains the same tiny model on the same rows in real processes, in fp32. The comparison covers the first
+step's loss and every gathered gradient, losses and weights after all steps, the evaluation under EMA weights, and the
+noise of every sample, bit for bit.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ BETA1, CLIP_NORM = 0.9, 0.5
 
 
 class Task(NamedTuple):
-    """What every layout trains; with ``documents``, on rows of several documents that attention keeps to."""
+    """Training that every layout runs; ``documents``: rows hold several, and attention is limited to each."""
 
     model: ModelConfig
     diffusion: DiffusionConfig
@@ -63,13 +63,13 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one training, the same on every rank unless stated.
+    """Results of one training, the same on every rank unless stated.
 
     Attributes:
         losses, norms: of every step.
         gradients: of the first step, whole tensors by global name.
         state: weights, moments and EMA after the last step, whole tensors.
-        nll: weighted nll of this rank's rows under averaged weights.
+        nll: weighted nll of this rank's rows under EMA weights.
         noise: digest of levels and masks by sample ``(step, slot)``, of this rank's samples.
     """
 
@@ -89,7 +89,7 @@ class Difference:
         loss: of the first step; ``gradient``: of the first step, per tensor relative to its largest element.
         norm: of the first gradient norm.
         steps: of losses and weights over all steps; ``evaluation``: of the rows' nll after them.
-        same_noise: whether every sample had the same noise, bit for bit.
+        same_noise: True if every sample had the same noise, bit for bit.
     """
 
     loss: float
@@ -106,7 +106,7 @@ class Difference:
 
 
 def train(rank: int, size: int, store: dist.Store, runs: list[tuple[str, Layout, Task]]) -> list[Outcome]:
-    """On one rank: train each of the named ``runs``, one after the other in the same processes."""
+    """Train each of the named ``runs`` on this rank, one after the other in the same processes."""
     outcomes = []
     for name, layout, task in runs:
         world = parallel.start(layout.parallel, rank, size, rank, dist.PrefixStore(name, store))
@@ -118,8 +118,8 @@ def train(rank: int, size: int, store: dist.Store, runs: list[tuple[str, Layout,
 
 
 def make_engine(world: parallel.World, layout: Layout, task: Task) -> Engine:
-    """The engine of a layout, with a larger epsilon than usual: Adam divides by it where a gradient is rounding error,
-    whose sign no layout owes."""
+    """The engine of a layout. Adam's epsilon is larger than usual: where a gradient is rounding error, its sign differs
+    between layouts, and Adam would scale it up."""
     optimization = OptimizationConfig(
         precision=task.precision, clip_norm=CLIP_NORM, ema_decay=0.9, beta1=BETA1, weight_decay=0.1, adam_eps=1e-4
     )
@@ -129,8 +129,8 @@ def make_engine(world: parallel.World, layout: Layout, task: Task) -> Engine:
 
 
 def _weights(model: ModelConfig) -> dict[str, torch.Tensor]:
-    """Random weights by global name. Initial ones would not do: where a head or a bias starts at zero, most
-    gradients are zero in every layout, right or wrong."""
+    """Random weights by global name. Initial weights would hide errors: where a head or a bias starts at zero, most
+    gradients are zero in every layout."""
     generator = torch.Generator().manual_seed(3)
     drawn = {entry.name: torch.randn(entry.shape, generator=generator) for entry in entries(model)}
     return {name: 0.2 * x + name.endswith("norm.weight") for name, x in drawn.items()}
@@ -171,7 +171,7 @@ def copied(state: Mapping[str, ShardedTensor], factor: float = 1.0) -> dict[str,
 
 
 def whole(parts: Iterable[Mapping[str, ShardedTensor]]) -> dict[str, torch.Tensor]:
-    """Whole tensors from the chunks of all ranks; what no rank holds is NaN."""
+    """Whole tensors from the chunks of all ranks; NaN where no rank has a chunk."""
     tensors: dict[str, torch.Tensor] = {}
     for name, sharded in (item for part in parts for item in part.items()):
         tensor = tensors.setdefault(name, torch.full(sharded.shape, torch.nan))
@@ -205,7 +205,7 @@ def run(
     """Outcomes on every rank by the run's name; the processes of a world size start once.
 
     Args:
-        train: what each of them does, with the arguments of :func:`train`.
+        train: function that each process runs, with the arguments of :func:`train`.
     """
     found = {}
     for size in sorted({layout.size for layout, _ in runs.values()}):
@@ -222,10 +222,10 @@ def run(
 
 
 def compare(by_rank: list[Outcome], expected: Outcome) -> Difference:
-    """How far the ranks of a layout are from one process, the worst rank for each number."""
+    """Differences between the ranks of a layout and one process, the worst rank for each number."""
     one = by_rank[0]
     noise = [item for outcome in by_rank for item in outcome.noise.items()]
-    # Ranks that share rows agree on their nll; the distinct ones together hold the whole batch in order.
+    # Ranks that share rows have equal nll; the distinct ones are the whole batch in order.
     parts = {tuple(outcome.nll.flatten().tolist()): outcome.nll for outcome in by_rank}
     nll = torch.cat(list(parts.values()))
     weights = {name: tensor for name, tensor in expected.state.items() if name.startswith(("weights/", "ema/"))}
@@ -263,7 +263,7 @@ def _worst(found: Mapping[str, torch.Tensor | None], expected: Mapping[str, torc
 
 
 def bench_parity(options: ParityOptions) -> int:
-    """Print the table of layouts and differences; 1 when one is off."""
+    """Print the table of layouts and differences; 1 if one is too large."""
     names = options.layouts or tuple(LAYOUTS)
     for name in names:
         if name not in LAYOUTS:
@@ -310,7 +310,11 @@ def _task(options: ParityOptions) -> Task:
 
 
 def _check(name: str, layout: Layout, task: Task) -> None:
-    """Refuse what a layout cannot run before any process starts."""
+    """Check a layout before any process starts.
+
+    Raises:
+        ConfigError: one line that begins with the layout's name.
+    """
     try:
         data = check_layout(layout.config(task), layout.size)
     except ConfigError as error:

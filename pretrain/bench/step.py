@@ -70,10 +70,10 @@ def _fp8(options: StepOptions) -> Fp8Config:
 
 
 def _check(options: StepOptions, models: list[tuple[ModelConfig, DiffusionConfig]]) -> None:
-    """Refuse before anything is built what the layers cannot do.
+    """Check the kind of layers and FP8 before anything is built.
 
     Raises:
-        ConfigError: no Transformer Engine here, or sizes that FP8 does not take.
+        ConfigError: Transformer Engine is missing, or FP8 does not support these sizes.
     """
     kernels = KernelConfig(layers=options.layers_kind)
     for model, _ in models:
@@ -86,7 +86,7 @@ def _models(options: StepOptions) -> list[tuple[ModelConfig, DiffusionConfig]]:
     """Model and objective for every length.
 
     Raises:
-        ConfigError: no such preset, or numbers that do not fit together.
+        ConfigError: no such preset, or sizes that do not fit.
     """
     draws = {"draws": options.draws}
     if options.preset is None:

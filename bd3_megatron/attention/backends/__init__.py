@@ -1,6 +1,6 @@
 """Attention backends: implementations of the two-stream attention, one file each, chosen by ``kernels.attention``.
 
-A backend is chosen once for a model's streams and handed to all layers::
+A backend is chosen once for a model's streams and shared by all layers::
 
     backend = choose(kernels.attention, streams, context, head_dim=128, dtype=torch.bfloat16, device=device)
     out = backend.attend(query, key, value, scale, documents)
@@ -77,7 +77,7 @@ class AttentionSizes:
         element: bytes of an activation.
         inputs: elements of queries, keys and values that autograd keeps when a backend on CPU reads them in place.
         cuda: True on CUDA.
-        packed: True where attention keeps to the documents of a row: every row has a mask of its own.
+        packed: True with several documents per row, so that every row has a mask of its own.
     """
 
     length: int

@@ -41,18 +41,18 @@ class Chunked(AttentionBackend):
 def _bytes_of_tiles(sizes: AttentionSizes, chunk: int, tile: int) -> float:
     """Queries, keys, values, outputs, log-sum-exps and masks of all tiles of the first rank's chunks."""
     length, clean = sizes.length, sizes.clean
-    asking = [length] * sizes.noisy + ([clean] if clean and sizes.clean_queries else [])
-    asked = [length] * sizes.noisy + ([clean] if clean else [])
+    query_lengths = [length] * sizes.noisy + ([clean] if clean and sizes.clean_queries else [])
+    key_lengths = [length] * sizes.noisy + ([clean] if clean else [])
     repeats = sizes.heads / sizes.groups
     queries = keys = masks = 0.0
     for number in (0,) if sizes.context == 1 else (0, 2 * sizes.context - 1):
         for start in range(number * chunk, (number + 1) * chunk, tile):
             past = start if clean else 0
             end = min(start + tile, (number + 1) * chunk)
-            here, there = (sum(max(0, min(end, n) - start) for n in side) for side in (asking, asked))
+            here, there = (sum(max(0, min(end, n) - start) for n in side) for side in (query_lengths, key_lengths))
             queries += here
             if tile == sizes.block_size:  # each stream by itself, without a mask
-                keys += here + past * sum(n > start for n in asking)
+                keys += here + past * sum(n > start for n in query_lengths)
             else:
                 keys += past + there
                 rows = sizes.micro_batch if sizes.packed else 1

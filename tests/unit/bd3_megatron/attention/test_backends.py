@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -142,6 +144,15 @@ def test_a_backend_of_gpus_is_not_asked_for_where_a_run_is_used():
         "reference",
         "auto",
     ]
+
+
+def test_every_backend_is_named_as_its_file_and_described():
+    for entry in ATTENTION_BACKENDS.entries():
+        assert ATTENTION_BACKENDS.load(entry.name).name == entry.name
+        assert entry.summary
+    text = (Path(__file__).parents[4] / "docs" / "kernels.md").read_text()
+    table = text.partition("| backend |")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == sorted(ATTENTION_BACKENDS.names())
 
 
 @pytest.mark.usefixtures("world")
