@@ -25,7 +25,7 @@ from types import ModuleType
 
 from bd3_common.errors import ConfigError
 
-INSTALL = "DS_BUILD_OPS=0 pip install --no-build-isolation --no-deps deepspeed==0.19.8"
+INSTALL = "pip install 'bd3-megatron[zero]'"
 OP = "cpu_adam"
 COMMAND = "python -m bd3_megatron.engine.ops"
 _STAMP = "built-for.txt"
@@ -53,7 +53,7 @@ def import_deepspeed(key: str) -> ModuleType:
             from deepspeed.runtime import bf16_optimizer
     except ModuleNotFoundError as error:
         missing = "DeepSpeed" if error.name == "deepspeed" else f"DeepSpeed's {error.name}"
-        raise ConfigError(f"{key}: {missing} is not installed; run pip install -e '.[zero]', then {INSTALL}") from None
+        raise ConfigError(f"{key}: {missing} is not installed; {INSTALL}") from None
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # Its shared-memory all-reduce serves inference alone, and would be compiled when the process groups start.
     backend.build_shm_op = lambda: None

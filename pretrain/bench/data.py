@@ -246,7 +246,7 @@ def _webdataset(options: DataOptions, folder: Path, few: np.ndarray) -> list[dic
     try:
         import webdataset
     except ImportError:
-        return [{"what": "webdataset", "skipped": "not installed; pip install webdataset"}]
+        return [{"what": "webdataset", "skipped": "not installed; pip install 'bd3-megatron[data]'"}]
     with webdataset.TarWriter(str(folder / "single.tar")) as writer:
         for number, row in enumerate(few):
             writer.write({"__key__": f"{number:08d}", "tokens.npy": row})
