@@ -38,7 +38,7 @@ def missing() -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device here"
     if find_spec("transformer_engine") is None:
-        return "not installed"
+        return "not installed: pip install 'bd3-megatron[gpu]'"
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:  # a library it was built against is another one, or absent

@@ -66,5 +66,5 @@ def package_reason() -> str | None:
         importlib.import_module("flash_attn.cute")
     except (ImportError, OSError) as error:
         reason = " ".join(str(error).split())
-        return f"needs the package flash-attn-4, which cannot be imported ({reason})"
+        return f"needs the package flash-attn-4, which cannot be imported ({reason}; pip install 'bd3-megatron[gpu]')"
     return None

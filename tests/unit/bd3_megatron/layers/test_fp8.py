@@ -127,8 +127,10 @@ def gpu(monkeypatch):
 def test_a_package_that_is_absent_or_does_not_load_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(te, "find_spec", lambda name: None)
-    assert te.missing() == "not installed"
-    with pytest.raises(ConfigError, match=r"^fp8.enabled=true: needs Transformer Engine \(not installed\); use fp8"):
+    assert te.missing() == "not installed: pip install 'bd3-megatron[gpu]'"
+    with pytest.raises(
+        ConfigError, match=r"^fp8.enabled=true: needs Transformer Engine \(not installed: .*\[gpu\]'\); use fp8"
+    ):
         te.check(KernelConfig(), Fp8Config(enabled=True))
     monkeypatch.setattr(te, "find_spec", lambda name: object())
     monkeypatch.setitem(__import__("sys").modules, "transformer_engine", None)
