@@ -1,8 +1,8 @@
-"""Configuration of the model, the objective and the layout: frozen pydantic models, importable without torch.
+"""Configuration sections of the model, the objective and the layout: frozen pydantic models, without torch.
 
-A mistake is reported as one line that names the dotted key, its value and the remedy, for example
-``parallel.tensor=3: model.heads=8 is not divisible by 3; use 1, 2, 4 or 8``. Checks that need one section
-only live here as validators; checks across sections are in :func:`check_layout`.
+A mistake is one line with the dotted key, its value and the remedy, for example
+``parallel.tensor=3: model.heads=8 is not divisible by 3; use 1, 2, 4 or 8``. Validators here check one section;
+:mod:`bd3_megatron.layout` and :mod:`bd3_megatron.layers.fp8` check sections against each other.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from bd3_common.errors import ConfigError
 from bd3_common.registry import Choice
 from bd3_megatron.attention.backends import ATTENTION_BACKENDS, AUTO
 from bd3_megatron.backbones import BACKBONES, Backbone, Traits, get_backbone
 from bd3_megatron.diffusion.schedules import SCHEDULES, get_schedule
 
-# What Philox, torch's generators and JSON all take.
+# The range that Philox, torch's generators and JSON share.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Section(BaseModel):
-    """Base of every configuration section: immutable, finite numbers only, and unknown keys are errors."""
+    """Base class of configuration sections: immutable, finite numbers only, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
@@ -43,24 +42,32 @@ class ModelConfig(Section):
     """Shape of the transformer."""
 
     backbone: Annotated[str, Choice(BACKBONES)] = Field(
-        default="qwen3", description="family of transformers: norms, activation, biases"
+        default="qwen3", description="transformer family: decides norms, activation and biases"
     )
-    layers: int = Field(12, ge=1, description="transformer layers")
-    hidden: int = Field(768, ge=1, description="width of the residual stream")
-    heads: int = Field(12, ge=1, description="query heads")
-    kv_heads: int | None = Field(None, ge=1, description="key and value heads; null means as many as heads")
-    head_dim: int | None = Field(None, ge=2, description="width of one head; null means hidden / heads")
-    ffn_hidden: int | None = Field(None, ge=1, description="width between the MLP's matrices; null: the backbone's")
-    length: int = Field(1024, ge=2, description="tokens per row, L")
-    vocab_size: int | None = Field(None, ge=2, description="tokens incl. the mask; null means the data set's")
-    mask_id: int | None = Field(None, ge=0, description="id of the mask token; null means the data set's")
-    bos_id: int | None = Field(None, ge=0, description="id that begins a row; null means the data set's")
-    eos_id: int | None = Field(None, ge=0, description="id that ends a document; null means the data set's")
-    rope_theta: float = Field(10_000.0, gt=0)
-    norm_eps: float | None = Field(None, gt=0, description="epsilon of the norms; null: the backbone's")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the two branch outputs of a layer")
-    tie_embeddings: bool = Field(False, description="head shares the embedding's weight")
-    init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+    layers: int = Field(default=12, ge=1, description="transformer layers")
+    hidden: int = Field(default=768, ge=1, description="width of the residual stream")
+    heads: int = Field(default=12, ge=1, description="query heads")
+    kv_heads: int | None = Field(default=None, ge=1, description="key and value heads; null: as many as model.heads")
+    head_dim: int | None = Field(default=None, ge=2, description="width of one head; null: hidden / heads")
+    ffn_hidden: int | None = Field(default=None, ge=1, description="width of the MLP; null: the backbone's default")
+    length: int = Field(default=1024, ge=2, description="tokens per row, L")
+    vocab_size: int | None = Field(
+        default=None, ge=2, description="tokens in the vocabulary, the mask token included; null: the data set's"
+    )
+    mask_id: int | None = Field(default=None, ge=0, description="id of the mask token; null: the data set's")
+    bos_id: int | None = Field(
+        default=None, ge=0, description="id of the token that begins a row; null: the data set's"
+    )
+    eos_id: int | None = Field(
+        default=None, ge=0, description="id of the token that ends a document; null: the data set's"
+    )
+    rope_theta: float = Field(default=10_000.0, gt=0, description="base of the rotary position frequencies")
+    norm_eps: float | None = Field(default=None, gt=0, description="epsilon of the norms; null: the backbone's default")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="dropout probability on the outputs of attention and MLP"
+    )
+    tie_embeddings: bool = Field(default=False, description="the output head uses the embedding's weight")
+    init_std: float = Field(default=0.02, gt=0, description="standard deviation of the initial weights")
 
     @model_validator(mode="after")
     def _shape(self) -> ModelConfig:
@@ -127,30 +134,34 @@ class ModelConfig(Section):
         return self.norm_eps or self.family.norm_eps
 
     def parameters(self, vocab_size: int) -> int:
-        """Parameters of the whole model with ``vocab_size`` tokens, before the vocabulary is padded."""
+        """Number of parameters with ``vocab_size`` tokens, vocabulary padding not counted."""
         return sum(math.prod(parameter.shape) for parameter in self.family.parameters(self, vocab_size))
 
 
 class DiffusionConfig(Section):
-    """The objective (arXiv 2503.09573). ``block_size = 1`` with ``beta = omega = 1`` is AR with an exact
+    """Training objective (arXiv 2503.09573). ``block_size = 1`` with ``beta = omega = 1`` is AR with an exact
     likelihood, ``block_size = model.length`` is MDLM, and ``objective = causal`` is the plain causal LM."""
 
     objective: Literal["diffusion", "causal"] = Field(
-        "diffusion",
-        description="diffusion: noisy stream predicts masked tokens; causal: shifted next-token loss",
+        default="diffusion",
+        description="diffusion: predict masked tokens block by block; causal: predict the next token",
     )
-    block_size: int = Field(16, ge=1, description="tokens per block, B'")
+    block_size: int = Field(default=16, ge=1, description="tokens per block, B'")
     schedule: Annotated[str, Choice(SCHEDULES)] = Field(
-        default="loglinear", description="noise schedule: mask probability by noise level t"
+        default="loglinear", description="noise schedule: mask probability as a function of the noise level t"
     )
-    beta: float = Field(1e-3, gt=0, le=1, description="lower end of the interval of noise levels t")
-    omega: float = Field(1.0, gt=0, le=1, description="upper end of the interval of noise levels t")
-    resample: bool = Field(False, description="redraw a block's bits until its masked fraction lies in [beta, omega]")
-    stratify: bool = Field(True, description="one noise level per stratum over the global batch (low variance)")
-    draws: int = Field(1, ge=1, description="noisy draws per clean row, K")
+    beta: float = Field(default=1e-3, gt=0, le=1, description="lowest noise level t that is drawn")
+    omega: float = Field(default=1.0, gt=0, le=1, description="highest noise level t that is drawn")
+    resample: bool = Field(
+        default=False, description="redraw a block's mask until its masked fraction lies in [beta, omega]"
+    )
+    stratify: bool = Field(
+        default=True, description="spread noise levels evenly over the global batch, for lower variance"
+    )
+    draws: int = Field(default=1, ge=1, description="noisy copies of every row in one pass, K")
     coupling: Literal["independent", "antithetic", "complementary"] = Field(
-        "independent",
-        description="pairs of draws: antithetic mirrors the second's noise levels, complementary its masks too",
+        default="independent",
+        description="pairs of draws: antithetic mirrors the noise level of the second, complementary also its mask",
     )
 
     @model_validator(mode="after")
@@ -205,31 +216,32 @@ class DiffusionConfig(Section):
 
 
 class KernelConfig(Section):
-    """Which implementation computes what; the choices differ in cost, never in the result."""
+    """Choice of implementations. They differ in cost, not in the result."""
 
     attention: Annotated[str, Choice(ATTENTION_BACKENDS, (AUTO,))] = Field(
         default=AUTO, description="two-stream attention backend; auto: the fastest that works on the device"
     )
     layers: Literal["auto", "local", "te"] = Field(
-        "auto",
-        description="linear layers and norms: Megatron's own, or Transformer Engine's; auto: te on CUDA if installed",
+        default="auto",
+        description="linear layers and norms: Megatron (local), Transformer Engine (te); auto: te on CUDA if installed",
     )
     fusions: bool = Field(
-        True, description="on CUDA: fused bias, dropout, activation, rotary and weight-gradient kernels, as installed"
+        default=True,
+        description="fused bias, dropout, activation, rotary and weight-gradient kernels, as installed (CUDA)",
     )
-    masked_rows_only: bool = Field(True, description="run the head on masked rows only, not on every row")
+    masked_rows_only: bool = Field(default=True, description="compute logits of masked positions only")
     chunked_cross_entropy: bool = Field(
-        True, description="compute head and cross-entropy together, some rows at a time (needs masked_rows_only)"
+        default=True, description="compute logits and cross-entropy a few positions at a time (needs masked_rows_only)"
     )
     skip_last_clean_queries: bool = Field(
-        True, description="compute only keys and values of the clean stream in the last layer"
+        default=True, description="last layer: compute only keys and values of the clean stream"
     )
     skip_last_clean_block: bool = Field(
-        True, description="end the clean stream before its last block, which none reads"
+        default=True, description="leave the last block out of the clean stream: no block attends to it"
     )
 
 
-# Switches that leave out what nobody reads. The plain path computes it, with the dense mask: what is compared with.
+# Switches that skip unused work. The plain path, which tests and benchmarks compare with, does all of it.
 SAVINGS = ("masked_rows_only", "chunked_cross_entropy", "skip_last_clean_queries", "skip_last_clean_block")
 PLAIN = KernelConfig(attention="reference", **dict.fromkeys(SAVINGS, False))
 
@@ -237,37 +249,55 @@ PLAIN = KernelConfig(attention="reference", **dict.fromkeys(SAVINGS, False))
 class Fp8Config(Section):
     """FP8 matrix products in the transformer layers, by Transformer Engine; docs/kernels.md has the rules.
 
-    Attention, norms, head, weights and what lies between layers stay in bf16, and master weights in fp32.
+    Attention, norms, head, weights and the activations between layers are bf16, master weights fp32.
     """
 
-    enabled: bool = False
+    enabled: bool = Field(default=False, description="run the layers' matrix products in FP8")
     recipe: Literal["current", "delayed", "block"] = Field(
-        "current",
-        description="scale of a tensor: from itself (current), from its past (delayed), or one per block of it (block)",
+        default="current",
+        description="scale of a tensor: by its maximum (current), by past maxima (delayed), block by block (block)",
     )
     format: Literal["auto", "hybrid", "e4m3"] = Field(
-        "auto", description="hybrid: gradients are e5m2, the rest e4m3; auto: e4m3 for block, hybrid for the others"
+        default="auto",
+        description="hybrid: gradients e5m2, the rest e4m3; auto: e4m3 for recipe block, else hybrid",
     )
-    first_last_bf16: int = Field(0, ge=0, description="so many layers at the start and as many at the end stay in bf16")
-    amax_history: int = Field(1024, ge=1, description="delayed: forward passes whose largest values decide the scale")
-    margin: int = Field(0, ge=0, description="delayed: scales are smaller by 2^margin")
+    first_last_bf16: int = Field(
+        default=0, ge=0, description="number of first layers, and of last layers, that stay in bf16"
+    )
+    amax_history: int = Field(
+        default=1024, ge=1, description="recipe delayed: number of past forward passes whose maxima set the scale"
+    )
+    margin: int = Field(default=0, ge=0, description="recipe delayed: divide scales by 2^margin")
+
+    @property
+    def multiple(self) -> int:
+        """Divisor of all widths and token counts on a rank; 1 without FP8."""
+        if not self.enabled:
+            return 1
+        return 128 if self.recipe == "block" else 16
 
 
 class OptimizationConfig(Section):
-    """What an engine needs to know about the optimizer. The defaults are the paper's recipe."""
+    """Optimizer settings of an engine. The defaults are the paper's recipe."""
 
     precision: Literal["fp32", "bf16"] = Field(
-        "bf16", description="of weights and activations; master weights are fp32"
+        default="bf16", description="type of weights and activations; master weights are fp32"
     )
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    adam_eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0, description="not applied to biases and norms")
-    clip_norm: float = Field(1.0, ge=0, description="gradient norm is clipped to this; 0 leaves it")
-    ema_decay: float = Field(0.9999, ge=0, lt=1, description="decay min(ema_decay, (1+n)/(10+n)); 0 keeps no EMA")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the first moment")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the second moment")
+    adam_eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay; biases and norms have none")
+    clip_norm: float = Field(default=1.0, ge=0, description="clip the gradient norm to this; 0: no clipping")
+    ema_decay: float = Field(
+        default=0.9999,
+        ge=0,
+        lt=1,
+        description="decay of the EMA weights: min(ema_decay, (1+n)/(10+n)) after n updates; 0: no EMA",
+    )
 
     @property
     def bf16(self) -> bool:
+        """True for bf16 weights and activations."""
         return self.precision == "bf16"
 
     @property
@@ -277,42 +307,54 @@ class OptimizationConfig(Section):
 
 
 class ParallelConfig(Section):
-    """How the model is spread over ranks; data parallelism takes what the others leave of the world."""
+    """Layout of the model over ranks. The data-parallel size is the world divided by the other sizes."""
 
-    tensor: int = Field(1, ge=1, description="tensor-parallel size")
-    pipeline: int = Field(1, ge=1, description="pipeline stages")
-    interleave: int = Field(1, ge=1, description="model chunks per stage; above 1 runs the interleaved 1F1B schedule")
-    context: int = Field(1, ge=1, description="context-parallel size: ranks that share the positions of a row")
-    sequence: bool = Field(False, description="sequence parallelism over the tensor-parallel group")
-    distributed_optimizer: bool = Field(
-        False, description="shard master weights, moments and EMA over data-parallel ranks (Megatron's ZeRO-1)"
+    tensor: int = Field(default=1, ge=1, description="tensor-parallel size")
+    pipeline: int = Field(default=1, ge=1, description="pipeline stages")
+    interleave: int = Field(
+        default=1, ge=1, description="model chunks per pipeline stage; above 1: interleaved 1F1B schedule"
     )
-    overlap: bool = Field(True, description="reduce gradients over data-parallel ranks while the backward pass goes on")
+    context: int = Field(
+        default=1, ge=1, description="context-parallel size: ranks over which the positions of a row are split"
+    )
+    sequence: bool = Field(default=False, description="sequence parallelism over the tensor-parallel group")
+    distributed_optimizer: bool = Field(
+        default=False,
+        description="shard master weights, Adam moments and EMA over data-parallel ranks (ZeRO-1)",
+    )
+    overlap: bool = Field(default=True, description="overlap the reduction of gradients with the backward pass")
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="activations computed again in the backward pass: attention's, or every layer's"
+        default="none",
+        description="recompute activations in the backward pass: attention (selective) or whole layers (full)",
     )
     embedding_weight: float = Field(
-        0.0, ge=0, description="layers that the embedding counts as when layers are split over stages"
+        default=0.0, ge=0, description="cost of the embedding, in layers, when layers are split over pipeline stages"
     )
-    head_weight: float = Field(0.0, ge=0, description="layers that the head counts as when layers are split")
-    backend: Literal["auto", "nccl", "gloo"] = Field("auto", description="process-group backend; auto: nccl on CUDA")
-    timeout_minutes: float = Field(10.0, gt=0, description="a rank that makes no progress for so long ends the job")
+    head_weight: float = Field(
+        default=0.0, ge=0, description="cost of the output head, in layers, when layers are split over pipeline stages"
+    )
+    backend: Literal["auto", "nccl", "gloo"] = Field(
+        default="auto", description="process-group backend; auto: nccl on CUDA"
+    )
+    timeout_minutes: float = Field(
+        default=10.0, gt=0, description="end the job if a rank makes no progress for this many minutes"
+    )
 
 
 class ZeroConfig(Section):
-    """DeepSpeed ZeRO over the tensor-parallel layers, instead of Megatron's data parallelism."""
+    """DeepSpeed ZeRO, in place of Megatron's data parallelism; tensor parallelism is Megatron's."""
 
     stage: int = Field(
-        0,
+        default=0,
         ge=0,
         le=3,
-        description="data-parallel ranks shard 1: optimizer state, 2: gradients too, 3: weights too; 0: off",
+        description="0: off; 1: shard optimizer state over data-parallel ranks; 2: also gradients; 3: also weights",
     )
-    offload: bool = Field(False, description="keep optimizer state and its update on the CPU (stages 2 and 3)")
+    offload: bool = Field(default=False, description="keep and update optimizer state on the CPU (stages 2 and 3)")
 
 
 class EngineConfig(Section):
-    """The sections that decide what an engine computes and how it is sharded."""
+    """The sections from which an engine is built: one object for engines, model, checks and costs."""
 
     model: ModelConfig = Field(default=ModelConfig())
     diffusion: DiffusionConfig = Field(default=DiffusionConfig())
@@ -322,133 +364,11 @@ class EngineConfig(Section):
     zero: ZeroConfig = Field(default=ZeroConfig())
     optimization: OptimizationConfig = Field(default=OptimizationConfig())
 
+    @property
+    def token_multiple(self) -> int:
+        """Divisor of the positions of every stream on a context-parallel rank."""
+        return self.fp8.multiple * (self.parallel.tensor if self.parallel.sequence else 1)
+
     def replace(self, **sections: Section) -> EngineConfig:
         """A copy with other sections."""
         return self.model_copy(update=sections)
-
-
-def split_layers(layers: int, stages: int, embedding_weight: float = 0.0, head_weight: float = 0.0) -> list[int]:
-    """Layers of each (virtual) stage, in order, so that the heaviest stage is as light as can be.
-
-    The embedding weighs on the first stage and the head on the last; every stage gets at least one layer. Where
-    layers do not divide, stages in the middle get the odd ones, later before earlier, because 1F1B holds fewer
-    micro-batches there; then the first, and last the one that has the head.
-
-    Raises:
-        ValueError: more stages than layers.
-    """
-    if stages > layers:
-        raise ValueError(f"{layers} layers cannot fill {stages} stages")
-    counts = [1] * stages
-    extra = [0.0] * stages
-    extra[0] += embedding_weight
-    extra[-1] += head_weight
-    preference = [*range(stages - 2, 0, -1), 0, stages - 1]
-    for _ in range(layers - stages):
-        lightest = min(preference, key=lambda s: counts[s] + extra[s])
-        counts[lightest] += 1
-    return counts
-
-
-def check_layout(config: EngineConfig, world_size: int) -> int:
-    """Check the layout against the model and return the data-parallel size.
-
-    Raises:
-        ConfigError: one line with the key, its value and the values that fit.
-    """
-    model, diffusion, parallel = config.model, config.diffusion, config.parallel
-    if model.length % diffusion.block_size:
-        raise ConfigError(
-            f"diffusion.block_size={diffusion.block_size}: model.length={model.length} is not divisible by "
-            f"{diffusion.block_size}; use {listing(divisors(model.length, model.length))}"
-        )
-    _check_tensor(model, parallel)
-    _check_context(model, diffusion, parallel)
-    _check_pipeline(model, parallel)
-    _check_zero(model, parallel, config.zero)
-    size = parallel.tensor * parallel.pipeline * parallel.context
-    if world_size % size:
-        raise ConfigError(
-            f"parallel.tensor={parallel.tensor}, parallel.pipeline={parallel.pipeline}, "
-            f"parallel.context={parallel.context}: their product {size} does not divide the world of {world_size} "
-            f"processes; start a multiple of {size}, or use a product of {listing(divisors(world_size))}"
-        )
-    return world_size // size
-
-
-def _check_tensor(model: ModelConfig, parallel: ParallelConfig) -> None:
-    tensor = parallel.tensor
-    fitting = listing(divisors(math.gcd(model.heads, model.groups, model.ffn)))
-    for name, value in (
-        ("model.heads", model.heads),
-        ("model.kv_heads", model.groups),
-        ("model.ffn_hidden", model.ffn),
-    ):
-        if value % tensor:
-            raise ConfigError(f"parallel.tensor={tensor}: {name}={value} is not divisible by {tensor}; use {fitting}")
-    if parallel.sequence and tensor == 1:
-        raise ConfigError(
-            "parallel.sequence=true: parallel.tensor=1 has no group to share the sequence; use parallel.sequence=false "
-            "or parallel.tensor=2 and more"
-        )
-    local = model.length // parallel.context
-    if parallel.sequence and local % tensor:
-        raise ConfigError(
-            f"parallel.sequence=true: the {local} positions of a rank are not divisible by "
-            f"parallel.tensor={tensor}; use another model.length, or parallel.sequence=false"
-        )
-
-
-def _check_context(model: ModelConfig, diffusion: DiffusionConfig, parallel: ParallelConfig) -> None:
-    """A rank holds two chunks of the row, each of whole blocks (or parts of the only block)."""
-    context, length = parallel.context, model.length
-    # With one block per row there is no clean stream, and every query sees the whole row.
-    unit = 1 if diffusion.block_size == length else diffusion.block_size
-    if context > 1 and length % (2 * context * unit):
-        fitting = [c for c in range(1, 65) if c == 1 or length % (2 * c * unit) == 0]
-        raise ConfigError(
-            f"parallel.context={context}: model.length={length} does not make {2 * context} chunks of whole blocks "
-            f"(diffusion.block_size={diffusion.block_size}); use {listing(fitting)}"
-        )
-
-
-def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
-    stages, layers = parallel.pipeline * parallel.interleave, model.layers
-    if parallel.interleave > 1 and parallel.pipeline == 1:
-        raise ConfigError(
-            f"parallel.interleave={parallel.interleave}: parallel.pipeline=1 has nothing to interleave; "
-            f"use parallel.interleave=1 or parallel.pipeline=2 and more"
-        )
-    if stages > layers:
-        fewest, most = (2 if parallel.interleave > 1 else 1), layers // parallel.interleave
-        fitting = list(range(fewest, most + 1))
-        remedy = f"use {listing(fitting)}" if fitting else f"use parallel.interleave={max(1, layers // 2)} or less"
-        raise ConfigError(
-            f"parallel.pipeline={parallel.pipeline}: model.layers={layers} cannot fill {stages} stages"
-            f"{f' (parallel.interleave={parallel.interleave})' if parallel.interleave > 1 else ''}; {remedy}"
-        )
-
-
-def _check_zero(model: ModelConfig, parallel: ParallelConfig, zero: ZeroConfig) -> None:
-    stage = zero.stage
-    if stage == 0:
-        if zero.offload:
-            raise ConfigError("zero.offload=true: zero.stage=0 shards nothing; use zero.stage=2 or 3")
-        return
-    megatron = "zero.stage=0 with parallel.distributed_optimizer=true (ZeRO-1 of the Megatron engine)"
-    refused = [
-        (parallel.pipeline > 1 and stage > 1, f"parallel.pipeline={parallel.pipeline}", f"zero.stage=1 or {megatron}"),
-        (parallel.interleave > 1, f"parallel.interleave={parallel.interleave}", megatron),
-        (parallel.context > 1, f"parallel.context={parallel.context}", megatron),
-        (model.tie_embeddings and parallel.pipeline > 1, "model.tie_embeddings=true over stages", megatron),
-        (
-            parallel.distributed_optimizer,
-            "parallel.distributed_optimizer=true",
-            "one of the two: zero.stage=0 or parallel.distributed_optimizer=false",
-        ),
-    ]
-    for wrong, what, remedy in refused:
-        if wrong:
-            raise ConfigError(f"zero.stage={stage}: does not work with {what}; use {remedy}")
-    if zero.offload and stage == 1:
-        raise ConfigError("zero.offload=true: needs the partitioned gradients of zero.stage=2 or 3; use one of them")

@@ -227,9 +227,8 @@ class BlockDiffusionModel(LanguageModule):
 
 def streams_of(config: EngineConfig) -> Streams:
     """The streams that are computed under this layout."""
-    model, kernels, parallel = config.model, config.kernels, config.parallel
-    multiple = clean_multiple(model, kernels, parallel, config.fp8, torch.cuda.is_available())
-    return Streams.of(config.diffusion, model.length, skips_last_block(kernels, parallel), multiple)
+    skip = skips_last_block(config.kernels, config.parallel)
+    return Streams.of(config.diffusion, config.model.length, skip, clean_multiple(config, torch.cuda.is_available()))
 
 
 def _without_dropout(config):

@@ -48,7 +48,7 @@ def start(
     """Join the process group and build Megatron's model- and data-parallel groups.
 
     Args:
-        parallel: the layout; checked beforehand by :func:`bd3_megatron.config.check_layout`.
+        parallel: the layout; checked beforehand by :func:`bd3_megatron.layout.check_layout`.
         rank, size, local_rank: this process among all, and on its node (it picks the GPU).
         store: rendezvous; None needs a world of 1.
 

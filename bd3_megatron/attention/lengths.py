@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from bd3_megatron.attention.backends import candidates
-from bd3_megatron.config import Fp8Config, KernelConfig, ModelConfig, ParallelConfig
-from bd3_megatron.layers.fp8 import token_multiple
+from bd3_megatron.config import EngineConfig, KernelConfig, ParallelConfig
 
 # Positions in a tile of the block-sparse kernels.
 TILE = 128
@@ -39,16 +38,14 @@ def skips_last_block(kernels: KernelConfig, parallel: ParallelConfig) -> bool:
     return kernels.skip_last_clean_block and parallel.context == 1
 
 
-def clean_multiple(
-    model: ModelConfig, kernels: KernelConfig, parallel: ParallelConfig, fp8: Fp8Config, cuda: bool
-) -> int:
+def clean_multiple(config: EngineConfig, cuda: bool) -> int:
     """Multiple that the clean stream's length must be: for sequence parallelism, FP8 and the attention backend.
 
     With ``kernels.attention=auto`` all backends count that may be taken on this type of device and whose multiple
     divides the row length.
     """
-    multiple = token_multiple(fp8, parallel)
-    for backend in candidates(kernels.attention, "cuda" if cuda else "cpu"):
-        if model.length % backend.multiple == 0:
+    multiple = config.token_multiple
+    for backend in candidates(config.kernels.attention, "cuda" if cuda else "cpu"):
+        if config.model.length % backend.multiple == 0:
             multiple = math.lcm(multiple, backend.multiple)
     return multiple

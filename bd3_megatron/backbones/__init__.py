@@ -6,7 +6,7 @@ exports; its table gives every parameter's Megatron name, export names and shape
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -58,7 +58,7 @@ class Parameter:
     """
 
     name: str
-    exported: dict[str, Shape]
+    exported: Mapping[str, Shape]
     axis: int | None = None
     by_group: bool = False
 

@@ -58,7 +58,7 @@ class Rows:
         length, block = model.length, diffusion.block_size
         if diffusion.objective == "causal":
             return cls(length, 0, length, 1, False)
-        multiple = clean_multiple(model, kernels, parallel, Fp8Config(), cuda)
+        multiple = clean_multiple(config.replace(fp8=Fp8Config()), cuda)
         clean = clean_positions(length, block, skips_last_block(kernels, parallel), multiple)
         return cls(length, diffusion.draws, clean, block, kernels.skip_last_clean_queries and clean > 0)
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bd3_megatron.backbones import EMBEDDING, Parameter, Shape
-from bd3_megatron.config import ModelConfig, ParallelConfig, split_layers
+from bd3_megatron.config import ModelConfig, ParallelConfig
+from bd3_megatron.layout import split_layers
 
 
 @dataclass(frozen=True)

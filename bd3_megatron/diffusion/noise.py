@@ -74,7 +74,7 @@ class _Uniforms:
         self._bits = np.random.Philox(key=[seed, int(purpose)], counter=[0, draw, epoch, row])
 
     def __call__(self, n: int) -> NDArray[np.float64]:
-        return (self._bits.random_raw(n) >> np.uint64(11)) * 2.0**-53
+        return (self._bits.random_raw(n) >> np.uint64(11)) * np.float64(2.0**-53)
 
 
 def draw_noise(
@@ -165,7 +165,7 @@ def _draw_complements(diffusion: DiffusionConfig, t: NDArray[np.float64], unifor
     bits = draw()
     if _redrawn(diffusion):
         for _ in range(_MAX_REDRAWS):
-            missed = _missed(diffusion, bits).any(axis=0)
+            missed = np.asarray(_missed(diffusion, bits).any(axis=0))  # [L / B']
             if not missed.any():
                 break
             bits = np.where(missed[:, None], draw(), bits)
@@ -181,7 +181,8 @@ def _redrawn(diffusion: DiffusionConfig) -> bool:
 def _missed(diffusion: DiffusionConfig, bits: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """True ``[..., L / B']`` for blocks of bits ``[..., L / B', B']`` whose masked fraction is outside the interval."""
     fraction = bits.mean(axis=-1)
-    return (fraction < diffusion.beta - 1e-9) | (fraction > diffusion.omega + 1e-9)
+    outside: NDArray[np.bool_] = (fraction < diffusion.beta - 1e-9) | (fraction > diffusion.omega + 1e-9)
+    return outside
 
 
 def _never_met(diffusion: DiffusionConfig) -> ConfigError:

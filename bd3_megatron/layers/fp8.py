@@ -1,20 +1,13 @@
-"""What FP8 asks of a configuration; importable without torch.
+"""Checks of FP8 against the other sections, without torch.
 
-Transformer Engine multiplies FP8 matrices whose rows begin at multiples of 16 bytes. The weight gradient is a product
-over tokens, so the tokens that enter a layer count as well as its widths. Block scaling works in tiles of 128.
+Transformer Engine multiplies FP8 matrices whose rows begin at multiples of 16 bytes; block scaling needs tiles of 128.
+The weight gradient is a product over tokens, so both the widths of a layer and its number of tokens must be multiples.
 """
 
 from __future__ import annotations
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import EngineConfig, Fp8Config, ModelConfig, ParallelConfig
-
-
-def unit(fp8: Fp8Config) -> int:
-    """What tokens and widths on a rank have to be a multiple of; 1 without FP8."""
-    if not fp8.enabled:
-        return 1
-    return 128 if fp8.recipe == "block" else 16
 
 
 def check_fp8(config: EngineConfig) -> None:
@@ -38,7 +31,7 @@ def check_fp8(config: EngineConfig) -> None:
         )
     _check_bf16_layers(fp8, model, parallel)
     _check_widths(fp8, model, parallel)
-    _check_length(fp8, model, parallel)
+    _check_length(config)
 
 
 def _check_bf16_layers(fp8: Fp8Config, model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -57,7 +50,7 @@ def _check_bf16_layers(fp8: Fp8Config, model: ModelConfig, parallel: ParallelCon
 
 
 def _check_widths(fp8: Fp8Config, model: ModelConfig, parallel: ParallelConfig) -> None:
-    size, tensor, width = unit(fp8), parallel.tensor, model.width_per_head
+    size, tensor, width = fp8.multiple, parallel.tensor, model.width_per_head
     widths = [
         (f"model.hidden={model.hidden}", model.hidden, 1),
         (f"model.heads={model.heads} of {width}", model.heads * width, tensor),
@@ -73,9 +66,10 @@ def _check_widths(fp8: Fp8Config, model: ModelConfig, parallel: ParallelConfig) 
             )
 
 
-def _check_length(fp8: Fp8Config, model: ModelConfig, parallel: ParallelConfig) -> None:
-    """The positions of a row on a rank are enough: then all streams fit, under any micro-batch, full or not."""
-    needed = token_multiple(fp8, parallel) * parallel.context
+def _check_length(config: EngineConfig) -> None:
+    """If the positions of a row on a rank are a multiple, so are those of all streams, whatever the micro-batch."""
+    fp8, model, parallel = config.fp8, config.model, config.parallel
+    needed = config.token_multiple * parallel.context
     if model.length % needed:
         raise ConfigError(
             f"fp8.enabled=true: model.length={model.length} is not a multiple of {needed} "
@@ -83,8 +77,3 @@ def _check_length(fp8: Fp8Config, model: ModelConfig, parallel: ParallelConfig) 
             f"{f', parallel.tensor={parallel.tensor} with parallel.sequence' if parallel.sequence else ''}); "
             f"use {max(1, model.length // needed) * needed}"
         )
-
-
-def token_multiple(fp8: Fp8Config, parallel: ParallelConfig) -> int:
-    """Of which the positions of every stream on a context-parallel rank have to be a multiple."""
-    return unit(fp8) * (parallel.tensor if parallel.sequence else 1)

@@ -28,8 +28,9 @@ from torch import Tensor
 from bd3_megatron.attention.backends import AttentionBackend
 from bd3_megatron.attention.core import TwoStreamAttention
 from bd3_megatron.backbones import Traits
-from bd3_megatron.config import EngineConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig, split_layers
+from bd3_megatron.config import EngineConfig, Fp8Config, KernelConfig, ModelConfig, ParallelConfig
 from bd3_megatron.layers import transformer_engine as te
+from bd3_megatron.layout import split_layers
 
 
 class Norm(torch.nn.Module):

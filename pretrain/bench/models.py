@@ -13,10 +13,11 @@ import torch
 from bd3_common.errors import ConfigError
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.backbones import get_backbone
-from bd3_megatron.config import DiffusionConfig, EngineConfig, ModelConfig, check_layout
+from bd3_megatron.config import DiffusionConfig, EngineConfig, ModelConfig
 from bd3_megatron.diffusion.batches import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine.base import Engine
+from bd3_megatron.layout import check_layout
 from pretrain.bench.options import ModelOptions
 from pretrain.config.values import validate
 from pretrain.tracking.plots import finish, save_figure

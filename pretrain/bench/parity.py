@@ -29,13 +29,13 @@ from bd3_megatron.config import (
     ModelConfig,
     OptimizationConfig,
     ParallelConfig,
-    check_layout,
 )
 from bd3_megatron.diffusion.batches import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine import build_engine
 from bd3_megatron.engine.base import Engine
 from bd3_megatron.hf.mapping import entries
+from bd3_megatron.layout import check_layout
 from bd3_megatron.shards import Chunk, ShardedTensor
 from pretrain.bench.layouts import LAYOUTS, Layout
 from pretrain.bench.options import ParityOptions

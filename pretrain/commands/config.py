@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bd3_megatron.config import split_layers
+from bd3_megatron.layout import split_layers
 from pretrain.config.resolve import ShowOptions, resolve, to_yaml
 
 

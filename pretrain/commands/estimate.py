@@ -11,8 +11,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.config import check_layout
 from bd3_megatron.cost import flops
+from bd3_megatron.layout import check_layout
 from data_prep.format.manifest import load_manifest
 from data_prep.format.remote import is_remote
 from pretrain.config.resolve import ShowOptions, resolve

@@ -21,10 +21,10 @@ from bd3_megatron.config import (
     Section,
     Seed,
     ZeroConfig,
-    check_layout,
     divisors,
 )
 from bd3_megatron.layers.fp8 import check_fp8
+from bd3_megatron.layout import check_layout
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 

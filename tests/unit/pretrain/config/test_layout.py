@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.config import EngineConfig, ModelConfig, check_layout, split_layers
+from bd3_megatron.config import EngineConfig, ModelConfig
+from bd3_megatron.layout import check_layout, split_layers
 
 MODEL = ModelConfig(layers=6, hidden=64, heads=8, kv_heads=4, ffn_hidden=192, length=64)
 

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.config import ModelConfig, check_layout
+from bd3_megatron.config import ModelConfig
+from bd3_megatron.layout import check_layout
 from pretrain.commands import config as config_command
 from pretrain.config import resolve as load
 from pretrain.config.resolve import load_run_config, load_saved, presets, save_config
