@@ -65,6 +65,11 @@ def named() -> list[str]:
     return [name for name in os.environ.get(VARIABLE, "").split(os.pathsep) if name]
 
 
+def environment() -> dict[str, str]:
+    """The variable that has a process elsewhere load the same plugins; empty without plugins."""
+    return {VARIABLE: os.pathsep.join(named())} if named() else {}
+
+
 def load() -> None:
     """Import the named plugins that are not imported yet.
 

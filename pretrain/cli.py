@@ -85,12 +85,13 @@ def usage() -> str:
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: bd3 COMMAND [OPTIONS]",
+            f"usage: bd3 [{plugins.OPTION} MODULE] COMMAND [OPTIONS]",
             "",
             "Pretraining of block diffusion language models on Megatron-core.",
             "",
             *lines,
             "",
+            f"{plugins.OPTION} MODULE: {plugins.HELP}. It may stand before or after the command.",
             "bd3 COMMAND --help lists a command's options; bd3 --version prints the version.",
         ]
     )

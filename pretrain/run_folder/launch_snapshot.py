@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 
-from bd3_common import PACKAGES
+from bd3_common import PACKAGES, plugins
 from bd3_common.atomic import write_text
 from bd3_common.errors import ConfigError
 from pretrain.config.resolve import save_config
@@ -55,6 +55,7 @@ class LaunchFolder:
             f"CONTAINER=({quote(*container)})",
             *options.setup,
             *(f"export {name}={quote(value)}" for name, value in options.env.items()),
+            *(f"export {name}={quote(value)}" for name, value in plugins.environment().items()),
             *threads,
             f"export PATH={quote(binaries)}:$PATH",
             f"export PYTHONPATH={quote(self.folder / 'code')}${{PYTHONPATH:+:$PYTHONPATH}}",

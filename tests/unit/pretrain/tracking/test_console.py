@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.tracking import plots
 from pretrain.tracking.console import Progress, Throughput, describe, duration, si
 from pretrain.tracking.metrics import MetricsWriter
 from pretrain.tracking.plots import ascii_curve, plot_curves, smooth
@@ -156,7 +155,7 @@ def test_a_failed_plot_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plots.os, "replace", no_space)
+    monkeypatch.setattr("bd3_common.atomic.os.fsync", no_space)
     with pytest.raises(OSError, match="No space"):
         plot_curves(run(tmp_path))
     assert {file.suffix for file in tmp_path.iterdir()} == {".jsonl"}
