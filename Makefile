@@ -32,7 +32,7 @@ test: lint $(VENV)/.installed-zero
 	$(BIN)/python -m pytest tests --ignore tests/unit --ignore tests/cluster $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-zero
-	$(BIN)/python -m pytest tests -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -m long $(PYTEST_ARGS)
 
 lint: types-strict
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ checkpoint: {every: 1, keep: 2, keep_every: 20}
 log: {tensorboard: false}
 """
 LAYOUTS = {"DP2": (), "TP2": ("--parallel.tensor", 2)}
-KILLS = 6  # in each run
+KILLS, MANY_KILLS = 2, 6  # in each run
 LOST = re.compile(
     r"rank (\d): lost another rank (at step \d+|before the first step) \((Connection|Broken|Timed out).*\); "
     r"start the job again to go on from its last checkpoint"
@@ -92,11 +92,12 @@ def kill(job: Job, chance: random.Random) -> list[int]:
     return victims
 
 
+@pytest.mark.parametrize("kills", [KILLS, pytest.param(MANY_KILLS, marks=pytest.mark.long)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_that_loses_ranks_at_any_moment_ends_as_if_it_never_had(tmp_path, data_set, undisturbed, layout):
+def test_a_run_that_loses_ranks_at_any_moment_ends_as_if_it_never_had(tmp_path, data_set, undisturbed, layout, kills):
     run, expected = Run(tmp_path, data_set, layout), undisturbed[layout]
     came_from = 0
-    for seed in range(KILLS):
+    for seed in range(kills):
         chance = random.Random(f"{layout} {seed}")
         job = run.start()
         wait_for_a_moment(run, job, chance)
