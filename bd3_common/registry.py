@@ -165,6 +165,14 @@ class Choice:
     """the registry, or ``module:NAME`` of one in a room above that of the configuration"""
     also: tuple[str, ...] = ()
     """words beside the registry's names, for example ``auto``"""
+    summaries: bool = False
+    """help texts have the summary of each entry, too"""
+
+    def description(self) -> str:
+        """The entries with their summaries, for help texts; empty unless ``summaries``."""
+        if not self.summaries:
+            return ""
+        return "; ".join(f"{e.name}: {e.summary}" if e.summary else e.name for e in self.registry.entries())
 
     def names(self) -> list[str]:
         """What the field takes, words of ``also`` first."""

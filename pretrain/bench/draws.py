@@ -7,7 +7,6 @@ import json
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +20,7 @@ from bd3_megatron.diffusion.noise import SampleKeys
 from bd3_megatron.engine.megatron import MegatronEngine
 from data_prep.read.stream import RowStream
 from pretrain.bench.options import SCATTER_GROUPS, DrawsOptions
-from pretrain.checkpoint.loaded_run import LoadedRun, load_run
+from pretrain.checkpoint.loaded_run import LoadedRun, load_chosen
 from pretrain.config.values import validate
 from pretrain.run_folder import data as run_data
 from pretrain.run_folder.data import order_seed
@@ -63,7 +62,7 @@ def bench_draws(options: DrawsOptions) -> None:
     Raises:
         ConfigError: the run has no noise to draw, or a coupling does not go with its noise.
     """
-    loaded = load_run(Path(options.run), options.step, averaged=options.weights == "ema")
+    loaded = load_chosen(options)
     config = loaded.config
     asked = {name: value for name in ("beta", "omega", "stratify") if (value := getattr(options, name)) is not None}
     single = validate(DiffusionConfig, config.diffusion.model_dump() | {"draws": 1, "coupling": "independent"} | asked)

@@ -11,7 +11,7 @@ from bd3_megatron.attention.backends import ATTENTION_BACKENDS, AUTO
 from bd3_megatron.backbones import BACKBONES
 from bd3_megatron.config import Section, Seed
 from pretrain.bench.layouts import LAYOUTS
-from pretrain.config.command_line import Positional
+from pretrain.config import checkpoint_options
 
 SCATTER_GROUPS = 8
 """groups of samples, for the standard error of a variance"""
@@ -122,13 +122,11 @@ class MemoryOptions(ModelOptions):
     batch: int = Field(default=2, ge=1, description="rows per micro-batch")
 
 
-class DrawsOptions(Section):
+class DrawsOptions(checkpoint_options.CheckpointOptions):
     """Variance of the gradient of a run's checkpoint on training rows: K noisy draws over one clean row, by their
     coupling, beside K separate pairs of streams. Dropout is off. What counts is variance times FLOPs, because a mean
     over n times as many samples has 1/n of the variance at n times the cost."""
 
-    run: Positional[str] = Field(description="run folder")
-    step: int | None = Field(default=None, ge=0, description="checkpoint to take; null means the newest")
     weights: Literal["ema", "raw"] = Field(default="raw", description="EMA weights, or the last step's")
     data: str | None = Field(default=None, description="data set; null means the one the run was trained on")
     rows: int = Field(default=8, ge=1, description="clean rows per gradient")

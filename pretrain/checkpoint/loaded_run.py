@@ -16,6 +16,7 @@ from bd3_megatron.config import Fp8Config, ParallelConfig, ZeroConfig
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.hf.mapping import check_shapes, entries
 from pretrain.checkpoint.reader import Checkpoint, find, read_weights
+from pretrain.config.checkpoint_options import CheckpointOptions
 from pretrain.config.resolve import load_saved
 from pretrain.config.schema import RunConfig
 from pretrain.run_folder.layout import CONFIG
@@ -44,6 +45,15 @@ class LoadedRun:
             yield engine
         finally:
             parallel.stop()
+
+
+def load_chosen(options: CheckpointOptions) -> LoadedRun:
+    """Read the checkpoint that a command's options choose.
+
+    Raises:
+        ConfigError: as :func:`load_run`.
+    """
+    return load_run(Path(options.run), options.step, averaged=options.weights == "ema")
 
 
 def load_run(run: Path, step: int | None = None, averaged: bool = True) -> LoadedRun:

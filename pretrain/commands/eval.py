@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.config import Section, Seed
+from bd3_megatron.config import Seed
 from data_prep.read.stream import RowStream
-from pretrain.checkpoint.loaded_run import load_run
-from pretrain.config.command_line import Positional, parse_options
+from pretrain.checkpoint.loaded_run import load_chosen
+from pretrain.config.checkpoint_options import CheckpointOptions
+from pretrain.config.command_line import parse_options
 from pretrain.config.schema import EvalConfig
 from pretrain.run_folder import data as run_data
 from pretrain.trainer.document_likelihood import DocumentEvaluation, DocumentTally
 from pretrain.trainer.likelihood import Evaluation, evaluate
 
 
-class EvalOptions(Section):
+class EvalOptions(CheckpointOptions):
     """Evaluate a run's checkpoint on the validation split of its data."""
 
-    run: Positional[str] = Field(description="run folder")
-    step: int | None = Field(None, ge=0, description="checkpoint to take; null means the newest")
-    weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights")
     data: str | None = Field(None, description="data set; null means the one the run was trained on")
     rows: int | None = Field(None, ge=2, description="rows used, at random or (--per-document) the first; null: all")
     draws: int = Field(1, ge=1, description="noise draws per row; more make the bound's estimate less noisy")
@@ -40,8 +37,7 @@ class EvalOptions(Section):
 def main(args: list[str]) -> None:
     """`bd3 eval RUN`."""
     options = parse_options(EvalOptions, args, "bd3 eval")
-    run = Path(options.run)
-    loaded = load_run(run, options.step, averaged=options.weights == "ema")
+    loaded = load_chosen(options)
     config, data = loaded.config, loaded.config.data
     if options.data is not None:
         data = data.model_copy(update={"path": options.data, "mix": None})

@@ -5,43 +5,54 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-import torch
 from pydantic import Field
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.config import Section, Seed
-from bd3_megatron.sampling.sampler import Sampling, sample
-from data_prep.format.tokenizer import load_tokenizer
-from pretrain.checkpoint.loaded_run import load_run
-from pretrain.config.command_line import Positional, parse_options
+from bd3_common.registry import Choice
+from bd3_megatron.config import Seed
+from bd3_megatron.sampling.algorithms import DECODING_ALGORITHMS
+from pretrain.config.checkpoint_options import CheckpointOptions
+from pretrain.config.command_line import parse_options
+from pretrain.config.values import validate
 from pretrain.run_folder import layout
 
 
-class SampleOptions(Section):
+class SampleOptions(CheckpointOptions):
     """Sample text from a run's checkpoint, block by block."""
 
-    run: Positional[str] = Field(description="run folder")
-    prompt: str = Field("", description="text to continue; empty starts from BOS alone")
-    tokens: int | None = Field(None, ge=1, description="tokens to add; null fills the model's row")
-    count: int = Field(1, ge=1, description="samples")
-    method: Literal["first_hitting", "steps"] = Field("first_hitting", description="how a block is unmasked")
-    steps: int | None = Field(None, ge=1, description="steps per block for --method steps; null means one per token")
-    top_p: float = Field(0.9, gt=0, le=1, description="nucleus")
-    temperature: float = Field(1.0, ge=0, description="0 takes the most likely token")
-    seed: Seed = Field(0, description="seed of the samples")
-    step: int | None = Field(None, ge=0, description="checkpoint to take; null means the newest")
-    weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights")
-    stop: bool = Field(True, description="stop at EOS and at low entropy")
-    json_: bool = Field(False, description="one line of JSON per sample")
+    prompt: str = Field(default="", description="text to continue; empty starts from BOS alone")
+    tokens: int | None = Field(default=None, ge=1, description="tokens to add; null fills the model's row")
+    count: int = Field(default=1, ge=1, description="samples")
+    method: Annotated[str, Choice(DECODING_ALGORITHMS, summaries=True)] = Field(
+        default="first_hitting", description="decoding algorithm of a block"
+    )
+    steps: int | None = Field(
+        default=None, ge=1, description="steps per block for --method steps; null means one per token"
+    )
+    options: dict[str, str] = Field(default={}, description="the decoding algorithm's own options, NAME VALUE ...")
+    top_p: float = Field(default=0.9, gt=0, le=1, description="nucleus")
+    temperature: float = Field(default=1.0, ge=0, description="0 takes the most likely token")
+    seed: Seed = Field(default=0, description="seed of the samples")
+    stop: bool = Field(default=True, description="stop at EOS and at low entropy")
+    json_: bool = Field(default=False, description="print one line of JSON per sample")
 
 
 def main(args: list[str]) -> None:
     """`bd3 sample RUN`."""
     options = parse_options(SampleOptions, args, "bd3 sample")
+    own = validate(DECODING_ALGORITHMS.load(options.method).Options, options.options)
+    # Not for --help, nor for a mistyped flag.
+    import torch
+
+    from bd3_megatron.sampling.block import Sampling
+    from bd3_megatron.sampling.sampler import sample
+    from data_prep.format.tokenizer import load_tokenizer
+    from pretrain.checkpoint.loaded_run import load_chosen
+
     run = Path(options.run)
-    loaded = load_run(run, options.step, averaged=options.weights == "ema")
+    loaded = load_chosen(options)
     model = loaded.config.model
     if not (run / layout.TOKENIZER).is_file():
         raise ConfigError(f"{run}: has no {layout.TOKENIZER}; copy the one the model was trained with into it")
@@ -59,7 +70,7 @@ def main(args: list[str]) -> None:
             f"--tokens {options.tokens or 1}: the prompt has {len(prompt)} tokens with BOS and a row of this model "
             f"{model.length}; use {max(space, 0)} or fewer, or a shorter prompt"
         )
-    sampling = Sampling(options.method, options.steps, options.top_p, options.temperature, options.stop)
+    sampling = Sampling(options.method, options.steps, options.top_p, options.temperature, options.stop, own)
     with loaded.engine() as engine:
         device = engine.world.device
         result = sample(

@@ -50,7 +50,7 @@ def _dataclass(cls: type[BaseModel], defaults: BaseModel | None, plugin: bool = 
         required = field.is_required() and defaults is None
         described = tyro.conf.arg(
             name=name.rstrip("_").replace("_", "-"),
-            help=field.description or "",
+            help=_description(field),
             metavar=_metavar(kind),
             help_behavior_hint="(required)" if required else f"(default: {show(value)})" if value != () else "",
         )
@@ -69,9 +69,19 @@ def _field(value: Any, required: bool) -> Any:
     return dataclasses.field() if required else dataclasses.field(default_factory=lambda: value)
 
 
+def _choice(field: FieldInfo) -> Choice | None:
+    return next((marker for marker in field.metadata if isinstance(marker, Choice)), None)
+
+
+def _description(field: FieldInfo) -> str:
+    """A field's help text, with the summaries of a registry's entries where the field asks for them."""
+    choice = _choice(field)
+    return ". ".join(filter(None, (field.description, choice and choice.description())))
+
+
 def _kind(field: FieldInfo) -> Any:
     """A field's type for tyro: names of registries as literals."""
-    choice = next((marker for marker in field.metadata if isinstance(marker, Choice)), None)
+    choice = _choice(field)
     return _with_names(field.annotation) if choice is None else Literal[tuple(choice.names())]
 
 

@@ -14,16 +14,10 @@ from torch import Tensor
 from bd3_megatron.config import DiffusionConfig
 from bd3_megatron.model import BlockDiffusionModel
 from bd3_megatron.sampling import sampler
-from bd3_megatron.sampling.sampler import (
-    BlockForward,
-    BlockLogits,
-    Sampling,
-    ancestral,
-    first_hitting,
-    log_likelihood,
-    probabilities,
-    sample,
-)
+from bd3_megatron.sampling.algorithms import DECODING_ALGORITHMS, DecodingAlgorithm
+from bd3_megatron.sampling.block import Block, BlockLogits, Sampling, probabilities
+from bd3_megatron.sampling.cache import BlockForward
+from bd3_megatron.sampling.sampler import log_likelihood, sample
 from tests.unit import tiny
 
 CAUSAL = DiffusionConfig(objective="causal", block_size=1)
@@ -125,6 +119,13 @@ def recorded(vocabulary: int = 7) -> tuple[list[Tensor], BlockLogits]:
     return seen, logits
 
 
+def decode(block: Tensor, logits: BlockLogits, sampling: Sampling, chance: torch.Generator) -> int:
+    """Decode ``block`` in place; the number of forward passes."""
+    state = Block(block, 6, logits, sampling, chance)
+    DECODING_ALGORITHMS.load(sampling.method)(sampling.options).decode(state)
+    return state.calls
+
+
 @st.composite
 def partly_masked(draw) -> Tensor:
     rows, length = draw(st.integers(1, 4)), draw(st.integers(1, 9))
@@ -137,7 +138,7 @@ def partly_masked(draw) -> Tensor:
 def test_first_hitting_unmasks_one_position_per_row_and_call(block, seed):
     before, masks = block.clone(), (block == 6).sum(1)
     seen, logits = recorded()
-    calls = first_hitting(block, 6, logits, Sampling(), generator(seed))
+    calls = decode(block, logits, Sampling(), generator(seed))
     assert calls == len(seen) == masks.max()
     for earlier, later in zip(seen, [*seen[1:], block]):
         unmasked = (earlier == 6) & (later != 6)
@@ -150,7 +151,7 @@ def test_first_hitting_unmasks_one_position_per_row_and_call(block, seed):
 def test_first_hitting_takes_every_order_equally_often():
     block = torch.full((6000, 3), 6)
     seen, logits = recorded()
-    first_hitting(block, 6, logits, Sampling(), generator())
+    decode(block, logits, Sampling(), generator())
     first = (seen[1] != 6).double().argmax(1)
     second = ((seen[2] != 6) & (seen[1] == 6)).double().argmax(1)
     counts = torch.bincount(first * 3 + second, minlength=9).view(3, 3)
@@ -164,7 +165,7 @@ def test_first_hitting_takes_every_order_equally_often():
 def test_ancestral_sampling_calls_only_when_something_is_unmasked(block, steps, seed):
     before = block.clone()
     seen, logits = recorded()
-    calls = ancestral(block, 6, logits, Sampling("steps", steps), generator(seed))
+    calls = decode(block, logits, Sampling("steps", steps), generator(seed))
     assert calls == len(seen) <= steps
     for earlier, later in zip(seen, [*seen[1:], block]):
         assert (earlier != later).any()
@@ -173,17 +174,38 @@ def test_ancestral_sampling_calls_only_when_something_is_unmasked(block, steps, 
     assert torch.equal(block[before != 6], before[before != 6])
 
 
+class Undecided(DecodingAlgorithm):
+    """Reveals all, and at first takes the even positions back."""
+
+    def step(self, block: Block) -> None:
+        chosen = block.masked
+        block.reveal(chosen, block.draw(block.logits(chosen)))
+        if block.steps_taken == 0:
+            even = torch.arange(block.ids.shape[1]) % 2 == 0
+            block.mask(even.expand_as(chosen))
+
+
+def test_an_algorithm_may_mask_again():
+    ids = torch.full((2, 8), 6)
+    seen, logits = recorded()
+    block = Block(ids, 6, logits, Sampling(), generator())
+    assert block.levels.tolist() == [1.0, 1.0]
+    Undecided().decode(block)
+    assert (block.calls, block.steps_taken) == (2, 2)
+    assert [(state == 6).sum(1).tolist() for state in [*seen, ids]] == [[8, 8], [4, 4], [0, 0]]
+
+
 def test_one_step_unmasks_all_in_one_call():
     block = torch.full((3, 8), 6)
     seen, logits = recorded()
-    assert ancestral(block, 6, logits, Sampling("steps", 1), generator()) == len(seen) == 1
+    assert decode(block, logits, Sampling("steps", 1), generator()) == len(seen) == 1
 
 
 def test_ancestral_sampling_unmasks_equal_shares():
     """From t to s < t a mask goes with probability (t - s) / t, so each of T steps unmasks 1 / T of the masks."""
     block = torch.full((2000, 4), 6)
     seen, logits = recorded()
-    assert ancestral(block, 6, logits, Sampling("steps", 4), generator()) == 4
+    assert decode(block, logits, Sampling("steps", 4), generator()) == 4
     left = [int((state == 6).sum()) for state in [*seen, block]]
     for before, after in itertools.pairwise(left):
         assert abs(before - after - 2000) < 5 * math.sqrt(8000 * 0.25 * 0.75)

@@ -235,7 +235,7 @@ MISTAKES = {
     "sample nowhere": "nowhere: not a run folder",
     "sample run --tokens 32": "--tokens 32: the prompt has 1 tokens with BOS and a row of this model 32; use 31",
     "sample run --top-p 0": "top_p=0: use a value above 0",
-    "sample run --method best": "method=best: use first_hitting or steps",
+    "sample run --method best": "method=best: unknown decoding algorithm; use first_hitting, steps, or name the module",
     "sample run --prompt <|mask|>": "--prompt: holds the mask token",
     "sample run --prompt -x": "--prompt: a value is missing; one that begins with - is written --prompt=-x",
     "sample run --seed 99999999999999999999": "seed=99999999999999999999: use a value below 9.22337e+18",

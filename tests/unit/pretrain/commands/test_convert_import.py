@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,42 @@ def test_an_imported_model_takes_its_special_tokens_from_its_tokenizer(tmp_path)
     sampled = bd3("sample", run, "--prompt", "w5 w6", "--tokens", 8, log=log)
     assert sampled.code == 0, sampled.err
     assert sampled.out.startswith("w5 w6")
+
+
+DECODER = """
+from bd3_megatron.config import Section
+from bd3_megatron.sampling.algorithms import DECODING_ALGORITHMS, DecodingAlgorithm
+
+class LeftToRight(DecodingAlgorithm):
+    '''Leftmost masked position first.'''
+
+    class Options(Section):
+        per_step: int = 1
+
+    def step(self, block):
+        chosen = block.masked & (block.masked.cumsum(1) <= self.options.per_step)
+        block.reveal(chosen, block.draw(block.logits(chosen)))
+
+DECODING_ALGORITHMS.add("left_to_right", LeftToRight)
+"""
+
+
+def test_a_decoding_algorithm_of_a_plugin_is_sampled_with(tmp_path):
+    tokenizer, run, log = bert_like(tmp_path / "bert.json"), tmp_path / "run", tmp_path / "log"
+    assert bd3("convert", "import", GOLDEN, run, "--tokenizer", tokenizer, log=log).code == 0
+    plugin = tmp_path / "left_decoder.py"
+    plugin.write_text(DECODER)
+    line = ("sample", run, "--plugin", plugin, "--method", "left_to_right", "--tokens", 15, "--no-stop", "--json")
+    calls = {}
+    for per_step in (1, 4):
+        done = bd3(*line, "--options", "per_step", per_step, log=log)
+        assert done.code == 0, done.err
+        calls[per_step] = json.loads(done.out)["nfe"]
+    assert calls == {1: 15, 4: 4}  # blocks of 8, the first without its BOS
+    done = bd3(*line, "--options", "per_step", "few", log=log)
+    assert (done.code, done.err) == (2, "per_step=few: not an integer\n")
+    page = bd3("sample", "--plugin", plugin, "--help", log=log)
+    assert "left_to_right: Leftmost masked position first" in " ".join(page.out.replace("│", "").split())
 
 
 def test_nothing_is_left_of_an_import_that_fails(tmp_path):
