@@ -259,8 +259,8 @@ def _of_one_block(
         low = max(low, first)
         query_document = packed.numbers[:, start:end].repeat(1, repeats)
         mask = within_documents(True, query_document[:, :, None], packed.numbers[:, None, low:high])[:, None]
-        seen = (x[:, :, low - first : high - first] for x in (key, value))
-        mixed = F.scaled_dot_product_attention(part.flatten(2, 3), *seen, attn_mask=mask, scale=scale)
+        k, v = (x[:, :, low - first : high - first] for x in (key, value))
+        mixed = F.scaled_dot_product_attention(part.flatten(2, 3), k, v, attn_mask=mask, scale=scale)
         out.append(mixed.view(part.shape))
         start = end
     return torch.cat(out, 3)

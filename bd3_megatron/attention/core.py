@@ -26,7 +26,7 @@ class BlockCache:
 
         A block sees all of itself and all blocks before it, noisy or clean, so that no mask is needed.
         """
-        if self.key is not None:
+        if self.key is not None and self.value is not None:
             key, value = torch.cat([self.key, key]), torch.cat([self.value, value])
         if self.append:
             self.key, self.value = key, value

@@ -38,9 +38,9 @@ def attend(
         tile: queries and keys of a tile.
     """
     mask = block_mask(call, (tile, tile), query.device, documents)
-    heads_first = [x.permute(1, 2, 0, 3) for x in (query, key, value)]  # [b, n, l, d]
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, l, d]
     attention = compiled() if query.is_cuda else _written_out
-    return attention(*heads_first, block_mask=mask, scale=scale, enable_gqa=True).permute(2, 0, 1, 3)
+    return attention(q, k, v, block_mask=mask, scale=scale, enable_gqa=True).permute(2, 0, 1, 3)
 
 
 def block_mask(call: Call, tile: tuple[int, int], device: torch.device, documents: Tensor | None = None) -> BlockMask:

@@ -79,7 +79,7 @@ class Streams:
         return list(x.split([positions] * self.noisy + ([clean] if clean else [])))
 
 
-def sees(query_stream: Tensor, query_block: Tensor, key_stream: Tensor, key_block: Tensor, clean: int) -> Tensor:
+def sees(query_stream: Tensor, query_block: Tensor, key_stream: Tensor | int, key_block: Tensor, clean: int) -> Tensor:
     """The block-causal two-stream mask (arXiv 2503.09573, section 3.2).
 
     A query sees its own block of its own stream, and every earlier block of the clean stream. For a noisy query

@@ -24,11 +24,11 @@ from bd3_megatron.attention.mask import Streams, sees
 
 
 class Run(NamedTuple):
-    """Neighbouring tokens of one stream: positions ``start .. start + count - 1``."""
+    """Neighbouring tokens of one stream: positions ``start .. start + length - 1``."""
 
     stream: int
     start: int
-    count: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Side:
 
     def positions(self) -> np.ndarray:
         """Position in the row of every token, int64 ``[tokens]``."""
-        return np.concatenate([np.arange(run.start, run.start + run.count) for run in self.runs()])
+        return np.concatenate([np.arange(run.start, run.start + run.length) for run in self.runs()])
 
     def locate(self, index: Any, where: Callable[[Any, Any, Any], Any]) -> tuple[Any, Any]:
         """Stream and position of the token ``index``, by arithmetic that kernels compile.

@@ -28,7 +28,8 @@ class Saved:
     """Bytes of distinct storages that autograd keeps at present, and their peak."""
 
     def __init__(self, ignored: set[int]):
-        self._ignored, self._uses = ignored, Counter()
+        self._ignored = ignored
+        self._uses: Counter[int] = Counter()
         self.bytes = self.peak = 0
 
     def add(self, storage: torch.UntypedStorage) -> None:

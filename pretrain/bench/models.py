@@ -95,10 +95,10 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
         start = time.process_time()
         run()
         return time.process_time() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
     for _ in range(_PASSES):
         run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1e3 / _PASSES
+    return begin.elapsed_time(end) / 1e3 / _PASSES

@@ -190,8 +190,8 @@ class AttentionBackend(ABC):
         """
         import torch.nn.functional as F
 
-        heads_first = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).permute(2, 0, 1, 3)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, l, d]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).permute(2, 0, 1, 3)
 
     @classmethod
     def activation_bytes(cls, sizes: AttentionSizes) -> float:
@@ -254,11 +254,13 @@ def choose(
     """
     demand = demand_of(streams, context, head_dim=head_dim, dtype=dtype)
     for cls in candidates(name, device.type):
-        if (reason := reason_against(cls, demand, device)) is None:
+        reason = reason_against(cls, demand, device)
+        if reason is None:
             return cls(streams, context)
-    if name == AUTO:
-        raise ConfigError(f"kernels.attention={AUTO}: no backend works on {device.type}; name one: {_listed(_all())}")
-    raise _unsupported(name, reason, [cls for cls in _all() if reason_against(cls, demand, device) is None])
+        if name != AUTO:
+            raise _unsupported(name, reason, [cls for cls in _all() if reason_against(cls, demand, device) is None])
+    names = ", ".join(cls.name for cls in _all())
+    raise ConfigError(f"kernels.attention={AUTO}: no backend works on {device.type}; name one of {names}")
 
 
 def portable(name: str) -> str:
@@ -282,10 +284,6 @@ def _all() -> list[type[AttentionBackend]]:
     """Classes of all backends, those that ``auto`` prefers first."""
     classes = [ATTENTION_BACKENDS.load(name) for name in ATTENTION_BACKENDS.names()]
     return sorted(classes, key=lambda cls: -max(cls.priority.values(), default=0))
-
-
-def _listed(classes: list[type[AttentionBackend]]) -> str:
-    return ", ".join(cls.name for cls in classes)
 
 
 def _unsupported(name: str, reason: str, working: list[type[AttentionBackend]]) -> ConfigError:

@@ -27,10 +27,8 @@ class Reference(AttentionBackend):
         if context.size > 1:
             mask = context.take(mask.unflatten(-2, (streams.count, -1)), -2).flatten(-3, -2)
         mask = mask[..., : len(query), :]  # [q, N], b of them with documents
-        out = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),  # [b, n, q, d]
-            *(context.gather_streams(x).permute(1, 2, 0, 3).repeat_interleave(repeats, 1) for x in (key, value)),
-            attn_mask=mask if documents is None else mask[:, None],
-            scale=scale,
-        )
-        return out.permute(2, 0, 1, 3)
+        mask = mask if documents is None else mask[:, None]
+        key, value = (context.gather_streams(x) for x in (key, value))  # [N, b, g, d]
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, tokens, d]
+        k, v = (x.repeat_interleave(repeats, 1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).permute(2, 0, 1, 3)
