@@ -1,1 +1,1 @@
-"""What the project knows about Slurm."""
+"""Slurm: commands, environment variables, job options and batch scripts."""

@@ -1,7 +1,8 @@
-"""Slurm's commands: what they answer, and their failures as one line each."""
+"""Client of Slurm's commands (sbatch, scontrol, sinfo, sacct): parsed answers, failures as one line each."""
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import time
@@ -12,16 +13,18 @@ from typing import TypeVar
 from bd3_common.errors import UserError
 from slurm.environment import expand_hosts
 
+log = logging.getLogger(__name__)
+
 TIMEOUT = 60.0  # seconds that a command may take: a busy controller answers late
 RUNNING = {"RUNNING", "SIGNALING", "STAGE_OUT", "RESIZING"}
-"""states of a job whose processes may go on"""
+"""states of a job whose processes run"""
 ACTIVE = RUNNING | {"PENDING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
-"""states of a job that may still do something"""
+"""states of a job that has not ended"""
 _WORKING = "idle,allocated,mixed,completing,reserved,planned"
 
 
 _AWAY = re.compile(r"Unable to contact slurm controller|no answer within|Unexpected message received|timed out", re.I)
-_PAUSE = 15.0  # seconds between calls to a controller that is away
+_PAUSE = 15.0  # seconds between tries while the controller is away
 
 T = TypeVar("T")
 
@@ -30,11 +33,11 @@ class SlurmError(UserError):
     """One line: which command failed, and why."""
 
 
-def patiently(function: Callable[[], T], seconds: float, say: Callable[[str], None]) -> T:
-    """The result of a function that asks the controller, which may be away for a while, as when it is started again.
+def retry_while_away(function: Callable[[], T], seconds: float) -> T:
+    """Call a function of this module, and retry for ``seconds`` while the controller is away, as during its restart.
 
     Raises:
-        SlurmError: it is away for longer, or answers that it will not.
+        SlurmError: it is away for longer, or refuses.
     """
     end = time.monotonic() + seconds
     while True:
@@ -43,15 +46,15 @@ def patiently(function: Callable[[], T], seconds: float, say: Callable[[str], No
         except SlurmError as error:
             if not _AWAY.search(str(error)) or time.monotonic() > end:
                 raise
-            say(f"{error}; tried again for {end - time.monotonic():.0f} s")
+            log.warning("%s; retrying for %.0f s", error, end - time.monotonic())
             time.sleep(_PAUSE)
 
 
 def call(program: str, *args: str, timeout: float = TIMEOUT) -> str:
-    """What a command prints.
+    """Run a command and return its stdout.
 
     Raises:
-        SlurmError: it is not there, gives no answer in time, or fails; with its first message.
+        SlurmError: the command is not installed, does not answer within ``timeout`` seconds, or fails.
     """
     try:
         done = subprocess.run([program, *args], capture_output=True, text=True, timeout=timeout, check=False)
@@ -66,7 +69,7 @@ def call(program: str, *args: str, timeout: float = TIMEOUT) -> str:
         raise SlurmError(f"{program}: no cluster is configured here; use a login node, or set SLURM_CONF")
     if done.returncode:
         lines = [line.partition("error: ")[2] or line for line in done.stderr.splitlines() if line.strip()]
-        # The last line says that the command failed, those before it why.
+        # The first lines give the reason.
         raise SlurmError(f"{program}: {'; '.join(dict.fromkeys(lines[:2])) or f'exit code {done.returncode}'}")
     return done.stdout
 
@@ -81,10 +84,9 @@ def submit(script: Path, *options: str) -> int:
 
 
 def job(number: int | str) -> dict[str, str] | None:
-    """What the controller knows of a job by Slurm's names (``JobState``, ``Reason``, ``Restarts``, ``NodeList``, ...);
-    None of one that it has forgotten.
+    """The controller's record of a job by Slurm's names (``JobState``, ``Reason``, ``Restarts``, ``NodeList``, ...).
 
-    Of a job array's tasks it is the first one.
+    Of a job array it is the first task's; None if the controller has forgotten the job.
 
     Raises:
         SlurmError: as :func:`call`.
@@ -93,13 +95,15 @@ def job(number: int | str) -> dict[str, str] | None:
 
 
 def tasks(number: int | str) -> list[dict[str, str]]:
-    """:func:`job` of all tasks of a job array."""
+    """The records of all tasks of a job array, as :func:`job`."""
     return _records("job", str(number))
 
 
 def accounted(number: int | str) -> list[dict[str, str]]:
-    """What sacct knows of a job that the controller has forgotten, under the names of :func:`job`; where there is no
-    accounting, nothing."""
+    """sacct's records of a job that the controller has forgotten, by the names of :func:`job`.
+
+    Empty on a cluster without accounting.
+    """
     names = {"JobState": "State", "RunTime": "Elapsed", "TimeLimit": "Timelimit", "NodeList": "NodeList"}
     try:
         text = call("sacct", "-X", "-n", "-P", "-j", str(number), "-o", ",".join(["JobID", *names.values()]))
@@ -116,30 +120,30 @@ def partitions() -> dict[str, dict[str, str]]:
 
 
 def working_nodes(partition: str | None) -> list[str]:
-    """Nodes of a partition, or of all, that run jobs or could."""
+    """Nodes of a partition, or of all partitions, that can run jobs."""
     where = ["-p", partition] if partition else []
     return sorted(set(call("sinfo", "-h", "-N", "-o", "%N", "-t", _WORKING, *where).split()))
 
 
 def broken_nodes(nodes: Sequence[str]) -> dict[str, str]:
-    """Those of these nodes that are down or do not answer, with their state."""
+    """States of those of these nodes that are down or do not answer."""
     states = dict(line.split(None, 1) for line in call("sinfo", "-h", "-N", "-o", "%N %T").splitlines() if line.strip())
     bad = re.compile(r"down|fail|not_responding|unknown|\*")
     return {node: states[node].strip() for node in nodes if bad.search(states.get(node, ""))}
 
 
 def requeue(number: int | str) -> None:
-    """Put a running job back into the queue; its processes are ended."""
+    """Put a running job back into the queue; Slurm ends its processes."""
     call("scontrol", "requeue", str(number))
 
 
 def exclude(number: int | str, nodes: Sequence[str]) -> None:
-    """Keep a pending job away from these nodes, and from no others."""
+    """Set the excluded nodes of a pending job."""
     call("scontrol", "update", f"JobId={number}", f"ExcNodeList={','.join(nodes)}")
 
 
 def hosts(text: str | None) -> list[str]:
-    """Host names of what Slurm prints of a job's nodes: a host list, ``(null)`` or nothing."""
+    """Host names in a node field of Slurm: a host list, ``(null)`` or nothing."""
     return expand_hosts(text) if text and text != "(null)" else []
 
 

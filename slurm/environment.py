@@ -1,4 +1,4 @@
-"""What a task can learn about itself from the variables that Slurm sets."""
+"""Slurm's environment variables and host lists: rank, world size and rendezvous address of a task."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 # Step ids from here on are Slurm's own steps (pending, extern, batch, interactive), not started by srun.
 FIRST_SPECIAL_STEP = 0xFFFF_FFF0
+
+CHAIN = "BD3_CHAIN"
+"""variable of the jobs of a chain: ``<launch> <link> <links>``"""
 
 FIRST_PORT, PORTS = 10_000, 20_000  # below the range from which Linux hands out ports
 
@@ -56,7 +59,7 @@ def slurm_task(environ: Mapping[str, str]) -> SlurmTask | None:
 
 
 def number(environ: Mapping[str, str], name: str) -> int:
-    """A variable that holds a natural number.
+    """A variable's value as a natural number.
 
     Raises:
         ValueError: one line that names the variable.
@@ -100,7 +103,7 @@ def _numbers(ranges: str, hosts: str) -> list[str]:
 def compress_hosts(hosts: Iterable[str]) -> str:
     """The Slurm host list of these names, each once: ``["n01", "n02", "n03", "n7"] -> "n[01-03,7]"``.
 
-    What :func:`expand_hosts` undoes; numbers other than a name's last one are left as they are.
+    The inverse of :func:`expand_hosts`; of each name only the last number is put into a range.
     """
     groups: dict[tuple[str, ...], list[str]] = {}
     for host in hosts:

@@ -1,4 +1,4 @@
-"""What a job asks of Slurm, and the lines of a batch script that say it."""
+"""Options of a Slurm job, and the sbatch directives they stand for."""
 
 from __future__ import annotations
 
@@ -11,34 +11,42 @@ _NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 class JobOptions(BaseModel):
-    """Options of sbatch under their own names, and what a site needs."""
+    """Options of sbatch by their own names, and a site's modules, variables and container."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    nodes: str = Field("1", description="nodes, or a range (2-4): as many as there are; a restart may get others")
-    gpus_per_node: int = Field(0, ge=0, description="GPUs on each node; 0 trains on CPUs")
-    tasks_per_node: int | None = Field(None, ge=1, description="ranks on each node; null means one per GPU")
-    cpus_per_task: int | None = Field(None, ge=1, description="cores of a rank")
-    mem: str | None = Field(None, description="memory of a node (64G; 0: all)")
+    nodes: str = Field(
+        default="1", description="nodes, or a range (2-4): as many as there are; a restart may get others"
+    )
+    gpus_per_node: int = Field(default=0, ge=0, description="GPUs on each node; 0 trains on CPUs")
+    tasks_per_node: int | None = Field(default=None, ge=1, description="ranks on each node; null means one per GPU")
+    cpus_per_task: int | None = Field(default=None, ge=1, description="cores of a rank")
+    mem: str | None = Field(default=None, description="memory of a node (64G; 0: all)")
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time: str | None = Field(None, description="time limit: minutes, H:MM:SS or D-HH:MM:SS; null: the partition's")
-    exclude: str | None = Field(None, description="nodes not to use: node[3,7-9]")
-    dependency: str | None = Field(None, description="as of sbatch: afterok:123")
-    job_name: str | None = Field(None, description="null: the folder's name")
-    sbatch: list[str] = Field([], description="further options of sbatch, without dashes: exclusive constraint=h100")
-    srun: list[str] = Field([], description="further options of srun, without dashes: container-image=/images/bd3.sqsh")
-    env: dict[str, str] = Field({}, description="variables for the job: NCCL_SOCKET_IFNAME ib0")
-    setup: list[str] = Field([], description="lines of the shell before the command: 'module load cuda'")
+    time: str | None = Field(
+        default=None, description="time limit: minutes, H:MM:SS or D-HH:MM:SS; null: the partition's"
+    )
+    exclude: str | None = Field(default=None, description="nodes not to use: node[3,7-9]")
+    dependency: str | None = Field(default=None, description="as of sbatch: afterok:123")
+    job_name: str | None = Field(default=None, description="null: the folder's name")
+    sbatch: list[str] = Field(
+        default=[], description="further options of sbatch, without dashes: exclusive constraint=h100"
+    )
+    srun: list[str] = Field(
+        default=[], description="further options of srun, without dashes: container-image=/images/bd3.sqsh"
+    )
+    env: dict[str, str] = Field(default={}, description="variables for the job: NCCL_SOCKET_IFNAME ib0")
+    setup: list[str] = Field(default=[], description="lines of the shell before the command: 'module load cuda'")
     warn_seconds: int | None = Field(
-        None,
+        default=None,
         ge=1,
         le=65535,
-        description="a run is told so long before the time limit to write a checkpoint and end; "
+        description="seconds before the time limit at which a run is signalled to write a checkpoint and stop; "
         "null: 300, or a fifth of a shorter limit",
     )
-    restarts: int = Field(3, ge=0, description="a run ends after so many restarts without a new checkpoint")
+    restarts: int = Field(default=3, ge=0, description="restarts without a new checkpoint after which to give up")
 
     @field_validator("nodes")
     @classmethod
@@ -65,12 +73,12 @@ class JobOptions(BaseModel):
 
     @property
     def ranks(self) -> int:
-        """On each node."""
+        """Ranks on each node."""
         return self.tasks_per_node or self.gpus_per_node or 1
 
     @property
     def node_counts(self) -> range:
-        """Numbers of nodes that the job may get."""
+        """Node counts that the job may get."""
         low, high = node_range(self.nodes)
         return range(low, high + 1)
 
@@ -83,7 +91,7 @@ class JobOptions(BaseModel):
 
     def directives(self) -> dict[str, str | int | None]:
         """Options of sbatch for a run of :attr:`ranks` tasks a node, as :func:`slurm.script.fill` takes them."""
-        # Of a range Slurm gives as few nodes as hold the tasks, if it knows how many those are; srun tells it later.
+        # Of a node range Slurm gives the fewest nodes that hold the tasks, so their number is left to srun.
         several = len(self.node_counts) > 1
         found: dict[str, str | int | None] = {
             "job-name": self.job_name,
@@ -117,7 +125,7 @@ class JobOptions(BaseModel):
 
 
 def seconds_of(time: str) -> int:
-    """Of a time limit as Slurm reads it: minutes, M:SS, H:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS."""
+    """Seconds of a time limit in Slurm's notation: minutes, M:SS, H:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS."""
     if not time[0].isdigit():
         return 10**9  # no limit
     days, dash, rest = time.rpartition("-")
@@ -131,6 +139,6 @@ def seconds_of(time: str) -> int:
 
 
 def node_range(text: str) -> tuple[int, int]:
-    """``"2-4" -> (2, 4)``, ``"3" -> (3, 3)``; (0, 0) for what is neither."""
+    """``"2-4" -> (2, 4)``, ``"3" -> (3, 3)``; (0, 0) for anything else."""
     found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
     return (int(found[1]), int(found[2] or found[1])) if found else (0, 0)

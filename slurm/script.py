@@ -1,4 +1,4 @@
-"""Batch scripts from the templates beside this file: the same lines that a person would edit."""
+"""Batch scripts, filled in from the ``*.sbatch`` templates beside this file."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ BEGIN, END = "# ---- edit from here", "# ---- to here"
 
 
 def template(name: str) -> str:
-    """Text of ``<name>.sbatch``."""
+    """The template ``<name>.sbatch``."""
     return (TEMPLATES / f"{name}.sbatch").read_text("utf-8")
 
 
 def fill(text: str, directives: Mapping[str, str | int | None], lines: Sequence[str]) -> str:
-    """A template with the values of a job.
+    """Fill in a template.
 
     Args:
         directives: options of sbatch without dashes; None drops an option, an empty text is an option without value.
-            One that the template has not comes after the last it has.
-        lines: of the shell, for the part that the template marks for editing.
+            Options that the template lacks come after its last one.
+        lines: shell lines for the part between :data:`BEGIN` and :data:`END`.
 
     Raises:
         ValueError: the template has no such part.

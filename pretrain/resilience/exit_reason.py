@@ -1,4 +1,4 @@
-"""How an attempt at a run ended: from its exit code, srun's words and the run's events. Judging only, no doing."""
+"""Exit reasons: pure functions from an exit code, srun's messages and a run's events to why a start ended."""
 
 from __future__ import annotations
 
@@ -12,94 +12,97 @@ from typing import Any, Literal, NamedTuple
 from bd3_common import exit_codes
 from slurm import client
 
-# srun's words on tasks that ended badly, and the word after which it ends the others itself.
+# srun's messages about tasks that failed, and the one after which it ends the others itself.
 _TASKS = re.compile(r"^srun: error: (?P<hosts>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)$")
 _NODE = re.compile(r"^srun: error: Node failure on (?P<hosts>\S+)$")
 _ABORTED = re.compile(r"Job step aborted|CANCELLED AT|_step_signal: Terminating")
 _KILLS_AFTER = 3.0  # seconds, less than Slurm's KillWait
-_HARDWARE = ("Killed", "Bus error")  # of a task that no other task has harmed
+_HARDWARE = ("Killed", "Bus error")  # the task's own failure, not the consequence of another's
 
+# As they stand in a run folder's events: "asked" is a stop by a signal, "mistake" a user's.
 Kind = Literal["done", "asked", "mistake", "bad node", "hang", "failed"]
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How an attempt ended, and the hosts to blame for it."""
+class ExitReason:
+    """Reason why a start of a run ended, and the hosts that caused it."""
 
     kind: Kind
     cause: str
-    suspects: tuple[str, ...] = ()
+    bad_hosts: tuple[str, ...] = ()
 
     @property
-    def again(self) -> bool:
-        """Whether another start may help."""
+    def may_restart(self) -> bool:
+        """Another start may help."""
         return self.kind not in ("done", "mistake")
 
 
-class Word(NamedTuple):
-    """A line of stderr, ``seconds`` after the start of what wrote it."""
+class SlurmLine(NamedTuple):
+    """A line of srun or slurmstepd on stderr, ``seconds`` after the command's start."""
 
     seconds: float
     line: str
 
 
-def judge(
+def exit_reason(
     code: int,
-    words: Sequence[Word],
+    slurm_lines: Sequence[SlurmLine],
     happened: Sequence[Mapping[str, Any]],
-    preflight: Mapping[str, str] | None = None,
-    last_word: str = "",
-) -> Ending:
-    """How an attempt ended.
+    bad_nodes: Mapping[str, str] | None = None,
+    last_line: str = "",
+) -> ExitReason:
+    """The reason why a start ended.
 
     Args:
-        code: of its command. srun's is the highest of all tasks', and it may have ended some itself.
-        words: what the command wrote to stderr.
-        happened: the run's events since its start.
-        preflight: reason by host, when it found bad ones.
-        last_word: the last line in the first rank's log.
+        code: exit code of the command. srun's is the highest of all tasks', and it may have ended some itself.
+        slurm_lines: what Slurm's programs wrote to stderr.
+        happened: the run's events since the start.
+        bad_nodes: reason by host, from the preflight.
+        last_line: the last line in rank 0's log.
     """
     last = {event["event"]: event for event in happened}
-    first, killed, broken = first_failure(words)
+    first, killed, broken = first_failure(slurm_lines)
     if code == 0:
-        return Ending("done", "finished")
+        return ExitReason("done", "finished")
     if "stopped" in last:
-        return Ending("asked", f"{last['stopped'].get('signal')}: stopped at step {last['stopped'].get('step')}")
+        return ExitReason("asked", f"{last['stopped'].get('signal')}: stopped at step {last['stopped'].get('step')}")
     if broken:
-        return Ending("failed", f"node failure: {', '.join(broken)}", broken)
+        return ExitReason("failed", f"node failure: {', '.join(broken)}", broken)
     if "hang" in last:
         text = str(last["hang"].get("text", "a rank hung")).partition(": the job ends")[0]
-        return Ending("hang", text, tuple(last["hang"].get("hosts", ())))
-    if preflight or first == exit_codes.BAD_NODE or code == exit_codes.BAD_NODE:
-        named = "; ".join(f"{host}: {why}" for host, why in (preflight or {}).items())
-        return Ending("bad node", f"preflight: {named or 'a bad node'}", tuple(preflight or ()))
+        return ExitReason("hang", text, tuple(last["hang"].get("hosts", ())))
+    if bad_nodes or exit_codes.BAD_NODE in (first, code):
+        named = "; ".join(f"{host}: {why}" for host, why in (bad_nodes or {}).items())
+        return ExitReason("bad node", f"preflight: {named or 'a bad node'}", tuple(bad_nodes or ()))
     failed = [event for event in happened if event["event"] == "failed"]
     for event in failed:
         if event.get("mistake"):
-            return Ending("mistake", event.get("text", ""))
-    if not failed and (
-        first == exit_codes.USAGE_ERROR or (first is None and code == exit_codes.USAGE_ERROR)
-    ):  # before there was a run folder
-        return Ending("mistake", last_word or "exit code 2")
-    if exit_codes.STOPPED in (first, code):  # asked before there was a run folder to say so
-        return Ending("asked", "stopped by a signal")
+            return ExitReason("mistake", event.get("text", ""))
+    # A mistake found before there was a run folder has no event.
+    if not failed and (code if first is None else first) == exit_codes.USAGE_ERROR:
+        return ExitReason("mistake", last_line or "exit code 2")
+    if exit_codes.STOPPED in (first, code):  # the same of a signal
+        return ExitReason("asked", "stopped by a signal")
     if killed:
-        return Ending("failed", f"tasks on {', '.join(killed)} were killed", killed)
+        return ExitReason("failed", f"tasks on {', '.join(killed)} were killed", killed)
     if failed:
-        return Ending("failed", f"rank {failed[0].get('rank')} failed: {failed[0].get('text')}")
+        return ExitReason("failed", f"rank {failed[0].get('rank')} failed: {failed[0].get('text')}")
     if code == exit_codes.HUNG:
-        return Ending("hang", "a rank hung")
-    return Ending("failed", f"exit code {first or code}")
+        return ExitReason("hang", "a rank hung")
+    return ExitReason("failed", f"exit code {first or code}")
 
 
-def first_failure(words: Sequence[Word]) -> tuple[int | None, tuple[str, ...], tuple[str, ...]]:
-    """What srun tells of tasks that ended badly by themselves, not because it ended them.
+def first_failure(slurm_lines: Sequence[SlurmLine]) -> tuple[int | None, tuple[str, ...], tuple[str, ...]]:
+    """The first failure that srun reports, leaving out tasks that srun ended itself.
 
     Returns:
         the first exit code, hosts whose tasks were killed, and hosts that have failed.
     """
-    code, killed, failed, aborted = None, {}, {}, math.inf
-    for seconds, line in words:
+    code: int | None = None
+    killed: dict[str, None] = {}
+    failed: dict[str, None] = {}
+    aborted = math.inf
+    for seconds, line in slurm_lines:
         if node := _NODE.match(line):
             failed |= dict.fromkeys(client.hosts(node["hosts"]))
         elif _ABORTED.search(line):
@@ -108,14 +111,14 @@ def first_failure(words: Sequence[Word]) -> tuple[int | None, tuple[str, ...], t
             exited = re.match(r"Exited with exit code (\d+)", found["how"])
             if exited and aborted == math.inf:
                 code = int(exited[1]) if code is None else code
-            # Those that feel another's death may be faster to end; srun kills what does not heed SIGTERM, but later.
+            # Ranks that lost a peer may be reported first. srun's own SIGKILL comes later than this.
             elif found["how"].startswith(_HARDWARE) and seconds < aborted + _KILLS_AFTER:
                 killed |= dict.fromkeys(client.hosts(found["hosts"]))
     return code, tuple(killed), tuple(failed)
 
 
-def last_word(command: Sequence[str]) -> str:
-    """The last line in the first rank's log, where srun's ``--output`` says that ranks have logs of their own."""
+def last_log_line(command: Sequence[str]) -> str:
+    """The last line in rank 0's log, if srun's ``--output`` gives each rank one; else empty."""
     path = next((word.partition("=")[2] for word in command if word.startswith("--output=")), "")
     path = re.sub(r"%(\d*)t", lambda found: "0".zfill(int(found[1] or 1)), path)
     try:
@@ -123,20 +126,3 @@ def last_word(command: Sequence[str]) -> str:
     except OSError:
         return ""
     return lines[-1].strip() if lines else ""
-
-
-def fruitless_starts(happened: Sequence[Mapping[str, Any]], lineage: str) -> int:
-    """Starts of this lineage in a row, the last ones, that ended without a new checkpoint.
-
-    What was preempted or interrupted is not counted. A warning of the time limit is: a limit that leaves no time for
-    one step would go on for ever.
-    """
-    count = 0
-    for event in reversed(happened):
-        if event["event"] != "ended":
-            continue
-        progress = event.get("kind") == "done" or event.get("step", 0) > event.get("before", 0)
-        if progress or event.get("lineage") != lineage:
-            break
-        count += event.get("kind") != "asked" or not str(event.get("cause", "")).startswith(("SIGTERM", "SIGINT"))
-    return count

@@ -1,4 +1,4 @@
-"""Who holds a job up: from what the ranks last said of themselves to the ranks to name. Nothing here waits or talks."""
+"""Hang detection: pure functions from the ranks' heartbeats to hung ranks and the message about them."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from typing import Literal, NamedTuple
 
 @dataclass(frozen=True)
 class Report:
-    """What a rank says of itself with every beat."""
+    """A rank's state, sent with every heartbeat."""
 
     beat: int = 0
     """grows while the process runs"""
     progress: int = 0
-    """grows while its main thread does"""
+    """grows while its main thread makes progress"""
     phase: str = "at the start"
     """for messages: ``in step 12``"""
-    patient: bool = True
-    """in a phase that may take as long as it takes"""
+    may_take_long: bool = True
+    """no progress is expected in this phase"""
     left: bool = False
     """has ended or is about to"""
     waiting: bool | None = None
-    """whether a main thread that makes no progress waits for other ranks; None: it cannot be told, or was not asked"""
+    """True if a main thread without progress waits for other ranks; None: unknown"""
     place: str = ""
-    """where that thread stands"""
+    """call at which that thread is"""
 
     def encode(self) -> str:
+        """Text for the store."""
         return json.dumps(astuple(self), separators=(",", ":"))
 
     @staticmethod
     def decode(text: str | bytes) -> Report:
-        """The report; that of a rank which has not said anything for an empty text."""
+        """Inverse of :meth:`encode`; an empty text is a rank that has not reported yet."""
         return Report(*json.loads(text)) if text else Report()
 
 
@@ -49,7 +50,7 @@ class Process(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """A rank as the observer sees it: its last report, and the seconds since its counters changed."""
+    """A rank's last report, and the seconds since its counters changed."""
 
     report: Report
     beat_age: float
@@ -58,19 +59,19 @@ class Seen(NamedTuple):
 
 @dataclass
 class Observer:
-    """Ages of all ranks' counters by the observer's own clock: the clocks of two machines are never compared."""
+    """Ages of all ranks' counters by the observer's own clock; clocks of two machines are never compared."""
 
     now: float = 0.0
     last: dict[int, tuple[Report, float, float]] = field(default_factory=dict)
 
     def update(self, reports: Mapping[int, Report], seconds: float) -> dict[int, Seen]:
-        """Take in what is known ``seconds`` after the last update; the ranks that have not left, by rank."""
+        """Add the reports read ``seconds`` after the last update; the ranks that have not left, by rank."""
         self.now += seconds
         for rank, report in reports.items():
             before, beat, progress = self.last.get(rank, (report, self.now, self.now))
             beat = self.now if report.beat != before.beat else beat
-            # A patient rank moves as long as it lives.
-            moved = report.progress != before.progress or (report.patient and report.beat != before.beat)
+            # In a phase that may take long, a sign of life counts as progress.
+            moved = report.progress != before.progress or (report.may_take_long and report.beat != before.beat)
             self.last[rank] = report, beat, self.now if moved else progress
         return {
             rank: Seen(report, self.now - beat, self.now - progress)
@@ -80,12 +81,13 @@ class Observer:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """The job has stalled for ``seconds``, and these ranks hold it up.
+class Hang:
+    """A job without progress for ``seconds``, and the ranks that cause it.
 
     Attributes:
         kind: ``silent``: their processes give no sign of life; ``busy``: their main threads do something else while
-            the others wait for them; ``slow``: nobody waits, all are at work; ``mismatch``: all wait, for each other.
+            the others wait for them; ``slow``: no rank waits, all are busy; ``mismatch``: all ranks wait for each
+            other.
     """
 
     kind: Literal["silent", "busy", "slow", "mismatch"]
@@ -93,18 +95,18 @@ class Verdict:
     seconds: float
 
 
-def judge(seen: Mapping[int, Seen], limit: float) -> Verdict | None:
-    """Who holds the job up; None while nobody does.
+def find_hang(seen: Mapping[int, Seen], limit: float) -> Hang | None:
+    """The hang of a job; None if it makes progress.
 
-    A rank is silent when it has given no sign of life for ``limit`` seconds, or for half of them in a job that has
-    not moved at all for ``limit``. Otherwise the job hangs when no rank's main thread has moved for ``limit`` and none
-    is in a patient phase: one that moves now and then is being waited for, or does not need the others.
+    A rank is silent after ``limit`` seconds without a sign of life, or after half of them if no rank has made progress
+    for ``limit`` seconds. Otherwise the job hangs when no rank's main thread has made progress for ``limit`` seconds
+    and none is in a phase that may take long: a rank that makes progress now and then is slow, not hung.
     """
     stalled = bool(seen) and all(s.progress_age >= limit for s in seen.values())
     for age in (limit, limit / 2) if stalled else (limit,):
         silent = tuple(rank for rank, s in sorted(seen.items()) if s.beat_age >= age)
         if silent:
-            return Verdict("silent", silent, max(seen[rank].beat_age for rank in silent))
+            return Hang("silent", silent, max(seen[rank].beat_age for rank in silent))
     if not stalled:
         return None
     seconds = min(s.progress_age for s in seen.values())
@@ -115,51 +117,51 @@ def judge(seen: Mapping[int, Seen], limit: float) -> Verdict | None:
         least = min(seen[rank].report.progress for rank in unclear)
         busy = tuple(rank for rank in unclear if seen[rank].report.progress == least)
     if not busy:
-        return Verdict("mismatch", ranks, seconds)
-    # One that nobody waits for is not hung, only slower than the limit.
-    return Verdict("slow" if len(busy) == len(ranks) > 1 else "busy", busy, seconds)
+        return Hang("mismatch", ranks, seconds)
+    # If no rank waits for another, the step is longer than the limit.
+    return Hang("slow" if len(busy) == len(ranks) > 1 else "busy", busy, seconds)
 
 
 def message(
-    verdict: Verdict,
+    hang: Hang,
     reports: Mapping[int, Report],
     processes: Sequence[Process],
     timeout_minutes: float,
     folder: str,
 ) -> str:
-    """The line that says why the job ends.
+    """The line that names the hung ranks and the remedy.
 
     Args:
-        reports: the last one of every rank.
-        processes: those of the first ranks named; more are counted.
-        folder: where the stacks are written.
+        reports: the last report of every rank.
+        processes: processes of the first hung ranks; the message counts the others.
+        folder: folder of the stacks.
     """
-    more = len(verdict.ranks) - len(processes)
+    more = len(hang.ranks) - len(processes)
     who = ", ".join(map(str, processes)) + (f" and {more} more" if more else "")
-    one = len(verdict.ranks) == 1
-    # What a silent rank said last may be a beat old; those that wait for it know how far it must be.
-    others = [rank for rank in reports if rank not in verdict.ranks] if verdict.kind == "silent" else []
-    phases = {reports[rank].phase: reports[rank].progress for rank in others or verdict.ranks}
-    when = max(phases, key=phases.get)
-    why = f"for {verdict.seconds:.0f} s {when} (parallel.timeout_minutes={timeout_minutes:g}): the job ends"
+    one = len(hang.ranks) == 1
+    # A silent rank's last report may be a beat old; the phase of those that wait for it is newer.
+    others = [rank for rank in reports if rank not in hang.ranks] if hang.kind == "silent" else []
+    phases = {reports[rank].phase: reports[rank].progress for rank in others or hang.ranks}
+    when = max(phases, key=lambda phase: phases[phase])
+    why = f"for {hang.seconds:.0f} s {when} (parallel.timeout_minutes={timeout_minutes:g}): the job ends"
     again = "start the job again to go on from its last checkpoint"
-    if verdict.kind == "silent":
+    if hang.kind == "silent":
         return (
             f"{who} {'has' if one else 'have'} given no sign of life {why}; the others' stacks are in {folder}; {again}"
         )
-    if verdict.kind == "busy":
-        stacks = f"its stack is in {stack_file(folder, verdict.ranks[0])}" if one else f"their stacks are in {folder}"
+    if hang.kind == "busy":
+        stacks = f"its stack is in {stack_file(folder, hang.ranks[0])}" if one else f"their stacks are in {folder}"
         return f"{who} {'has' if one else 'have'} made no progress {why}; {stacks}; {again}"
-    if verdict.kind == "slow":
+    if hang.kind == "slow":
         longer = "give parallel.timeout_minutes more if this takes so long"
         return f"no rank has made progress {why}; their stacks are in {folder}; {longer}; {again}"
-    why = f"for {verdict.seconds:.0f} s (parallel.timeout_minutes={timeout_minutes:g}): the job ends"
-    places = standings({rank: reports[rank] for rank in verdict.ranks})
+    why = f"for {hang.seconds:.0f} s (parallel.timeout_minutes={timeout_minutes:g}): the job ends"
+    places = standings({rank: reports[rank] for rank in hang.ranks})
     return f"all ranks have waited for each other {why}: {places}; their stacks are in {folder}; {again}"
 
 
 def standings(reports: Mapping[int, Report], most: int = 8) -> str:
-    """``ranks 0-2, 5: in step 12 at all_reduce; rank 3: ...``, at most so many kinds of places."""
+    """Ranks grouped by phase and place: ``ranks 0-2, 5 in step 12 at all_reduce; rank 3 ...``, ``most`` groups."""
     groups: dict[tuple[str, str], list[int]] = {}
     for rank, report in sorted(reports.items()):
         groups.setdefault((report.phase, report.place), []).append(rank)
@@ -182,5 +184,5 @@ def spans(numbers: Sequence[int]) -> str:
 
 
 def stack_file(folder: str, rank: int) -> str:
-    """The file for a rank's stacks."""
+    """Path of a rank's stacks."""
     return f"{folder}/rank-{rank:05d}.txt"

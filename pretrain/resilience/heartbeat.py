@@ -1,7 +1,7 @@
-"""The first rank's heartbeat, a small file in the run folder, for those outside of the job.
+"""Heartbeat writer and monitor: rank 0's small file in the run folder, for processes outside of the job.
 
-The ranks watch each other (:mod:`pretrain.resilience.watchdog`); who started them sees by this file whether all of
-them, or the only one, have stopped, and anybody sees where a run is at the moment.
+The ranks watch each other (:mod:`pretrain.resilience.watchdog`). The file shows the supervisor that all of them, or the
+only one, have stopped, and `bd3 status` the phase of a run.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bd3_common.atomic import write_text
 from pretrain.run_folder.layout import HEARTBEAT
 
 _LONGEST = 15.0  # seconds between beats
+_IN_FILE = {"may_take_long": "patient"}  # names in the file where they differ from the fields
 
 
-class Beat(NamedTuple):
-    """What the file says.
+class Heartbeat(NamedTuple):
+    """Contents of the file.
 
     Attributes:
-        start: of another value for every process that writes the file.
+        start: name of the writing process's start; differs between processes.
         beat: grows while that process runs.
-        progress: grows while its main thread does.
-        phase: where that is, as in ``in step 12``.
-        patient: this phase may take as long as it takes.
+        progress: grows while its main thread makes progress.
+        phase: phase of the main thread, such as ``in step 12``.
+        may_take_long: no progress is expected in this phase.
         left: the process has ended in good order.
         timeout: seconds without progress after which the job hangs.
     """
@@ -38,17 +39,33 @@ class Beat(NamedTuple):
     beat: int
     progress: int
     phase: str
-    patient: bool
+    may_take_long: bool
     left: bool
     timeout: float
 
+    def encode(self) -> str:
+        """The file's text."""
+        return json.dumps({_IN_FILE.get(name, name): value for name, value in self._asdict().items()})
 
-class Heart:
+    @staticmethod
+    def decode(text: str) -> Heartbeat:
+        """Inverse of :meth:`encode`.
+
+        Raises:
+            ValueError, TypeError: not such a text.
+        """
+        fields = {name: field for field, name in _IN_FILE.items()}
+        found: dict[str, Any] = json.loads(text)
+        return Heartbeat(**{fields.get(name, name): value for name, value in found.items()})
+
+
+class HeartbeatWriter:
     """A thread that writes the file at every beat, from :meth:`start` to :meth:`stop`.
 
     Args:
-        run: the run folder. It need not be there yet: whoever is refused one writes nothing into it.
-        state: progress, phase and patience of the main thread.
+        run: the run folder. It need not exist: a run that is refused writes nothing into it.
+        timeout: seconds without progress after which the job hangs.
+        state: returns progress, phase and ``may_take_long`` of the main thread.
         stalled: called once when the main thread has made no progress for ``timeout`` seconds.
     """
 
@@ -62,10 +79,11 @@ class Heart:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """The process ends in good order, or another thread says how it ends."""
+        """Write a last beat with ``left``: the process ends in good order, or the watchdog reports how it ends."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(1.0)
@@ -76,55 +94,59 @@ class Heart:
         while not leaving:
             leaving = self._stop.wait(self._interval if number else 0)
             number += 1
-            progress, phase, patient = self._state()
-            if progress != before or patient:
+            progress, phase, may_take_long = self._state()
+            if progress != before or may_take_long:
                 before, since = progress, time.monotonic()
             elif time.monotonic() - since > self._timeout:
                 since = float("inf")
                 self._stalled()
-            self._write(Beat(self._name, number, progress, phase, patient, leaving, self._timeout))
+            self._write(Heartbeat(self._name, number, progress, phase, may_take_long, leaving, self._timeout))
 
-    def _write(self, beat: Beat) -> None:
+    def _write(self, beat: Heartbeat) -> None:
         with contextlib.suppress(OSError):  # nothing depends on it, and it is soon written again
-            write_text(self._run / HEARTBEAT, json.dumps(beat._asdict()), durable=False)
+            write_text(self._run / HEARTBEAT, beat.encode(), durable=False)
 
 
-def read(run: Path) -> Beat | None:
-    """The newest beat; None where there is none to be read."""
+def read(run: Path) -> Heartbeat | None:
+    """The newest heartbeat; None if there is no readable one."""
     try:
-        return Beat(**json.loads((run / HEARTBEAT).read_text()))
-    except (OSError, ValueError, TypeError):
+        return Heartbeat.decode((run / HEARTBEAT).read_text())
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
-class Listener:
-    """Whether a heart still beats, by the clock of the listener.
+class HeartbeatMonitor:
+    """Watches the file for a process that stopped, by the clock of the monitor.
 
     Args:
-        patience: how many timeouts without a beat, or without progress, are too many.
+        timeouts: number of timeouts without a beat, or without progress, after which the process counts as stopped.
     """
 
-    def __init__(self, run: Path, patience: float = 1.5):
-        self._run, self._patience = run, patience
-        self._last, self._old = None, read(run)
+    def __init__(self, run: Path, timeouts: float = 1.5):
+        self._run, self._timeouts = run, timeouts
+        self._last: Heartbeat | None = None
+        self._old = read(run)  # of an earlier start
         self._beat_at = self._progress_at = 0.0
 
     def trouble(self, now: float) -> str | None:
-        """What is wrong ``now`` (seconds of any clock that only grows); None as long as nothing is, or nothing is
-        known: of a process that has not begun to beat."""
+        """The reason to end the job, or None. A process that has not begun to beat is in no trouble.
+
+        Args:
+            now: seconds of any clock that only grows.
+        """
         beat = read(self._run)
         if beat is None or (self._old is not None and beat.start == self._old.start):
             return None
         last, self._last = self._last, beat
         if last is None or beat.start != last.start or beat.beat != last.beat:
             self._beat_at = now
-        if last is None or beat.progress != last.progress or beat.patient or beat.start != last.start:
+        if last is None or beat.progress != last.progress or beat.may_take_long or beat.start != last.start:
             self._progress_at = now
-        limit = self._patience * beat.timeout
+        limit = self._timeouts * beat.timeout
         if beat.left:
             return None
         if now - self._beat_at > limit:
             return f"the first rank has given no sign of life for {now - self._beat_at:.0f} s {beat.phase}"
-        if not beat.patient and now - self._progress_at > limit:
+        if not beat.may_take_long and now - self._progress_at > limit:
             return f"the first rank has made no progress for {now - self._progress_at:.0f} s {beat.phase}"
         return None

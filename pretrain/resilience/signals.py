@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted at once, and acted on by all ranks together at a step boundary.
+"""Stop signals: noted at once, acted on by all ranks at the same step boundary.
 
 Slurm sends SIGUSR1 before the time limit (``--signal``) and SIGTERM for preemption, requeue and cancel; a person sends
 SIGINT. The first one is noted. A second one ends the process at once, wherever its main thread is: Python calls
@@ -15,30 +15,31 @@ import time
 from collections.abc import Iterator
 
 from bd3_common.exit_codes import STOPPED
+from pretrain.resilience.stderr import write_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_TOGETHER = 1.0  # seconds: Slurm and srun may both pass on what is one signal
+_SAME_SIGNAL = 1.0  # seconds: Slurm and srun may both forward one signal
 
-_asked = 0  # the first signal
+_first = 0  # number of the first signal
 _ignored = False
 _catching = False
 
 
 class Stopped(SystemExit):
-    """The run was asked to stop and has stopped; ``code`` is the exit code."""
+    """The run has stopped because of a signal; ``code`` is the exit code."""
 
 
 @contextlib.contextmanager
 def caught() -> Iterator[None]:
-    """Note :data:`SIGNALS` in this context; to be entered early, because their default is to end the process.
+    """Note :data:`SIGNALS` in this context. Enter it early: by default they end the process.
 
-    Does nothing in another thread than the main one.
+    In other threads than the main one this does nothing.
     """
-    global _asked, _ignored, _catching
+    global _first, _ignored, _catching
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _asked, _ignored, _catching = 0, False, True
+    _first, _ignored, _catching = 0, False, True
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     threading.Thread(target=_listen, args=(reading,), name="signals", daemon=True).start()
@@ -54,13 +55,13 @@ def caught() -> Iterator[None]:
         os.close(writing)
 
 
-def asked() -> int:
-    """The signal that asks this rank to stop; 0 if none has come."""
-    return _asked
+def received() -> int:
+    """Number of the first signal that this rank got; 0 if none."""
+    return _first
 
 
 def ignore() -> None:
-    """The rest of this process has only to end: launchers send signals to all ranks when the first one has."""
+    """Ignore signals from now on: launchers send them to all ranks when the first one has ended."""
     global _ignored
     if threading.current_thread() is threading.main_thread():
         _ignored = True
@@ -69,7 +70,7 @@ def ignore() -> None:
 
 
 def name_of(number: int) -> str:
-    """``SIGUSR1 (the time limit is near)``"""
+    """Name and reason of a signal: ``SIGUSR1 (the time limit is near)``."""
     reasons = {
         signal.SIGUSR1: " (the time limit is near)",
         signal.SIGTERM: " (preempted, requeued or cancelled)",
@@ -79,16 +80,16 @@ def name_of(number: int) -> str:
 
 
 def exit_code(number: int) -> int:
-    """Of a run that has stopped because of this signal: shells know 130 as Ctrl-C."""
+    """Exit code of a run that a signal stopped: 130 for Ctrl-C, as in a shell, else 75."""
     return 128 + number if number == signal.SIGINT else STOPPED
 
 
 def _nothing(number: int, frame: object) -> None:
-    """What Python calls in the main thread; the thread has been told before."""
+    """Handler that Python calls in the main thread; the listening thread has noted the signal before."""
 
 
 def _forked() -> None:
-    """A process forked from a rank (by a library; the project's own are spawned) is no rank: signals end it."""
+    """Restore the default handlers in a process that a library forks from a rank (the project's own are spawned)."""
     if _catching:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
@@ -99,24 +100,24 @@ os.register_at_fork(after_in_child=_forked)
 
 
 def _listen(reading: int) -> None:
-    global _asked
+    global _first
     since = 0.0
     while numbers := os.read(reading, 64):
         for number in numbers:
             if number not in SIGNALS:
                 continue
             now = time.monotonic()
-            if not _asked:
-                _asked, since = number, now
-                _say(f"{name_of(number)}: stops after this step with a checkpoint; the next signal ends it at once")
-            elif now - since > _TOGETHER:
+            if not _first:
+                _first, since = number, now
+                _tell(f"{name_of(number)}: stops after this step with a checkpoint; the next signal ends it at once")
+            elif now - since > _SAME_SIGNAL:
                 name = signal.Signals(number).name
-                _say(f"{name}: the second signal, ends at once; the run goes on from its last checkpoint")
+                _tell(f"{name}: the second signal, ends at once; the run goes on from its last checkpoint")
                 os._exit(128 + number)
     os.close(reading)
 
 
-def _say(text: str) -> None:
-    """On the first rank only: all get the signal."""
+def _tell(text: str) -> None:
+    """Write a line on rank 0 only: all ranks get the signal."""
     if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0":
-        os.write(2, f"{text}\n".encode())
+        write_line(text)

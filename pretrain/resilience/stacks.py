@@ -1,4 +1,4 @@
-"""Where threads stand, and whether a process of this machine is still the one it was."""
+"""Stacks: where a thread is, whether it waits for other ranks, and the files that a hang leaves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TextIO
 
 from bd3_common import PACKAGES, ROOT
 
-# Code in which a thread waits for other ranks.
+# Files whose code waits for other ranks.
 _COMMUNICATION = (
     "torch/distributed/distributed_c10d.py",
     "torch/distributed/_functional_collectives.py",
@@ -27,11 +27,14 @@ _OWN = tuple(f"{ROOT / package}/" for package in PACKAGES)
 _BACKWARD = "torch/autograd/graph.py"
 
 
-def standing(thread: int) -> tuple[bool | None, str]:
-    """Whether a thread waits for other ranks (None: it cannot be told), and where it stands.
+def locate(thread: int) -> tuple[bool | None, str]:
+    """Find out where a thread without progress is.
 
     Args:
-        thread: identifier of a thread that makes no progress.
+        thread: identifier of the thread.
+
+    Returns:
+        True if it waits for other ranks (None: unknown), and the call at which it is.
     """
     frames = sys._current_frames()
     stack = _stack(frames.get(thread))
@@ -56,16 +59,27 @@ def write_stacks(path: Path, title: str) -> None:
 
 
 def write_state(path: Path, title: str, pid: int) -> None:
-    """Write what the kernel says of a process that cannot tell its stacks: stopped (T), waiting for a disk (D), ..."""
+    """Write the kernel's state of a process that cannot write its stacks: stopped (T), waiting for a disk (D), ...
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         _head(file, title)
         file.write("It gives no sign of life, so its stacks are not known.\n")
-        file.writelines(line + "\n" for line in Path(f"/proc/{pid}/status").read_text().splitlines()[:12])
+        try:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()[:12]
+        except (FileNotFoundError, ProcessLookupError):
+            lines = ["The process has ended."]
+        file.writelines(line + "\n" for line in lines)
 
 
 def start_mark(pid: int | str = "self") -> str:
-    """When a process of this machine started, in a form to compare; empty where the system does not tell."""
+    """Boot and start time of a process of this machine, which tell it from a later one with the same number.
+
+    Empty if the process has ended or the system has no /proc.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         # The command's name, in brackets, may hold anything; the start is the 20th field after it.
@@ -95,7 +109,7 @@ def _waits(stack: list[FrameType]) -> bool:
 
 
 def _calls(frame: FrameType) -> str:
-    """Name of the method that a frame is calling: the source is not read, its file system may be what hangs."""
+    """Name of the method that a frame is calling, from its bytecode: reading the source file might hang, too."""
     names = [
         str(step.argval)
         for step in dis.get_instructions(frame.f_code)

@@ -1,6 +1,6 @@
-"""What happened to a run from outside: attempts, signals, hangs, failures; a JSON line each in the run folder.
+"""Event log of a run: starts, signals, hangs and failures with their times, one JSON line each.
 
-What a run computes is in its metrics, which are the same whatever happens; here is what did happen, with the time.
+Metrics do not depend on interruptions, so these are not among them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from data_prep.errors import DataError
 from pretrain.distributed.ranks import Ranks
 from pretrain.run_folder.layout import EVENTS
 
-# Of files that will not be better at the next start; others, as EIO and ESTALE, may.
+# File errors that last until a person acts; others, such as EIO and ESTALE, may be gone at the next start.
 _LASTING = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -34,7 +34,7 @@ _LASTING = {
 
 
 def record(run: Path, event: str, **fields: Any) -> None:
-    """Append an event by one write, so that processes may do it at the same time.
+    """Append an event in one write, so that several processes may append at the same time.
 
     Raises:
         OSError: the folder cannot be written.
@@ -49,12 +49,14 @@ def record(run: Path, event: str, **fields: Any) -> None:
 
 @contextlib.contextmanager
 def failures(run: Path, ranks: Ranks, begun: Callable[[], bool]) -> Iterator[None]:
-    """Record what ends this rank, unless another rank says it: one for all, or one of each machine.
+    """Record an exception that ends this rank.
+
+    Rank 0 records an error that all ranks raise, and local rank 0 the loss of another rank.
 
     Args:
-        begun: whether the run folder is this job's to write into.
+        begun: returns True once this job may write into the run folder.
     """
-    from pretrain.distributed.collectives import LostRank  # brings torch, which those who read events go without
+    from pretrain.distributed.collectives import LostRank  # imports torch, which readers of events do not need
 
     try:
         yield
@@ -74,7 +76,7 @@ def failures(run: Path, ranks: Ranks, begun: Callable[[], bool]) -> Iterator[Non
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The events in the order written; lines that are none, as a torn one, are left out."""
+    """The events in the order written, without lines that are not whole events."""
     try:
         lines = (run / EVENTS).read_bytes().splitlines()
     except FileNotFoundError:

@@ -1,9 +1,8 @@
-"""What `bd3 launch` keeps of what it submits: script, configuration, code and environment, in a folder of the run."""
+"""Snapshot of a submission by `bd3 launch`: script, configuration, code, plugins and environment."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
 import platform
 import re
@@ -15,18 +14,19 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 
-from bd3_common import PACKAGES, plugins
+from bd3_common import PACKAGES, ROOT, plugins
 from bd3_common.atomic import write_text
 from bd3_common.errors import ConfigError
 from pretrain.config.resolve import save_config
 from pretrain.config.schema import RunConfig
 from pretrain.run_folder import events, layout
 from slurm import client
+from slurm.environment import CHAIN
 from slurm.options import JobOptions
 
-# Variables that change how a job computes or talks, kept for whoever wonders later.
-_TELLING = ("CUDA_", "NCCL_", "UCX_", "FI_", "OMP_", "MKL_", "NVTE_", "TORCH", "PYTHON", "MASTER_", "SLURM_", "BD3_")
-_TELLING += ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "LOADEDMODULES")
+# Variables that change how a job computes or communicates.
+_RECORDED = ("CUDA_", "NCCL_", "UCX_", "FI_", "OMP_", "MKL_", "NVTE_", "TORCH", "PYTHON", "MASTER_", "SLURM_", "BD3_")
+_RECORDED += ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "LOADEDMODULES")
 
 
 class LaunchFolder:
@@ -41,33 +41,43 @@ class LaunchFolder:
         self.name = f"{max(taken, default=-1) + 1:03d}"
         self.folder = root / layout.LAUNCH / self.name
         self.script = self.folder / layout.LAUNCH_SCRIPT
+        # Files are copied with the code; modules are found on the job's PYTHONPATH.
+        self.plugins = {name: self.folder / "plugins" / Path(name).name for name in plugins.named() if _is_file(name)}
         self.jobs: list[int] = []
 
     def environment(self) -> list[str]:
-        """Lines of the shell: what the site needs, then this interpreter and the copy of the code."""
+        """Shell lines: the site's setup and variables, then this interpreter, the copy of the code and the plugins.
+
+        Raises:
+            ConfigError: the project is not installed for this interpreter.
+        """
         options = self.options
         binaries = os.path.dirname(sys.executable)
         if not os.access(os.path.join(binaries, "bd3"), os.X_OK):
             raise ConfigError(f"{binaries}/bd3: not there; install the project for {sys.executable}: pip install -e .")
         container = [f"--{word.lstrip('-')}" for word in options.srun]
         threads = [] if "OMP_NUM_THREADS" in options.env else ["export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}"]
+        names = os.pathsep.join(str(self.plugins.get(name, name)) for name in plugins.named())
         return [
             f"CONTAINER=({quote(*container)})",
             *options.setup,
             *(f"export {name}={quote(value)}" for name, value in options.env.items()),
-            *(f"export {name}={quote(value)}" for name, value in plugins.environment().items()),
             *threads,
             f"export PATH={quote(binaries)}:$PATH",
-            f"export PYTHONPATH={quote(self.folder / 'code')}${{PYTHONPATH:+:$PYTHONPATH}}",
+            f"export PYTHONPATH={quote(self.folder / layout.LAUNCH_CODE)}${{PYTHONPATH:+:$PYTHONPATH}}",
+            *([f"export {plugins.VARIABLE}={quote(names)}"] if names else []),
         ]
 
     @contextlib.contextmanager
     def written(self, text: str, files: Mapping[str, RunConfig | str]) -> Iterator[None]:
-        """Write the folder; if the context fails, jobs submitted in it are cancelled and what was written goes again.
+        """Write the folder; if the context fails, cancel the jobs submitted in it and remove what was written.
 
         Args:
-            text: of the batch script.
-            files: by name in the folder, or by absolute path.
+            text: the batch script.
+            files: contents by name in the folder, or by absolute path.
+
+        Raises:
+            ConfigError, OSError: the folder cannot be written.
         """
         paths = {self.folder / name: content for name, content in files.items()}
         folders = [self.folder, self.root / layout.LOGS, *(path.parent for path in paths)]
@@ -82,10 +92,10 @@ class LaunchFolder:
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
             for room in PACKAGES:
-                source = Path(importlib.util.find_spec(room).origin).parent
-                shutil.copytree(
-                    source, self.folder / layout.LAUNCH_CODE / room, ignore=shutil.ignore_patterns("__pycache__")
-                )
+                shutil.copytree(ROOT / room, self.folder / layout.LAUNCH_CODE / room, ignore=shutil.ignore_patterns("__pycache__"))
+            for source, target in self.plugins.items():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, target)
             for path, content in paths.items():
                 if isinstance(content, str):
                     write_text(path, content)
@@ -109,6 +119,7 @@ class LaunchFolder:
 
     def submit(self, *options: str) -> int:
         """Submit the script; the job's number."""
+        os.environ.pop(CHAIN, None)  # of the job that this is called in, if any: sbatch passes variables on
         self.jobs.append(client.submit(self.script, *options))
         return self.jobs[-1]
 
@@ -116,12 +127,12 @@ class LaunchFolder:
 def _environment_text() -> str:
     lines = [f"python {platform.python_version()} {sys.executable}", *_git_state(), ""]
     lines += [*sorted(f"{found.name}=={found.version}" for found in distributions() if found.name), ""]
-    lines += sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(_TELLING))
+    lines += sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith(_RECORDED))
     return "\n".join(lines) + "\n"
 
 
 def _git_state() -> list[str]:
-    """Commit of the code and what differs from it, where it lies in a checkout."""
+    """Commit of the code and the files changed since, if it is in a git checkout."""
     folder = Path(__file__).parent
     try:
         answers = [
@@ -133,6 +144,10 @@ def _git_state() -> list[str]:
     return [f"commit {answers[0].strip()}", *(f"changed {line.strip()}" for line in answers[1].splitlines())]
 
 
+def _is_file(plugin: str) -> bool:
+    return plugin.endswith(".py")
+
+
 def quote(*words: object) -> str:
-    """Words for a line of the shell."""
+    """Words quoted for a line of the shell."""
     return " ".join(shlex.quote(str(word)) for word in words)

@@ -186,7 +186,7 @@ class Trainer:
             self._say(f"{self.folder}: already at step {self.step} of {steps}; raise train.steps to go on")
         else:
             on_rank_0(lambda: events.record(self.folder, "started", step=self.step, ranks=self.engine.world.size))
-            self.watch.beat()
+            self.watch.start_heartbeat()
             self._say(f"{self.folder}: going on from step {self.step}" if self.step else self._describe())
         if self._evaluation_due() and not on_rank_0(lambda: self.metrics.has("validation", self.step)):
             self._evaluate()
@@ -210,7 +210,7 @@ class Trainer:
 
     def _heed_signals(self) -> None:
         """At a place that all ranks pass: end the run if any of them was asked to."""
-        (signal,) = max_over_ranks([signals.asked()], self.engine.world.device)
+        (signal,) = max_over_ranks([signals.received()], self.engine.world.device)
         if signal:
             raise _Asked(signal)
 

@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from tests import polling
+
 COMMANDS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scontrol", "ip", "unshare", "nsenter", "setpriv")
 CLIENTS = ("sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo", "salloc")
 NAMESPACES = ("--net", "--uts", "--mount", "--pid")
@@ -119,14 +121,10 @@ def until(condition: Callable[[], object], timeout: float, what: str | Callable[
     Raises:
         ClusterError: it was not true within ``timeout`` seconds; says ``what`` was waited for.
     """
-    end = time.monotonic() + timeout
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > end:
-            raise ClusterError(f"not within {timeout} s: {what() if callable(what) else what}")
-        time.sleep(every)
+    try:
+        return polling.until(condition, timeout, what, every)
+    except TimeoutError as error:
+        raise ClusterError(str(error)) from None
 
 
 class Cluster:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from bd3_common.errors import ConfigError
-from pretrain.commands import status
+from pretrain.commands.status import main
 from pretrain.config.resolve import save_config
 from pretrain.config.schema import RunConfig
+from pretrain.jobs.run_status import run_status
 from pretrain.run_folder import events
 from tests.unit.slurm_fakes import FakeSlurm
 
@@ -66,14 +67,14 @@ def test_a_running_job(tmp_path, slurm, capsys):
     events.record(run, "started", step=5, ranks=4)
     trained(run, 20, 15)
     knows(slurm, JOB.format(state="RUNNING", reason="None"))
-    found = status.status(run)
+    found = run_status(run)
     assert (found["state"], found["step"], found["steps"], found["checkpoint"]) == ("running", 20, 40, 15)
     assert (found["loss"], found["perplexity"], found["tokens_per_second"]) == (3.25, 33.25, 12345.0)
     assert found["seconds_left"] == 40
     assert [(end["step"], end["cause"]) for end in found["restarts"]] == [(5, cause)]
     (job,) = found["jobs"]
     assert (job["job"], job["state"], job["restarts"], job["nodes"]) == ("12", "RUNNING", 1, "node[1-2]")
-    status.main([str(run)])
+    main([str(run)])
     out = capsys.readouterr().out
     for text in (
         "state       running",
@@ -84,7 +85,7 @@ def test_a_running_job(tmp_path, slurm, capsys):
         "excluded    node3",
     ):
         assert text in out
-    status.main([str(run), "--json"])
+    main([str(run), "--json"])
     assert json.loads(capsys.readouterr().out)["step"] == 20
 
 
@@ -95,7 +96,7 @@ def test_a_job_that_has_not_begun(tmp_path, slurm, state, reason, expected):
     run = make_run(tmp_path / "run")
     events.record(run, "launched", jobs=["12"], launch="000")
     knows(slurm, JOB.format(state=state, reason=reason))
-    found = status.status(run)
+    found = run_status(run)
     assert found["state"] == expected
     assert found["jobs"][0]["reason"] == ("" if reason == "None" else reason)
 
@@ -105,10 +106,10 @@ def test_an_ended_job_that_the_controller_has_forgotten(tmp_path, slurm):
     events.record(run, "launched", jobs=["12"], launch="000")
     events.record(run, "attempt", job="12", restart=0, nodes=[], step=0, lineage="12")
     events.record(run, "ended", job="12", restart=0, kind="mistake", cause="no data", suspects=[], before=0, step=0)
-    found = status.status(run)
+    found = run_status(run)
     assert (found["state"], found["jobs"]) == ("ended at step 0: no data", [])
     slurm.answers("sacct", "echo '12|FAILED|00:01:00|1-00:00:00|node1'")
-    (job,) = status.status(run)["jobs"]
+    (job,) = run_status(run)["jobs"]
     assert (job["state"], job["run_time"], job["nodes"]) == ("FAILED", "00:01:00", "node1")
 
 
@@ -118,9 +119,9 @@ def test_a_run_without_slurm(tmp_path, slurm, capsys):
     trained(run, 40, 40)
     for name in ("scontrol", "sacct"):
         (slurm.folder / name).unlink()
-    assert status.status(run)["state"] == "finished"
+    assert run_status(run)["state"] == "finished"
     events.record(run, "launched", jobs=["12"], launch="000")
-    status.main([str(run)])
+    main([str(run)])
     assert "finished" in capsys.readouterr().out
 
 
@@ -130,7 +131,7 @@ def test_a_sweep_is_shown_run_by_run(tmp_path, slurm, capsys):
         make_run(folder / name, "sweep.yaml")
     trained(folder / "lr=2", 40, 40)
     events.record(folder, "launched", jobs=["12"], launch="000")
-    status.main([str(folder), "--json"])
+    main([str(folder), "--json"])
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(Path(run["run"]).name, run["state"]) for run in found] == [
         ("sweep", "not started"),
@@ -141,7 +142,7 @@ def test_a_sweep_is_shown_run_by_run(tmp_path, slurm, capsys):
 
 def test_another_folder_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="not a run folder"):
-        status.main([str(tmp_path)])
+        main([str(tmp_path)])
 
 
 def test_an_evaluation_of_long_ago_is_found(tmp_path, slurm):
@@ -151,7 +152,7 @@ def test_an_evaluation_of_long_ago_is_found(tmp_path, slurm):
     with (run / "metrics.jsonl").open("a") as file:
         file.write("\n" + steps)
     assert (run / "metrics.jsonl").stat().st_size > 1 << 17
-    found = status.status(run)
+    found = run_status(run)
     assert (found["step"], found["perplexity"]) == (4999, 33.25)
 
 
@@ -160,7 +161,7 @@ def test_a_configuration_that_cannot_be_read_hides_nothing_else(tmp_path, slurm,
     trained(run, 20, 15)
     (run / "config.yaml").write_text("later: 1\n")
     events.record(run, "ended", step=15)  # without the rest
-    status.main([str(run)])
+    main([str(run)])
     out = capsys.readouterr().out
     assert "config      config.yaml: later: unknown key" in out
     assert "checkpoint  step 15" in out

@@ -171,4 +171,4 @@ def test_a_signal_to_a_forked_process_is_its_own():
         _, status = os.waitpid(child, 0)
         time.sleep(0.1)
         assert os.WTERMSIG(status) == signal.SIGTERM
-        assert signals.asked() == 0
+        assert signals.received() == 0

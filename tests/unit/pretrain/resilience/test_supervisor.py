@@ -1,8 +1,9 @@
-"""How an attempt at a run ended, what follows, and when to give up."""
+"""The supervisor: exit reasons, restarts and requeues, and when it gives up."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -14,9 +15,10 @@ import pytest
 
 from bd3_common.errors import ConfigError
 from pretrain.commands.attempt import main
-from pretrain.resilience import supervisor as attempt
-from pretrain.resilience.exit_reason import Ending, Word, first_failure, fruitless_starts, judge
-from pretrain.resilience.supervisor import Job, fit
+from pretrain.resilience import child_process, supervisor
+from pretrain.resilience.exit_reason import ExitReason, SlurmLine, exit_reason, first_failure
+from pretrain.resilience.progress import finished, starts_without_progress
+from pretrain.resilience.slurm_job import SlurmJob, nodes_to_exclude
 from pretrain.run_folder import events, layout
 from slurm import client
 from tests.unit.slurm_fakes import FakeSlurm
@@ -24,8 +26,8 @@ from tests.unit.slurm_fakes import FakeSlurm
 ABORT = "srun: launch/slurm: _step_signal: Terminating StepId=17.0"
 
 
-def words(*lines: str, seconds: float = 0.1) -> list[Word]:
-    return [Word(seconds * number, line) for number, line in enumerate(lines)]
+def words(*lines: str, seconds: float = 0.1) -> list[SlurmLine]:
+    return [SlurmLine(seconds * number, line) for number, line in enumerate(lines)]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_what_srun_tells_of_the_first_failure(lines, expected):
 
 def test_tasks_that_srun_kills_in_the_end_are_not_to_blame():
     told = words("srun: error: node1: task 0: Exited with exit code 1", ABORT)
-    told.append(Word(8.0, "srun: error: node2: task 1: Killed"))
+    told.append(SlurmLine(8.0, "srun: error: node2: task 1: Killed"))
     assert first_failure(told) == (1, (), ())
 
 
@@ -88,18 +90,21 @@ KILLED = ("srun: error: node2: task 1: Killed", ABORT)
         (1, (), [], "failed", ()),
     ],
 )
-def test_how_an_attempt_ended(code, lines, happened, kind, suspects):
-    ending = judge(code, words(*lines), happened, None, "the last line")
-    assert (ending.kind, ending.suspects) == (kind, suspects)
-    assert ending.cause
-    assert ending.again == (kind not in ("done", "mistake"))
+def test_exit_reasons(code, lines, happened, kind, suspects):
+    reason = exit_reason(code, words(*lines), happened, None, "the last line")
+    assert (reason.kind, reason.bad_hosts) == (kind, suspects)
+    assert reason.cause
+    assert reason.may_restart == (kind not in ("done", "mistake"))
 
 
 def test_causes_are_told_with_what_is_known():
-    assert judge(143, [], [HANG]).cause == "rank 1 is silent"
-    assert judge(143, words("srun: error: node1: task 0: Exited with exit code 2"), [], None, "x: no").cause == "x: no"
-    assert judge(1, [], [BUG]).cause == "rank 3 failed: oops"
-    assert judge(76, [], [], {"node3": "slow"}) == Ending("bad node", "preflight: node3: slow", ("node3",))
+    assert exit_reason(143, [], [HANG]).cause == "rank 1 is silent"
+    assert (
+        exit_reason(143, words("srun: error: node1: task 0: Exited with exit code 2"), [], None, "x: no").cause
+        == "x: no"
+    )
+    assert exit_reason(1, [], [BUG]).cause == "rank 3 failed: oops"
+    assert exit_reason(76, [], [], {"node3": "slow"}) == ExitReason("bad node", "preflight: node3: slow", ("node3",))
 
 
 def ended(lineage: str = "12", before: int = 0, step: int = 0, kind: str = "failed", cause: str = "x") -> dict:
@@ -120,15 +125,21 @@ def ended(lineage: str = "12", before: int = 0, step: int = 0, kind: str = "fail
     ],
 )
 def test_starts_without_a_new_checkpoint_are_counted(happened, count):
-    assert fruitless_starts(happened, "12") == count
+    assert starts_without_progress(happened, "12") == count
 
 
-def test_of_more_nodes_than_the_layout_fits_some_stay_idle(capsys):
-    job = Job("12", nodes=("n1", "n2", "n3"))
+def test_of_more_nodes_than_the_layout_fits_some_stay_idle(caplog):
+    caplog.set_level(logging.INFO)
+    job = SlurmJob("12", nodes=("n1", "n2", "n3"))
     command = ["srun", "--nodes=3", "bd3", "pretrain"]
-    assert fit(command, job, [1, 2, 4]) == ["srun", "--nodes=2", "bd3", "pretrain"]
-    assert "n3 stay idle" in capsys.readouterr().err
-    assert fit(command, job, []) == fit(command, job, [3]) == fit(command, job, [4]) == command
+    assert supervisor.fit_nodes(command, job, [1, 2, 4]) == ["srun", "--nodes=2", "bd3", "pretrain"]
+    assert "n3 stay idle" in caplog.text
+    assert (
+        supervisor.fit_nodes(command, job, [])
+        == supervisor.fit_nodes(command, job, [3])
+        == supervisor.fit_nodes(command, job, [4])
+        == command
+    )
 
 
 def test_a_warning_that_comes_to_it_alone_is_passed_on(tmp_path):
@@ -245,14 +256,13 @@ def test_nodes_are_excluded_by_slurms_names_and_a_refusal_is_no_failure(tmp_path
 
 
 def test_a_whole_name_of_a_host_is_slurms_node(monkeypatch):
-    monkeypatch.setattr(attempt.client, "working_nodes", lambda _: ["node1", "node2", "node3"])
-    ending = Ending("hang", "x", ("node2.cluster.org", "elsewhere"))
-    assert attempt.exclusions(Job("12", 0, ("node1", "node2"), "main"), ending, {"NumNodes": "2"}) == ["node2"]
+    monkeypatch.setattr(client, "working_nodes", lambda _: ["node1", "node2", "node3"])
+    reason = ExitReason("hang", "x", ("node2.cluster.org", "elsewhere"))
+    assert nodes_to_exclude(SlurmJob("12", 0, ("node1", "node2"), "main"), reason, {"NumNodes": "2"}) == ["node2"]
 
 
-def test_a_controller_that_is_away_for_a_while_is_asked_again(monkeypatch):
+def test_a_call_is_retried_while_the_controller_is_away(monkeypatch, caplog):
     answers = iter(["Unable to contact slurm controller (connect failure)", "no answer within 60 s", None])
-    said: list[str] = []
 
     def ask() -> str:
         if (error := next(answers)) is not None:
@@ -260,14 +270,14 @@ def test_a_controller_that_is_away_for_a_while_is_asked_again(monkeypatch):
         return "there"
 
     monkeypatch.setattr(client, "_PAUSE", 0.0)
-    assert client.patiently(ask, 60, said.append) == "there"
-    assert len(said) == 2
+    assert client.retry_while_away(ask, 60) == "there"
+    assert caplog.text.count("retrying for") == 2
     answers = iter(["Requested operation is presently disabled for job 8"])
     with pytest.raises(client.SlurmError, match="disabled"):
-        client.patiently(ask, 60, said.append)
+        client.retry_while_away(ask, 60)
     answers = iter(["Unable to contact slurm controller"])
     with pytest.raises(client.SlurmError, match="Unable"):
-        client.patiently(ask, -1, said.append)
+        client.retry_while_away(ask, -1)
 
 
 def test_a_job_that_may_not_be_requeued_says_so(tmp_path, slurm):
@@ -291,19 +301,19 @@ def test_a_second_job_does_not_start_where_one_is_running(tmp_path, slurm):
 
 def test_a_run_stopped_in_its_last_evaluation_has_that_to_do(tmp_path):
     checkpoint(tmp_path, 40)
-    assert attempt.finished(tmp_path, 40)
+    assert finished(tmp_path, 40)
     events.record(tmp_path, "stopped", step=40, signal="SIGUSR1")
     events.record(tmp_path, "ended", kind="asked")
-    assert not attempt.finished(tmp_path, 40)
+    assert not finished(tmp_path, 40)
     events.record(tmp_path, "ended", kind="done")
-    assert attempt.finished(tmp_path, 40)
-    assert not attempt.finished(tmp_path, 41)
+    assert finished(tmp_path, 40)
+    assert not finished(tmp_path, 41)
 
 
 def test_what_the_command_leaves_running_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(attempt, "_LEFT_OPEN", 0.1)
+    monkeypatch.setattr(child_process, "_DRAIN", 0.1)
     begin = time.monotonic()
-    code, told = attempt.execute(["bash", "-c", "echo srun: a >&2; echo b >&2; sleep 20 & exit 3"], tmp_path)
+    code, told = child_process.run_command(["bash", "-c", "echo srun: a >&2; echo b >&2; sleep 20 & exit 3"], tmp_path)
     assert (code, [word.line for word in told]) == (3, ["srun: a"])
     assert time.monotonic() - begin < 10
 
@@ -386,7 +396,7 @@ def test_an_attempt_that_died_with_its_node_is_counted_at_the_next_start(tmp_pat
 
 def test_suspects_of_the_preflight_are_taken_once(tmp_path):
     (tmp_path / "suspects.json").write_text(json.dumps({"hosts": ["node3"], "reasons": {"node3": "slow"}}))
-    assert attempt.preflight_suspects(tmp_path, 76) == {"node3": "slow"}
-    assert attempt.preflight_suspects(tmp_path, 76) is None
+    assert supervisor.take_bad_nodes(tmp_path, 76) == {"node3": "slow"}
+    assert supervisor.take_bad_nodes(tmp_path, 76) is None
     (tmp_path / "suspects.json").write_text("{")
-    assert attempt.preflight_suspects(tmp_path, 76) is None
+    assert supervisor.take_bad_nodes(tmp_path, 76) is None
