@@ -92,7 +92,9 @@ class LaunchFolder:
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
             for room in PACKAGES:
-                shutil.copytree(ROOT / room, self.folder / layout.LAUNCH_CODE / room, ignore=shutil.ignore_patterns("__pycache__"))
+                shutil.copytree(
+                    ROOT / room, self.folder / layout.LAUNCH_CODE / room, ignore=shutil.ignore_patterns("__pycache__")
+                )
             for source, target in self.plugins.items():
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, target)
