@@ -1,12 +1,12 @@
-"""Megatron-core on a machine without CUDA: what it asks of ``torch.cuda``, answered by the CPU.
+"""Megatron-core without CUDA: its calls of ``torch.cuda``, redirected to the CPU.
 
-Megatron-core's parallelism, schedules and optimizers are plain torch underneath, but they name the CUDA device in a
-few places. On such a machine nothing behind these names works anyway, so :func:`install` points them at the CPU:
+Megatron-core's parallelism, schedules and optimizers are plain torch, but name the CUDA device in a few places. Without
+CUDA these calls would fail, so :func:`install` points them at the CPU:
 
 * the current device is ``cpu``, ``synchronize`` does nothing, and there is no stream;
 * the CUDA random state, which Megatron's tracker forks for dropout under tensor parallelism, is the CPU's. All four
-  functions matter: with one left out nothing fails, but the forks hand out wrong states;
-* rotary embeddings move their frequencies to the current device, which is then the CPU.
+  functions must be replaced: without one of them nothing fails, but the forks use wrong states;
+* rotary embeddings move their frequencies to the current device, the CPU.
 
 The optimizer and the schedules also create tensors on ``device="cuda"``, call ``Tensor.cuda()`` and compare
 ``Tensor.type()`` with CUDA type names. :class:`CudaMeansCpu` redirects these inside a ``with`` block only.

@@ -42,7 +42,8 @@ _NORM_BEFORE = {"self_attention.linear_qkv": "input_layernorm", "mlp.linear_fc1"
 class BlockDiffusionModel(LanguageModule):
     """Transformer over stacked streams with a SUBS head (arXiv 2503.09573).
 
-    One instance is one pipeline stage: the first holds the embedding, the last the final norm and the head.
+    One instance is a pipeline stage or a model chunk of it. The first has the embedding, the last the final norm and
+    the head.
 
     Args:
         config: with ``model.vocab_size`` and ``model.mask_id`` resolved.
@@ -118,7 +119,7 @@ class BlockDiffusionModel(LanguageModule):
         )
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied weight on this stage (Megatron's schedules look for it)."""
+        """The tied weight on this stage; Megatron's schedules call it."""
         if not self.share_embeddings_and_output_weights:
             return None
         return self.embedding.word_embeddings.weight if self.pre_process else self.output_layer.weight
@@ -131,13 +132,13 @@ class BlockDiffusionModel(LanguageModule):
         """Run this stage's layers over all streams.
 
         Args:
-            input_ids: ``[S b, l]``, whole streams as :class:`Batch` has them, of the positions this rank holds.
-            documents: ``[b, L]``, the document of each position of the whole rows; None lets a row be one.
+            input_ids: ``[S b, l]``, streams in the order of :class:`Batch`, at the positions of this rank.
+            documents: ``[b, L]``, the document of each position of whole rows; None: a row is one document.
 
         Returns:
-            ``[N, b, h]``, streams end to end as :class:`Streams` says (of the clean stream the positions of this rank
-            that are computed); from the last layer on only the predicting streams, unless
-            ``kernels.skip_last_clean_queries`` is off. The stage's shard of it under sequence parallelism.
+            ``[N, b, h]``, streams end to end in the order of :class:`Streams`, at this rank's positions. After the last
+            layer only the predicting streams, if ``kernels.skip_last_clean_queries``. Under sequence parallelism the
+            rank's shard of it.
         """
         streams = self.streams
         rotary = self.context.take(self._rotary(self.model.length), 0)
@@ -165,7 +166,7 @@ class BlockDiffusionModel(LanguageModule):
 
     @property
     def vocabulary(self) -> VocabularyShard:
-        """This rank's part of the vocabulary; the mask token and padding are never predicted."""
+        """This rank's shard of the vocabulary; the mask token and padding are never predicted."""
         never = (self.model.mask_id, *range(self.model.vocab_size, self.vocab_size))
         return VocabularyShard.of_this_rank(self.output_layer.output_size_per_partition, never)
 
@@ -178,12 +179,12 @@ class BlockDiffusionModel(LanguageModule):
     def forward(self, batch: Batch, total: bool = False) -> Tensor:
         """Weighted nll of every prediction, ``[R, L]`` in fp32 (hidden states on stages before the last).
 
-        ``batch`` holds the positions of this context-parallel rank, and so does the result. Only rows with a weight
-        reach the head, unless ``kernels.masked_rows_only`` is off.
+        ``batch`` and the result have the positions of this context-parallel rank. With ``kernels.masked_rows_only`` the
+        head computes only predictions that have a weight.
 
         Args:
-            total: give the sum of it, which is what training asks for: head and cross-entropy are then one
-                (``kernels.chunked_cross_entropy``).
+            total: return the sum, as training needs it; head and cross-entropy are then fused if
+                ``kernels.chunked_cross_entropy``.
         """
         hidden = self.hidden_states(batch.input_ids, batch.documents)
         if not self.post_process:
@@ -232,17 +233,17 @@ def streams_of(config: EngineConfig) -> Streams:
 
 
 def _without_dropout(config):
-    """The paper's backbone drops nothing out of the embedding; Megatron would use ``hidden_dropout`` there."""
+    """Configuration of the embedding, which has no dropout; Megatron would use ``hidden_dropout``."""
     config = copy.copy(config)
     config.hidden_dropout = 0.0
     return config
 
 
 def global_name(name: str, model: BlockDiffusionModel) -> str:
-    """A parameter's name with the layer counted over all pipeline stages, the same under every kind of layers.
+    """Name of a parameter or module with the layer counted over all pipeline stages, the same for all kinds of layers.
 
-    A tied head is the embedding, and a norm that Transformer Engine joins to a linear layer the norm before it.
-    Modules have names as well.
+    A tied head has the embedding's name. A norm that Transformer Engine fuses into a linear layer has the name of the
+    norm before it.
     """
     if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
         return EMBEDDING
@@ -256,13 +257,13 @@ def global_name(name: str, model: BlockDiffusionModel) -> str:
 
 
 def vocabulary_rows(name: str, model: ModelConfig) -> int | None:
-    """Rows without padding of a tensor with one row per token; None for the others."""
+    """Rows without padding of a tensor that has one row per token; None for other tensors."""
     return model.vocab_size if name == EMBEDDING or name.startswith("output_layer.") else None
 
 
 @torch.no_grad()
 def initialize(model: BlockDiffusionModel, seed: int) -> None:
-    """Draw the weights, each from a generator keyed by (seed, global name), so that no layout changes them.
+    """Draw initial weights from generators keyed by (seed, global name): the same under every layout.
 
     Matrices are normal with ``init_std``, those that write to the residual stream scaled by ``1 / sqrt(2 layers)``;
     norms start at one, biases at zero, and so does the head of a backbone with ``zero_head``.

@@ -1,4 +1,4 @@
-"""Process groups and random state, the same path for a world of 1 and of 1024, on CPU and GPU."""
+"""Process groups and random state, on one code path for any world size, on CPU and GPU."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from bd3_common.errors import ConfigError
 from bd3_megatron import cpu_compat
 from bd3_megatron.config import ParallelConfig
 
-PATIENCE_MINUTES = 120
-"""after which a collective fails of itself"""
+COLLECTIVE_TIMEOUT_MINUTES = 120
+"""a collective fails after this time"""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: ``rank`` of ``size`` overall, and its data-parallel coordinates.
+    """Place of this process: its rank in the world, and its data-parallel rank.
 
-    Ranks of one tensor, context or pipeline group share ``data_rank``: they work on the same rows.
+    Ranks of one tensor, context or pipeline group have the same ``data_rank``: they work on the same rows.
     """
 
     rank: int
@@ -34,7 +34,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """True on the one rank that writes logs and metrics."""
+        """True on rank 0, which writes logs and metrics."""
         return self.rank == 0
 
 
@@ -50,7 +50,7 @@ def start(
     Args:
         parallel: the layout; checked beforehand by :func:`bd3_megatron.layout.check_layout`.
         rank, size, local_rank: this process among all, and on its node (it picks the GPU).
-        store: rendezvous; None needs a world of 1.
+        store: rendezvous; may be None in a world of 1.
 
     Raises:
         ConfigError: the backend needs a GPU and there is none, or there are fewer GPUs than ranks.
@@ -66,9 +66,9 @@ def start(
                 f"GPU, or run on the CPU with CUDA_VISIBLE_DEVICES="
             )
         torch.cuda.set_device(local_rank)
-    # Whoever watches over the ranks, and can name the one that hangs, is to speak first, and leaves evaluation and
-    # checkpoints the time they take.
-    patience = max(PATIENCE_MINUTES, math.ceil(2 * parallel.timeout_minutes) + 1)
+    # The watchdog, which names the hung rank and allows for evaluations and checkpoints, must act before a collective
+    # times out.
+    timeout = max(COLLECTIVE_TIMEOUT_MINUTES, math.ceil(2 * parallel.timeout_minutes) + 1)
     backend = parallel.backend if parallel.backend != "auto" else ("nccl" if cuda else "gloo")
     if not dist.is_initialized():
         dist.init_process_group(
@@ -76,14 +76,14 @@ def start(
             rank=rank,
             world_size=size,
             store=dist.HashStore() if store is None and size == 1 else store,
-            timeout=datetime.timedelta(minutes=patience),
+            timeout=datetime.timedelta(minutes=timeout),
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.interleave if parallel.interleave > 1 else None,
         context_parallel_size=parallel.context,
-        distributed_timeout_minutes=patience,
+        distributed_timeout_minutes=timeout,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     return World(
@@ -96,17 +96,17 @@ def start(
 
 
 def stop() -> None:
-    """Leave all groups; after it :func:`start` may be called again in the same process."""
+    """Destroy all process groups; then :func:`start` may be called again in the same process."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
 def seed_dropout(seed: int, step: int) -> None:
-    """Set the dropout state as a function of (seed, step), so that a resumed run draws what it would have drawn.
+    """Set the dropout state as a function of (seed, step), so that a resumed run draws the same dropout.
 
-    Megatron derives each tensor-parallel rank's own state from it; ranks with other rows, other positions or other
-    layers are told apart here.
+    Megatron derives each tensor-parallel rank's state from it. Ranks with other rows, positions or layers get states
+    of their own here.
     """
     rows = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     layers = parallel_state.get_pipeline_model_parallel_rank()
@@ -114,6 +114,6 @@ def seed_dropout(seed: int, step: int) -> None:
 
 
 def dropout_seed(seed: int, step: int, rows: int, layers: int) -> int:
-    """A number below 2^62 that practically no other arguments give. Megatron adds a small offset per tensor rank."""
+    """Hash of the arguments, below 2^62: Megatron adds a small offset per tensor-parallel rank."""
     digest = hashlib.sha256(repr((seed, step, rows, layers)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 2

@@ -23,7 +23,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 
 @dataclass(frozen=True)
 class Traits:
-    """What a backbone computes. Exports carry the traits in ``config.json``.
+    """Traits: the choices that define the layers of a backbone. Exports carry them in ``config.json``.
 
     Every backbone is pre-norm with rotary positions, grouped-query attention without biases, and two-matrix or gated
     MLPs.

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Cost counts without torch: FLOPs, memory, activations, traffic, parameters by rank."""

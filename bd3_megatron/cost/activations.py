@@ -1,8 +1,8 @@
-"""What one micro-batch keeps for its backward pass on one rank, by part, and what is alive beside it for a moment.
+"""Activations: bytes that one micro-batch keeps for its backward pass on one rank, by part, and temporary tensors.
 
 The counts follow the operations of :mod:`bd3_megatron.layers.specs`, of the attention backend and of
-:mod:`bd3_megatron.model` one by one, and equal the bytes of the distinct storages that autograd holds; those of a GPU's
-kernels are not compared with one.
+:mod:`bd3_megatron.model` one by one, and equal the bytes of the distinct storages that autograd keeps. Those of CUDA
+kernels have not been compared with a GPU.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Rows:
         noisy: draws, K; 0 for the causal objective.
         clean: positions of the clean stream, 0 where there is none.
         block_size: B'.
-        leaves_clean: whether the last layer computes only the clean stream's keys and values.
+        leaves_clean: True if the last layer computes only keys and values of the clean stream.
     """
 
     length: int
@@ -38,7 +38,7 @@ class Rows:
 
     @property
     def positions(self) -> int:
-        """N."""
+        """Positions of all streams, N."""
         return self.noisy * self.length + self.clean
 
     @property
@@ -71,11 +71,11 @@ class Activations:
         norms: inputs and normalized values of the norms, in fp32.
         linears: inputs of the matrices.
         attention: what the attention backend keeps: queries, keys, values, outputs, log-sum-exps, masks.
-        mlp: what lies between the MLP's matrices.
-        dropout: its masks.
-        layer_inputs: all that full recomputation keeps of a layer.
+        mlp: tensors between the MLP's matrices.
+        dropout: dropout masks.
+        layer_inputs: inputs of layers, all that full recomputation keeps.
         head: the final norm, and the gradients that the head computes in its forward pass (or its logits).
-        inputs: token ids, and what masks and rotary embeddings need.
+        inputs: token ids, masks and rotary embeddings.
     """
 
     norms: float = 0
@@ -110,7 +110,7 @@ class Counter:
         micro_batch: rows b of a micro-batch.
         masked_rate: fraction of noisy tokens that the head reads.
         cuda: on CUDA torch keeps no normalized values of RMSNorm and one byte per dropout bit.
-        packed: attention keeps to the documents of a row: rows have masks of their own.
+        packed: attention stays inside documents, so every row has its own mask.
     """
 
     config: EngineConfig
@@ -141,7 +141,7 @@ class Counter:
         return self.config.optimization.element_bytes
 
     def chunk(self, chunk: Chunk) -> Activations:
-        """What a model chunk keeps of one micro-batch."""
+        """Bytes that a model chunk keeps of one micro-batch."""
         total = Activations()
         for layer in range(chunk.first_layer, chunk.first_layer + chunk.layers):
             total += self.kept_of_layer(layer)
@@ -152,8 +152,8 @@ class Counter:
         return total
 
     def peak(self, chunk: Chunk) -> float:
-        """Most that autograd holds of a chunk at one time: at the end of the forward pass, or when full recomputation
-        has made the last layer again and the head's part is gone."""
+        """Peak of what autograd keeps of a chunk, bytes: at the end of the forward pass, or, with full recomputation,
+        when the last layer has been recomputed and the head's part is freed."""
         kept = self.chunk(chunk)
         if self.parallel.recompute != "full":
             return kept.total
@@ -167,7 +167,7 @@ class Counter:
         return max(kept.total, kept.total - kept.head + again - shared)
 
     def kept_of_layer(self, layer: int) -> Activations:
-        """Of one layer under the configured recomputation."""
+        """Bytes that one layer keeps under the configured recomputation."""
         kept = self.parallel.recompute
         cells = self._cells(self.rows.positions)
         if kept == "full":
@@ -178,7 +178,7 @@ class Counter:
         return Activations(**whole.parts() | {"attention": self._query_key_value(layer) * self.size})
 
     def layer(self, layer: int) -> Activations:
-        """What a layer keeps without recomputation (also what recomputation makes again, one layer at a time)."""
+        """Bytes that a layer keeps without recomputation, which are also those of one recomputed layer."""
         model, size, traits = self.model, self.size, self.model.traits
         cells, asking = self._cells(self.rows.positions), self._asking(layer)  # the same but in the last layer
         hidden, inner = self._hidden, model.ffn / self.parallel.tensor
@@ -191,7 +191,7 @@ class Counter:
             norms += (copies - 1) * (asking * self._query + cells * self._grouped) * _FP32
         linears = (cells * hidden + asking * (hidden + self._query + inner)) * size
         if self._leaves(layer):
-            # Both projections read the gathered input, and copy their rows of the weight unless they lie together.
+            # Both projections read the gathered input, and copy their rows of the weight unless these are contiguous.
             linears += cells * (model.hidden - hidden) * size
             linears += self._fused * model.hidden * size if self._groups > 1 else 0
         mlp = asking * inner * (4 if traits.gated else 1) * size
@@ -264,7 +264,7 @@ class Counter:
         model, size, rows = self.model, self.size, self.rows
         cells = max(self._asking(n) for n in range(chunk.first_layer, chunk.first_layer + chunk.layers))
         stream = cells * self._hidden * size  # the residual stream, or a branch before or after its norm
-        # The projection, queries and keys after the rotary embedding, the output; clean keys and values in one piece,
+        # The projection, queries and keys after the rotary embedding, the output; contiguous clean keys and values,
         # queries and output of one tile.
         query, key = cells * self._query * size, cells * self._grouped * size
         tile = min(tile_size(rows.length, rows.block_size), rows.length)
@@ -287,11 +287,11 @@ class Counter:
         return positions / self.parallel.context * self.micro_batch
 
     def _leaves(self, layer: int) -> bool:
-        """Whether the layer is the last one and leaves the clean stream's queries out."""
+        """True if the layer is the last one and computes no queries of the clean stream."""
         return self.rows.leaves_clean and layer == self.model.layers - 1
 
     def _asking(self, layer: int) -> float:
-        """Cells that ask and go on through the MLP."""
+        """Positions that have queries and go through the MLP."""
         return self._cells(self.rows.after if self._leaves(layer) else self.rows.positions)
 
     @property
@@ -354,10 +354,10 @@ class Counter:
         """Elements of query and key after the rotary embedding, and of the value, which is a view of the projection
         that it comes from (and that the norms of queries and keys keep in fp32)."""
         cells = self._cells(self.rows.positions)
-        held = self._asking(layer) * self._query + cells * self._grouped
+        kept = self._asking(layer) * self._query + cells * self._grouped
         if not self.model.traits.qk_norm or self.size < _FP32:
-            held += cells * (2 * self._grouped if self._leaves(layer) else self._fused)
-        return held
+            kept += cells * (2 * self._grouped if self._leaves(layer) else self._fused)
+        return kept
 
     def _attention(self, layer: int) -> float:
         """Bytes that the attention backend keeps."""

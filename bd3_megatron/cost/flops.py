@@ -1,7 +1,7 @@
-"""Counts of floating-point operations, with their assumptions stated.
+"""Counts of floating-point operations, with their assumptions.
 
-A multiply-add is two operations. Norms, activations, rotary embeddings and softmax are left out, as is the embedding
-lookup. A token is a data token: L per row, however many streams carry it. A training step is three forward passes
+A multiply-add is two operations. Norms, activations, rotary embeddings, softmax and the embedding lookup are not
+counted. A token is a data token: L per row, however many streams carry it. A training step is three forward passes
 (forward, gradient by input, gradient by weight); recomputation is not counted as useful.
 """
 
@@ -40,9 +40,8 @@ def layer_parameters(model: ModelConfig) -> dict[str, int]:
 def forward_flops(model: ModelConfig, diffusion: DiffusionConfig, mask_rate: float | None = None) -> Flops:
     """Useful forward FLOPs per data token.
 
-    That is: only pairs the mask admits, the last layer's clean stream only to its keys and values, and the head only
-    on masked rows of the noisy streams. Counted, although nobody reads it, is the last block of the clean stream:
-    B' / L of it.
+    Useful are pairs that the mask admits, of the clean stream in the last layer only keys and values, and the head on
+    masked positions only. The last block of the clean stream is counted although no block attends to it.
 
     Args:
         mask_rate: fraction of tokens masked; None takes the mean of the configured schedule and interval.

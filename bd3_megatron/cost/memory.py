@@ -1,7 +1,7 @@
-"""What a rank keeps in memory between steps: weights, gradients, master weights, moments and EMA, in bytes.
+"""Memory of a rank between steps: bytes of weights, gradients, master weights, moments and EMA.
 
-Counted without torch, from the shapes of :mod:`bd3_megatron.cost.partition`, and equal to the tensors that the engines
-allocate. What lives for one micro-batch is counted in :mod:`bd3_megatron.cost.activations`.
+The counts follow from the shapes of :mod:`bd3_megatron.cost.partition` and equal the tensors that engines allocate.
+Memory of one micro-batch is counted in :mod:`bd3_megatron.cost.activations`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _FP32 = 4
 
 @dataclass(frozen=True)
 class State:
-    """Bytes that one rank holds all the time.
+    """Bytes that one rank needs all the time.
 
     Attributes:
-        weights: as the model computes with them, bf16 or fp32.
+        weights: in the type of computation, bf16 or fp32.
         gradients: fp32 sums over micro-batches.
-        masters: fp32 master weights; none where weights are fp32 themselves.
+        masters: fp32 master weights; 0 if weights are fp32 themselves.
         moments: Adam's two, fp32.
-        ema: the average, fp32.
+        ema: EMA weights, fp32.
         parameters: number of parameters in the model's shards, vocabulary padding included.
-        owned: of these, how many this rank updates.
-        host: bytes of the above that lie in CPU memory (ZeRO's offload).
+        owned: number of them that this rank updates.
+        host: bytes of the above in CPU memory (ZeRO's offload).
     """
 
     weights: int
@@ -46,7 +46,7 @@ class State:
 
     @property
     def total(self) -> int:
-        """On the device."""
+        """Bytes on the device."""
         return self.weights + self.gradients + self.masters + self.moments + self.ema - self.host
 
     def parts(self) -> dict[str, int]:
@@ -55,14 +55,14 @@ class State:
 
 
 def state_bytes(config: EngineConfig, data_size: int, stage: int = 0) -> list[State]:
-    """State of every data-parallel rank of a pipeline stage, one entry per rank that shards it differently.
+    """Memory of every data-parallel rank of a pipeline stage.
 
     Args:
         config: with ``model.vocab_size`` resolved.
         data_size: data-parallel ranks, context-parallel ones not included.
 
     Returns:
-        One entry where all data-parallel ranks hold the same, else one for each (context-parallel ranks included).
+        One entry if all data-parallel ranks need the same, else one for each (context-parallel ranks included).
     """
     model, parallel, optimization = config.model, config.parallel, config.optimization
     chunks = [parameter_shapes(model, chunk, parallel.tensor) for chunk in stage_chunks(model, parallel)[stage]]
@@ -94,7 +94,7 @@ def state_bytes(config: EngineConfig, data_size: int, stage: int = 0) -> list[St
 
 
 def heaviest(states: list[State]) -> State:
-    """The entry of the rank that holds most."""
+    """The entry of the rank that needs most."""
     return max(states, key=lambda state: state.total + state.host)
 
 
@@ -127,29 +127,29 @@ def _elements(shapes: dict[str, Shape]) -> int:
 
 # ---- checkpoints ----
 
-# A box of a checkpoint is a torch archive of one tensor. Around its values, which begin at a multiple of 64 bytes, lie
-# the names and headers of its seven records: measured with torch 2.13.
-_BOX_BYTES = 1_577
-_BOX_INDEX_BYTES = 300
+# A chunk in a checkpoint is a torch archive of one tensor. Names and headers of its seven records surround its values,
+# which begin at a multiple of 64 bytes: measured with torch 2.13.
+_CHUNK_BYTES = 1_577
+_CHUNK_INDEX_BYTES = 300
 _LISTING_BYTES = 1_200
 
 
 def checkpoint_bytes(config: EngineConfig, data_size: int) -> int:
-    """Bytes of one checkpoint folder: fp32 boxes of weights, two moments and EMA, their index and the list of files.
+    """Bytes of one checkpoint folder: fp32 chunks of weights, two moments and EMA, their index and the list of files.
 
-    The vocabulary is unpadded, and what several ranks hold alike is written once. Every tensor-parallel shard is a box
-    of its own; sharded optimizers cut some parameters into up to three boxes for every rank that holds a part.
+    The vocabulary is unpadded, and replicas are written once. Every tensor-parallel shard is a chunk of its own;
+    sharded optimizers cut some parameters into up to three chunks for every rank that owns a part.
     """
     model, parallel, zero = config.model, config.parallel, config.zero
     whole = parameter_shapes(model, stage_chunks(model, ParallelConfig())[0][0])
     sections = 4 if config.optimization.ema_decay > 0 else 3
-    boxes = 0
+    chunks = 0
     for shape in whole.values():
-        boxes += parallel.tensor if len(shape) > 1 else 1
+        chunks += parallel.tensor if len(shape) > 1 else 1
     if parallel.distributed_optimizer or zero.stage:
         ranks = data_size * parallel.context
         # Cuts between ranks fall inside parameters: each leaves part of a row, whole rows, part of a row twice.
         cuts = (ranks - 1) * parallel.pipeline * parallel.tensor
-        boxes += 5 * cuts if zero.stage < 3 else 4 * len(whole) * (ranks - 1)
+        chunks += 5 * cuts if zero.stage < 3 else 4 * len(whole) * (ranks - 1)
     values = sections * _elements(whole) * _FP32
-    return values + sections * boxes * (_BOX_BYTES + _BOX_INDEX_BYTES) + _LISTING_BYTES
+    return values + sections * chunks * (_CHUNK_BYTES + _CHUNK_INDEX_BYTES) + _LISTING_BYTES

@@ -1,4 +1,4 @@
-"""Which parameters each rank holds: shapes and counts without torch, equal to those of the model that is built.
+"""Parameters of each rank: shapes and counts without torch, equal to those of the model that is built.
 
 Tensor parallelism cuts matrices, pipeline stages take layers, and a stage holds one chunk of the model or several
 (interleaved). Names and their order are those of :func:`bd3_megatron.engine.stage.named_parameters`.
@@ -17,11 +17,11 @@ from bd3_megatron.layout import split_layers
 
 @dataclass(frozen=True)
 class Chunk:
-    """One model chunk of one pipeline stage: a run of layers, with the embedding or the head where it has them.
+    """One model chunk of one pipeline stage: consecutive layers, and the embedding or the head on the outer stages.
 
     Attributes:
         first_layer, layers: the layers ``first_layer .. first_layer + layers - 1`` of the whole model.
-        embedding, head: whether it begins or ends the model.
+        embedding, head: True if the chunk begins, ends the model.
     """
 
     first_layer: int
@@ -49,7 +49,7 @@ def padded_rows(vocab_size: int, tensor: int) -> int:
     return -(-vocab_size // tensor) * tensor
 
 
-# Bytes of a chunk's logits in fp32: in a CPU's cache; on a GPU, enough rows for its matrix products.
+# Bytes of a chunk's logits in fp32: small enough for a CPU's cache; on a GPU, enough rows for efficient products.
 _CHUNK_BYTES, _CUDA_CHUNK_BYTES = 2**24, 2**29
 
 
@@ -60,10 +60,9 @@ def rows_per_chunk(columns: int, cuda: bool) -> int:
 
 
 def parameter_shapes(model: ModelConfig, chunk: Chunk, tensor: int = 1) -> dict[str, Shape]:
-    """Shape of every parameter that one tensor-parallel rank holds of a chunk, by global name, as built.
+    """Shape of every parameter of a chunk on one tensor-parallel rank, by global name, in the order of the model.
 
-    A tied head counts as the embedding that it is a copy of where it lies on another stage, and not at all on the
-    stage of the embedding.
+    A tied head has the embedding's name on a stage of its own, and no parameter on the embedding's stage.
     """
     backbone, shapes = model.family, {}
 
@@ -82,11 +81,11 @@ def parameter_shapes(model: ModelConfig, chunk: Chunk, tensor: int = 1) -> dict[
 
 
 def parameter_count(model: ModelConfig, chunk: Chunk, tensor: int = 1) -> int:
-    """Parameters that one tensor-parallel rank holds of a chunk, vocabulary padding included."""
+    """Number of parameters of a chunk on one tensor-parallel rank, vocabulary padding included."""
     return sum(map(math.prod, parameter_shapes(model, chunk, tensor).values()))
 
 
-# ---- how Megatron lays gradients out, and what a rank of the distributed optimizer owns ----
+# ---- Megatron's gradient buffers, and the shards of the distributed optimizer ----
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class GradientBuffer:
 
     Attributes:
         places: (start, end) of every parameter in the buffer.
-        buckets: (start, end) of the parts that are reduced together; their ends include padding.
+        buckets: (start, end) of the parts that are reduced in one collective; ends include padding.
     """
 
     places: tuple[tuple[int, int], ...]
@@ -107,8 +106,8 @@ class GradientBuffer:
         return self.buckets[-1][1]
 
     def owned(self, ranks: int) -> list[int]:
-        """Parameters (without padding) that each of ``ranks`` data-parallel ranks updates: an equal part of every
-        bucket."""
+        """Number of parameters, without padding, that each of ``ranks`` data-parallel ranks updates: an equal part of
+        every bucket."""
         counts = [0] * ranks
         for low, high in self.buckets:
             size = (high - low) // ranks
@@ -125,14 +124,14 @@ class GradientBuffer:
 def gradient_buffer(
     shapes: dict[str, Shape], sharded: bool, ranks: int, bucket_size: int | None, own_bucket: bool = False
 ) -> GradientBuffer:
-    """Lay parameters out as Megatron-core 0.16 does, last one first.
+    """Lay out parameters in a buffer as Megatron-core 0.16 does, the last one first.
 
     Args:
         sharded: with the distributed optimizer, which aligns parameters to 64 elements and pads buckets to
             lcm(ranks, 128).
         ranks: data-parallel ranks, context-parallel ones included.
         bucket_size: elements after which a bucket is closed; None makes one bucket.
-        own_bucket: the embedding is shared by stages, and the distributed optimizer gives it a bucket of its own.
+        own_bucket: stages share the embedding, for which the distributed optimizer has a bucket of its own.
     """
 
     def aligned(value: int, to: int) -> int:

@@ -1,7 +1,7 @@
-"""What a rank sends to others in one training step, by kind, in bytes.
+"""Traffic: bytes that a rank sends in one training step, by kind.
 
 Ring algorithms are assumed: an all-reduce of n bytes over r ranks sends ``2 (r-1)/r n`` from every rank, a gather or
-a reduce-scatter half of that. Norms, losses and maxima are left out: each is a few numbers.
+a reduce-scatter half of that. Norms, losses and maxima, a few numbers each, are not counted.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Traffic:
     """One kind of communication of one rank.
 
     Attributes:
-        kind: what and how, for people.
+        kind: description for people.
         sent: bytes that the rank sends in a step.
-        span: consecutive ranks within which the group lies: it stays inside a node of at least as many devices.
-        hidden: whether it goes on beside computation as far as there is some (gradients, in the backward pass).
+        span: number of consecutive ranks that contain the group; a node with as many devices contains it too.
+        hidden: True if it overlaps with computation (gradients, in the backward pass).
     """
 
     kind: str
@@ -33,8 +33,8 @@ class Traffic:
 
 
 def spans(parallel: ParallelConfig, world_size: int) -> dict[str, int]:
-    """Consecutive ranks that hold one group of each kind: Megatron lets tensor ranks be neighbours, then context,
-    data and pipeline ranks."""
+    """Number of consecutive ranks that contain a group of each kind; Megatron orders ranks by tensor, context, data,
+    pipeline."""
     tensor, context = parallel.tensor, parallel.tensor * parallel.context
     return {"tensor": tensor, "context": context, "data": world_size // parallel.pipeline, "pipeline": world_size}
 
@@ -53,16 +53,16 @@ def step_traffic(
     micro_batches: int,
     data_size: int,
 ) -> list[Traffic]:
-    """Traffic of one rank of a pipeline stage; kinds without any are left out.
+    """Traffic of one rank of a pipeline stage, without the kinds that send nothing.
 
     Args:
-        chunks: of the stage.
         stages: for each of them, (virtual stages before, virtual stages after) in the whole model, 0 at the ends.
-        state: of the rank.
-        positions: of a row over all streams, of the whole row (not of a context-parallel rank).
-        after: of these, those that go on after the last layer's keys and values.
-        clean_positions: of these, whose keys and values context-parallel ranks exchange.
-        head_rows: rows of a micro-batch that the head reads on one rank.
+        chunks: the stage's model chunks.
+        state: memory of the rank.
+        positions: positions of a whole row in all streams.
+        after: those of them that leave the last layer.
+        clean_positions: those of them whose keys and values context-parallel ranks exchange.
+        head_rows: positions of a micro-batch that the head reads on one rank.
     """
     model, parallel, size = config.model, config.parallel, config.optimization.element_bytes
     reach = spans(parallel, data_size * parallel.tensor * parallel.context * parallel.pipeline)

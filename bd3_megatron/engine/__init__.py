@@ -9,7 +9,7 @@ from bd3_megatron.parallel import World
 
 
 def check_installed(config: EngineConfig) -> None:
-    """Check that this machine has what the engine needs.
+    """Check that the packages and devices that the engine needs are here.
 
     Raises:
         ConfigError: DeepSpeed or Transformer Engine is not installed, what offloading needs is not built, or the GPU
@@ -26,7 +26,7 @@ def check_installed(config: EngineConfig) -> None:
 
 
 def build_engine(config: EngineConfig, world: World, seed: int = 0) -> Engine:
-    """The engine that a configuration asks for: DeepSpeed's where ``zero.stage`` is set, else Megatron's.
+    """Build the engine of a configuration: DeepSpeed's if ``zero.stage`` is above 0, else Megatron's.
 
     Raises:
         ConfigError: as :func:`check_installed`.

@@ -1,4 +1,4 @@
-"""What the training loop asks of an engine. An engine owns the model, the optimizer and how both are sharded."""
+"""Engine interface: an engine owns the model and the optimizer, and shards both."""
 
 from __future__ import annotations
 
@@ -16,49 +16,59 @@ from bd3_megatron.shards import ShardedTensor
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step, the same on every rank unless stated.
+    """Result of one optimizer step, the same on every rank unless stated.
 
     Attributes:
         loss: mean over the global batch, nats per token.
-        grad_norm: of the whole gradient before clipping; infinite or NaN where it is not finite.
-        applied: whether weights were updated. Where loss or norm are not finite they were not, and weights, moments,
-            EMA and the number of updates are bit for bit what they were.
-        suspects: of a step that was not applied, which of this rank's micro-batches had a loss that is not finite;
-            known to the ranks of the last pipeline stage.
+        grad_norm: norm of the whole gradient before clipping; may be infinite or NaN.
+        applied: True if weights were updated. A step with a non-finite loss or norm is not applied: weights, moments,
+            EMA and the number of updates keep their bits.
+        nonfinite_batches: for a step that was not applied, numbers of this rank's micro-batches with a non-finite
+            loss. Only ranks of the last pipeline stage know them.
     """
 
     loss: float
     grad_norm: float
     applied: bool = True
-    suspects: tuple[int, ...] = ()
+    nonfinite_batches: tuple[int, ...] = ()
 
 
 class Engine(Protocol):
-    """Trains and evaluates one model; every rank calls every method, in the same order."""
+    """Trains and evaluates one model. Every rank calls every method, in the same order."""
 
     world: World
     updates: int
-    """Steps that were applied: what Adam's bias correction and the EMA's warm-up count."""
+    """number of applied steps; Adam's bias correction and the EMA's warm-up depend on it"""
 
     def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        """One optimizer step over this data-parallel rank's micro-batches, all of one size.
+        """Run one optimizer step over this data-parallel rank's micro-batches, all of one size.
 
-        A step whose loss or gradient norm is not finite changes no state that :meth:`state` holds but the histories
-        of FP8, which forget the values of this step that are not finite."""
+        A step with a non-finite loss or gradient norm changes nothing in :meth:`state` except the FP8 histories,
+        from which the non-finite values of the step are removed.
+
+        Args:
+            lr: learning rate of this step.
+        """
 
     def forward(self, batches: Sequence[Batch]) -> list[Tensor]:
         """Weighted nll ``[R, L]`` of each micro-batch, on the CPU, the same on all ranks of a pipeline."""
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Context in which the model computes with the EMA weights (with its own when no EMA is kept)."""
+        """Context in which the model computes with the EMA weights, or with its own if there is no EMA."""
 
     def state(self) -> dict[str, ShardedTensor]:
-        """What a checkpoint holds: this rank's chunks of fp32 tensors by ``section/global parameter name``, sections
-        ``weights``, ``exp_avg``, ``exp_avg_sq`` and, when kept, ``ema``; of FP8 with delayed scaling also the section
-        ``fp8``, which a checkpoint may lack. The chunks are live memory, not copies."""
+        """Sharded state dict for checkpoints: this rank's chunks by ``section/global parameter name``, fp32.
+
+        Sections are ``weights``, ``exp_avg``, ``exp_avg_sq``, with an EMA ``ema``, and with delayed FP8 scaling
+        ``fp8``, which a checkpoint may lack. The chunks are live memory, not copies.
+        """
 
     def loaded(self, updates: int) -> None:
-        """To be called after the chunks of :meth:`state` were filled from a checkpoint of that many updates."""
+        """Take over the chunks of :meth:`state`, which were filled from a checkpoint of ``updates`` updates."""
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take whole tensors by global name as weights and EMA. Raises KeyError where one is missing."""
+        """Set weights and EMA from whole tensors by global name.
+
+        Raises:
+            KeyError: a parameter has no tensor.
+        """

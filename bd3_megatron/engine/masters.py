@@ -1,4 +1,4 @@
-"""What an optimizer shard holds of a model: fp32 master weights, Adam's moments and the EMA, by global name.
+"""Optimizer shards: this rank's fp32 master weights, Adam moments and EMA weights, by global name.
 
 Both engines cut a model differently (whole parameters, flat ranges of them, partitions of flattened groups), and all
 cuts are ranges of flattened tensor-parallel shards. Everything that follows from that is here once: the state that
@@ -105,8 +105,7 @@ class MasterWeights:
 
 
 class OwnsMasters:
-    """What every engine does with its :class:`MasterWeights` and its :class:`bd3_megatron.engine.scaling.Fp8State`,
-    see :class:`bd3_megatron.engine.base.Engine`."""
+    """Methods of :class:`bd3_megatron.engine.base.Engine` that both engines implement with their master weights."""
 
     masters: MasterWeights
     fp8: Fp8State

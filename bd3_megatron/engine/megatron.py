@@ -22,13 +22,13 @@ from bd3_megatron.engine.base import StepResult
 from bd3_megatron.engine.masters import Master, MasterWeights, OwnsMasters
 from bd3_megatron.engine.scaling import Fp8State
 from bd3_megatron.engine.stage import (
-    agreed_loss,
     build_stage,
     forward_rows,
+    global_loss,
     named_parameters,
+    nonfinite_batches,
     parameter_spec,
     run_schedule,
-    suspects,
 )
 from bd3_megatron.model import BlockDiffusionModel
 from bd3_megatron.parallel import World
@@ -40,8 +40,9 @@ class MegatronEngine(OwnsMasters):
 
     Args:
         world: from :func:`bd3_megatron.parallel.start`.
-        seed: of the initial weights.
-        training: False builds the model alone, for evaluation and sampling.
+        config: with ``model.vocab_size`` and ``model.mask_id`` resolved; ``zero`` is ignored.
+        seed: seed of the initial weights.
+        training: False builds the model without an optimizer, for evaluation and sampling.
     """
 
     def __init__(self, config: EngineConfig, world: World, seed: int = 0, training: bool = True):
@@ -58,7 +59,7 @@ class MegatronEngine(OwnsMasters):
 
     @property
     def module(self) -> BlockDiffusionModel:
-        """The model where this rank holds one chunk of it."""
+        """The model chunk of a rank that has only one."""
         (module,) = self.modules
         return module
 
@@ -90,13 +91,13 @@ class MegatronEngine(OwnsMasters):
         with cpu_compat.redirected():
             self.optimizer.prepare_grads()
             norm = float(self.optimizer.get_grad_norm())
-            loss, finite = agreed_loss(outputs, norm, self.world)
+            loss, finite = global_loss(outputs, norm, self.world)
             if finite:
                 self._clip(norm)
                 self.optimizer.step_with_ready_grads()
         if not finite:
             self.fp8.forget_overflow()
-            return StepResult(loss, norm, applied=False, suspects=suspects(outputs))
+            return StepResult(loss, norm, applied=False, nonfinite_batches=nonfinite_batches(outputs))
         self.updates += 1
         self.masters.update_ema(self.updates)
         return StepResult(loss, norm)
@@ -125,7 +126,7 @@ class MegatronEngine(OwnsMasters):
             sharded_tensor(parameter, parameter_spec(name, parameter, module)).fill(weights[name])
 
     def _clip(self, norm: float) -> None:
-        """Scale the prepared gradients down to ``clip_norm``, as Megatron's own ``step`` does between its halves."""
+        """Scale the prepared gradients down to ``clip_norm``, as Megatron's own ``step`` does."""
         if self.optimization.clip_norm > 0:
             for part in self._parts():
                 clip_grad_by_total_norm_fp32(part.get_parameters(), self.optimization.clip_norm, norm)
@@ -135,7 +136,7 @@ class MegatronEngine(OwnsMasters):
         return [part for part in self.optimizer.chained_optimizers if not getattr(part, "is_stub_optimizer", False)]
 
     def _masters(self) -> dict[str, Master]:
-        """What this rank updates of every parameter: all of it, or its range under the distributed optimizer."""
+        """Master weights of this rank: whole parameters, or its ranges of them under the distributed optimizer."""
         masters = {}
         for name, parameter, module in named_parameters(self.modules):
             spec = parameter_spec(name, parameter, module)
@@ -187,8 +188,8 @@ class MegatronEngine(OwnsMasters):
 
 
 def _count(optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """Tell Adam how many updates were made. torch's counts by parameter; Transformer Engine's, which Megatron takes
-    where it is installed, and Apex's count by group."""
+    """Set Adam's number of updates. torch's Adam counts by parameter; Transformer Engine's, which Megatron prefers if
+    it is installed, and Apex's count by group."""
     for group in optimizer.param_groups:
         group["step"] = updates
 

@@ -1,4 +1,4 @@
-"""DeepSpeed itself, imported quietly, and its compiled Adam for offloaded optimizer state, built ahead of time.
+"""DeepSpeed imported without its messages, and its compiled Adam for offloaded optimizer state, built ahead of time.
 
     python -m bd3_megatron.engine.ops
 
@@ -32,7 +32,7 @@ _STAMP = "built-for.txt"
 
 
 def import_deepspeed(key: str) -> ModuleType:
-    """DeepSpeed, imported at first use because it takes seconds; it reports errors only and compiles nothing.
+    """Import DeepSpeed at its first use, because that takes seconds; it logs errors only and compiles nothing.
 
     Args:
         key: setting that asks for it, for the error text.
@@ -76,13 +76,13 @@ def environment(name: str, value: str) -> Iterator[None]:
 
 
 def built() -> bool:
-    """Whether the operation is there, built for this torch, this DeepSpeed and this kind of processor."""
+    """True if the operation is built for this torch, this DeepSpeed and this kind of processor."""
     stamp = _folder() / _STAMP
     return stamp.is_file() and stamp.read_text() == _builds_for()
 
 
 def load() -> None:
-    """Hand the built operation to DeepSpeed.
+    """Register the built operation with DeepSpeed.
 
     Raises:
         ConfigError: it is not built.
@@ -97,7 +97,7 @@ def load() -> None:
 
 
 def build() -> Path:
-    """Build the operation unless it is there; the folder that holds it.
+    """Build the operation unless it is built, and return its folder.
 
     Raises:
         ConfigError: DeepSpeed is not installed, or there is no compiler, or it failed.
@@ -127,7 +127,7 @@ def build() -> Path:
 
 
 def main() -> int:
-    """Build, and say so; exit status."""
+    """Build the operation and print where it is; the exit code."""
     try:
         import_deepspeed("zero.offload=true")
         if not built():
@@ -146,7 +146,7 @@ def _folder() -> Path:
 
 
 def _builds_for() -> str:
-    """What a build depends on: it uses every instruction of the processor it was made on."""
+    """Versions and processor that a build is valid for: it uses every instruction of the processor."""
     from importlib.metadata import version
 
     listing = Path("/proc/cpuinfo")  # Linux
@@ -158,7 +158,7 @@ def _builds_for() -> str:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One build at a time. The system drops this lock when its holder dies, unlike torch's lock file."""
+    """Context that allows one build at a time; unlike torch's lock file, the lock ends with its process."""
     with open(folder / "building", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,7 +1,7 @@
-"""The state of FP8 with delayed scaling: each layer's scales, and the history of largest values they follow from.
+"""State of delayed FP8 scaling: each layer's scales, and the history of maxima from which they follow.
 
-Largest values are taken over all ranks that share a layer, so that between steps every rank holds the same state and a
-checkpoint can hold it under names that know no layout. The other recipes keep nothing.
+Maxima are taken over all ranks that share a layer. Between steps every rank has the same state, so a checkpoint stores
+it under names without a layout. The other recipes have no state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DIRECTIONS = {"scaling_fwd": "forward", "scaling_bwd": "backward"}
 
 
 class Fp8State:
-    """Of one rank's model chunks; empty unless they train with delayed scaling.
+    """FP8 state of one rank's model chunks; empty unless they train with delayed scaling.
 
     Attributes:
         tensors: live fp32 tensors by ``layer/direction/kind``: ``scale`` ``[n]`` and ``amax_history`` ``[history, n]``
@@ -36,23 +36,23 @@ class Fp8State:
                 self.tensors |= _delayed(module)
 
     def state(self) -> dict[str, ShardedTensor]:
-        """What a checkpoint holds, see :meth:`bd3_megatron.engine.base.Engine.state`."""
+        """Section ``fp8`` of :meth:`bd3_megatron.engine.base.Engine.state`."""
         return {
             f"{SECTION}/{name}": ShardedTensor(tuple(x.shape), (Chunk((0,) * x.dim(), x),))
             for name, x in self.tensors.items()
         }
 
     def weights_changed(self) -> None:
-        """Let the next forward pass cast the weights anew: FP8 copies serve all micro-batches of a step."""
+        """Make the next forward pass cast the weights again; FP8 copies are shared by the micro-batches of a step."""
         for module in self._modules:
             module.set_is_first_microbatch()
 
     @torch.no_grad()
     def forget_overflow(self) -> None:
-        """Take out of the histories what is not finite, after a step that was not applied.
+        """Remove non-finite values from the histories, after a step that was not applied.
 
-        Transformer Engine keeps a scale while the largest value of its history is not finite: one such value would
-        freeze it for as long as the history remembers. Finite values of such a step stay, however large.
+        Transformer Engine does not update a scale while the maximum of its history is not finite, so one such value
+        would freeze the scale for the length of the history. Finite values of the step stay, however large.
         """
         for name, tensor in self.tensors.items():
             if name.endswith("/amax_history"):
@@ -60,7 +60,7 @@ class Fp8State:
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
-        """Context of an evaluation, which leaves largest values behind that training has not seen."""
+        """Context that restores the state at its end, for evaluations, whose maxima do not belong to training."""
         kept = [x.clone() for x in self.tensors.values()]
         try:
             yield
@@ -71,7 +71,7 @@ class Fp8State:
 
 @torch.no_grad()
 def _delayed(module: BlockDiffusionModel) -> dict[str, Tensor]:
-    """Create the scales that Transformer Engine would create in the first step, so that a checkpoint can be read."""
+    """Create the scales now, not in the first step, so that a checkpoint can be read into them."""
     found = {}
     with get_fp8_context(module.config):
         for name, layer in module.named_modules():

@@ -1,4 +1,4 @@
-"""This rank's pipeline stage and Megatron's schedules over it: what both engines share."""
+"""Parts that both engines share: this rank's pipeline stage, and Megatron's schedules over it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def named_parameters(modules: Iterable[BlockDiffusionModel]) -> Iterator[tuple[s
 
 
 def parameter_spec(name: str, parameter: Tensor, module: BlockDiffusionModel) -> ShardSpec:
-    """Where a parameter of full local shape lies in the whole tensor."""
+    """Place in the whole tensor of a parameter of full local shape."""
     # The head's copy of a tied embedding on another stage than the first.
     duplicate = name == EMBEDDING and not module.pre_process
     return shard_spec(parameter, vocabulary_rows(name, module.model), duplicate)
@@ -88,7 +88,7 @@ def run_schedule(chunks: Sequence[torch.nn.Module], batches: Sequence[Batch], fo
 def forward_rows(chunks: Sequence[torch.nn.Module], context: ContextShard, batches: Sequence[Batch]) -> list[Tensor]:
     """Weighted nll ``[R, L]`` of each micro-batch, on the CPU, the same on all ranks that share the rows."""
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    # The interleaved schedule takes micro-batches by the number of stages: the last one stands in for the missing.
+    # The interleaved schedule needs a multiple of the stages: the last micro-batch fills up.
     missing = -len(batches) % stages if len(chunks) > 1 else 0
     outputs = run_schedule(chunks, [*batches, *[batches[-1]] * missing], forward_only=True)[: len(batches)]
     outputs = [context.gather(x.transpose(0, 1)).transpose(0, 1).cpu() for x in outputs]
@@ -100,15 +100,15 @@ def forward_rows(chunks: Sequence[torch.nn.Module], context: ContextShard, batch
     return outputs
 
 
-def agreed_loss(outputs: Sequence[Tensor], norm: float, world: World) -> tuple[float, bool]:
-    """(loss of the global batch, whether it and the gradient norm are finite), the same on every rank.
+def global_loss(outputs: Sequence[Tensor], norm: float, world: World) -> tuple[float, bool]:
+    """(loss of the global batch, True if it and the gradient norm are finite), the same on every rank.
 
-    Context-parallel ranks hold the parts of a sum, data-parallel ranks those of a mean; the last stage has them.
+    Context-parallel ranks have terms of a sum, data-parallel ranks terms of a mean; only the last stage has them.
 
     Args:
-        outputs: what the schedule returned on this rank.
-        norm: of the gradient, equal over the ranks that share a replica of the model. Replicas may round it
-            differently, and must not part over one that is just finite, so the verdict travels with the loss.
+        outputs: losses that the schedule returned on this rank.
+        norm: gradient norm, the same on all ranks of a replica of the model. Replicas may round it differently, so
+            the decision whether it is finite is reduced like the loss.
     """
     loss = torch.stack(list(outputs)).double().mean() if outputs else torch.zeros((), dtype=torch.float64)
     numbers = torch.stack([loss, loss.new_tensor(0.0 if math.isfinite(norm) else 1.0)]).to(world.device)
@@ -122,13 +122,13 @@ def agreed_loss(outputs: Sequence[Tensor], norm: float, world: World) -> tuple[f
     return total / world.data_size, math.isfinite(total) and overflows == 0
 
 
-def suspects(outputs: Sequence[Tensor]) -> tuple[int, ...]:
-    """Which of the micro-batches have a loss that is not finite."""
+def nonfinite_batches(outputs: Sequence[Tensor]) -> tuple[int, ...]:
+    """Numbers of the micro-batches with a non-finite loss."""
     return tuple(number for number, loss in enumerate(outputs) if not math.isfinite(loss.item()))
 
 
 def forward_step(forward_only: bool, data_iterator: Iterator[Batch], model: torch.nn.Module):
-    """Megatron's ``forward_step_func``: the stage's output, and what to make of the last stage's."""
+    """Megatron's ``forward_step_func``: the stage's output, and the function that turns the last one into a loss."""
     batch = next(data_iterator)
     batch = batch.take(ContextShard.of_this_rank(batch.labels.shape[1])).to(cpu_compat.device())
 
@@ -136,9 +136,9 @@ def forward_step(forward_only: bool, data_iterator: Iterator[Batch], model: torc
         if forward_only:
             return output.sum(), output
         mean = output / batch.tokens
-        # The schedule divides the loss in place, so what is reported is a copy.
+        # The schedule divides the loss in place, so the reported one is a copy.
         reported = mean.detach().clone()
-        # A loss that is not finite has no gradient, so that the norm alone decides where a library asks for no more.
+        # A non-finite loss gets a NaN gradient: libraries that check only the norm then skip the step.
         output.register_hook(lambda gradient: torch.where(reported.isfinite(), gradient, torch.nan))
         return mean, reported
 

@@ -19,14 +19,14 @@ from bd3_megatron.engine.base import StepResult
 from bd3_megatron.engine.masters import Master, MasterWeights, OwnsMasters
 from bd3_megatron.engine.scaling import Fp8State
 from bd3_megatron.engine.stage import (
-    agreed_loss,
     build_stage,
     forward_rows,
     forward_step,
+    global_loss,
     named_parameters,
+    nonfinite_batches,
     parameter_spec,
     run_schedule,
-    suspects,
 )
 from bd3_megatron.model import BlockDiffusionModel
 from bd3_megatron.parallel import World
@@ -37,7 +37,8 @@ class ZeroEngine(OwnsMasters):
 
     Args:
         world: from :func:`bd3_megatron.parallel.start`.
-        seed: of the initial weights.
+        config: with ``model.vocab_size`` and ``model.mask_id`` resolved.
+        seed: seed of the initial weights.
 
     Raises:
         ConfigError: DeepSpeed is not installed, or what offloading needs is not built.
@@ -87,16 +88,16 @@ class ZeroEngine(OwnsMasters):
                 losses = run_schedule([self.module], batches, forward_only=False)
             else:
                 losses = self._accumulate(batches)
-            self.engine.step()  # which leaves all as it is where the norm is not finite
+            self.engine.step()  # changes nothing if the norm is not finite
         norm = float(self.engine.get_global_grad_norm())
-        norm = norm if norm >= 0 else float("inf")  # DeepSpeed's word for a norm that is not finite may be -1
-        loss, finite = agreed_loss(losses, norm, self.world)
+        norm = norm if norm >= 0 else float("inf")  # DeepSpeed may report -1 for a non-finite norm
+        loss, finite = global_loss(losses, norm, self.world)
         if finite != self.engine.was_step_applied():
             raise RuntimeError(f"loss {loss}, gradient norm {norm}: DeepSpeed decided otherwise about the update")
         if not finite:
             self._clear_up()
             self.fp8.forget_overflow()
-            return StepResult(loss, norm, applied=False, suspects=suspects(losses))
+            return StepResult(loss, norm, applied=False, nonfinite_batches=nonfinite_batches(losses))
         self.updates += 1
         self.masters.update_ema(self.updates)
         return StepResult(loss, norm)
@@ -153,7 +154,7 @@ class ZeroEngine(OwnsMasters):
         return updates if self.zero.offload else torch.tensor(float(updates))
 
     def _masters(self) -> dict[str, Master]:
-        """The range of every parameter that lies in this rank's partitions, padding left out."""
+        """Master weights of this rank: the ranges of parameters in its partitions, without padding."""
         masters, flats = {}, self._partitions()
         for name, parameter, _ in named_parameters([self.module]):
             group, at, start, count = self._place(parameter)
@@ -164,8 +165,8 @@ class ZeroEngine(OwnsMasters):
         return masters
 
     def _place(self, parameter: Tensor) -> tuple[int, int, int, int]:
-        """(partition, where in it, where in the flattened shard, elements) of what this rank updates."""
-        if self.zero.stage == 3:  # every parameter is cut into one padded piece per data-parallel rank
+        """(partition, offset in it, offset in the flattened shard, elements) of the range that this rank updates."""
+        if self.zero.stage == 3:  # every parameter is split into one padded chunk per data-parallel rank
             group, at, size = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
             start = self.world.data_rank * size
             return group, at, start, min(size, parameter.ds_numel - start)
@@ -187,13 +188,13 @@ class ZeroEngine(OwnsMasters):
         self._gather_small()
 
     def _clear_up(self) -> None:
-        """After a step that DeepSpeed did not apply: what it does after an update only."""
+        """Clean up after a step that was not applied; DeepSpeed does so after updates only."""
         self._gather_small()  # stage 3 has released them
         if self.zero.stage == 2:  # with offloading the sums that are not finite would stay, and be added to
             self.optimizer.averaged_gradients.update(dict.fromkeys(self.optimizer.averaged_gradients))
 
     def _gather_small(self) -> None:
-        """Let every rank have the parameters that stage 3 does not partition for good."""
+        """Gather the small parameters, which stage 3 keeps whole on every rank."""
         small = self.optimizer.persistent_parameters if self.zero.stage == 3 else []
         if small:
             small[0].all_gather(small)
@@ -234,19 +235,19 @@ def _forget_earlier_world(deepspeed: Any) -> None:
 
 
 def _check_groups(engine: Any) -> None:
-    """Both libraries have to mean the same ranks."""
+    """Check that both libraries use the same groups of ranks."""
     theirs, ours = engine.optimizer.dp_process_group, parallel_state.get_data_parallel_group()
     if dist.get_process_group_ranks(theirs) != dist.get_process_group_ranks(ours):
-        raise RuntimeError("DeepSpeed and Megatron disagree about the data-parallel ranks")
+        raise RuntimeError("DeepSpeed and Megatron have different data-parallel groups")
     if engine.mp_world_size != dist.get_world_size(parallel_state.get_model_parallel_group()):
-        raise RuntimeError("DeepSpeed and Megatron disagree about the model-parallel ranks")
+        raise RuntimeError("DeepSpeed and Megatron have different model-parallel groups")
 
 
 def _sum_over_tensor_group(module: BlockDiffusionModel) -> None:
-    """Sum gradients that tensor-parallel ranks hold in part, as Megatron's ``finalize_model_grads`` does.
+    """Sum partial gradients over the tensor-parallel group, as Megatron's ``finalize_model_grads`` does.
 
-    They are those of parameters applied to a shard of the sequence, and of the norms of queries and keys, which see
-    this rank's heads only. Unaided, DeepSpeed takes either for whole.
+    A rank has only part of the gradient of parameters that are applied to its shard of the sequence, and of the norms
+    of queries and keys, which see its heads only. DeepSpeed does not know that.
     """
     group = parallel_state.get_tensor_model_parallel_group()
     if dist.get_world_size(group) == 1:
@@ -265,7 +266,7 @@ def _sum_over_tensor_group(module: BlockDiffusionModel) -> None:
 def _adam(
     deepspeed: Any, module: BlockDiffusionModel, zero: ZeroConfig, optimization: OptimizationConfig
 ) -> torch.optim.Optimizer:
-    """AdamW without weight decay for biases and norms, as Megatron has it; the learning rate is set at every step."""
+    """AdamW without weight decay for biases and norms, like Megatron's; the learning rate is set at every step."""
     parameters = list(module.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": optimization.weight_decay},

@@ -120,7 +120,7 @@ class BD3Config(PretrainedConfig):
 
     @property
     def causal_block(self) -> int:
-        """Tokens that a single stream uncovers together: a block, or one token under the causal objective."""
+        """Tokens that a single stream uncovers at once: a block, or one token under the causal objective."""
         return 1 if self.objective == "causal" else self.block_size
 
 

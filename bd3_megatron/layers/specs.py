@@ -214,7 +214,7 @@ _RECIPES = {"current": "tensorwise", "delayed": "delayed", "block": "blockwise"}
 
 
 def fp8_options(fp8: Fp8Config) -> dict[str, Any]:
-    """The section in Megatron's words, which 0.16.1 and 0.19 share."""
+    """The section as options of Megatron's configuration, the same in 0.16.1 and 0.19."""
     if not fp8.enabled:
         return {}
     options: dict[str, Any] = {
@@ -231,7 +231,7 @@ def fp8_options(fp8: Fp8Config) -> dict[str, Any]:
 
 
 def pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]] | None:
-    """What each virtual stage holds, in Megatron's words; None without a pipeline."""
+    """Layers of each virtual stage, as Megatron's ``pipeline_model_parallel_layout``; None without a pipeline."""
     if parallel.pipeline == 1:
         return None
     stages = parallel.pipeline * parallel.interleave

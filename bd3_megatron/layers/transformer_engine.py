@@ -47,7 +47,7 @@ def missing() -> str | None:
 
 
 def chosen(kernels: KernelConfig) -> bool:
-    """Whether the layers are Transformer Engine's."""
+    """True if the layers are Transformer Engine's."""
     return kernels.layers == "te" or (kernels.layers == "auto" and missing() is None)
 
 

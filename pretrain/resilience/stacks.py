@@ -119,7 +119,7 @@ def _calls(frame: FrameType) -> str:
 
 
 def _place(stack: list[FrameType]) -> str:
-    """``all_reduce, called in agreed_loss (bd3_megatron/engine/stage.py:118)``"""
+    """``all_reduce, called in global_loss (bd3_megatron/engine/stage.py:118)``"""
     inner = stack[0]
     if inner.f_code.co_name == "wrapper" and len(stack) > 1:  # of torch's logger
         inner = stack[1]

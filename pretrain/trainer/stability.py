@@ -138,7 +138,7 @@ class Guard:
         if result.applied:
             self.spike = self._detector.observe(step, result.loss) if self.options.spike is not None else None
             return
-        suspects = gather_from_ranks(lambda: (self._world.data_rank, result.suspects))
+        suspects = gather_from_ranks(lambda: (self._world.data_rank, result.nonfinite_batches))
         path = on_rank_0(lambda: self._write_batch(step, result, suspects))
         limit, window = self.options.nonfinite, self.options.window
         self.nonfinite = [earlier for earlier in [*self.nonfinite, step] if earlier > step - window]

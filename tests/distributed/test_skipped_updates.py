@@ -75,7 +75,7 @@ def test_all_ranks_leave_the_update_out_and_nothing_changes(outcomes, task, layo
     world = MORE[layout].parallel if layout else ParallelConfig()
     micro = TASKS[task].global_batch // TASKS[task].micro_batch
     replicas = len(ranks) // (world.tensor * world.pipeline * world.context)
-    found = {outcome.results[SPOILED].suspects for outcome in ranks} - {()}
+    found = {outcome.results[SPOILED].nonfinite_batches for outcome in ranks} - {()}
     assert found == {(micro // replicas - 1,)}
 
 

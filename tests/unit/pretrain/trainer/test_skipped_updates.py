@@ -52,7 +52,7 @@ def test_a_step_that_is_not_finite_leaves_all_bit_for_bit_as_it_was(world, preci
     assert not result.applied
     assert not math.isfinite(result.loss)
     assert not math.isfinite(result.grad_norm)
-    assert result.suspects == (1,)
+    assert result.nonfinite_batches == (1,)
     after = copied(engine)
     assert before.keys() == after.keys()
     assert all(torch.equal(x, after[name]) for name, x in before.items())
@@ -65,7 +65,7 @@ def test_a_gradient_that_overflows_under_a_finite_loss_is_not_applied(world):
     result = step(engine, 1, {0: 1e30})
     assert math.isfinite(result.loss)
     assert not math.isfinite(result.grad_norm)
-    assert (result.applied, result.suspects, engine.updates) == (False, (), 0)
+    assert (result.applied, result.nonfinite_batches, engine.updates) == (False, (), 0)
 
 
 def test_a_loss_that_is_not_finite_has_no_gradient(world, monkeypatch):
