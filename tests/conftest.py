@@ -11,6 +11,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import settings
+
+# The one profile: a busy machine takes its time over an example.
+settings.register_profile("bd3", deadline=None)
+settings.load_profile("bd3")
 
 CORPUS = Path(__file__).parents[1] / "corpora" / "austen.jsonl.gz"
 LENGTH = 32

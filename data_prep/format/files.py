@@ -19,3 +19,12 @@ def lies_at(descriptor: int, path: Path) -> bool:
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False
+
+
+Identity = tuple[int, int, int, int]
+"""device, inode, bytes and modification time in ns: the same as long as a file is neither replaced nor changed"""
+
+
+def identity_of(status: os.stat_result) -> Identity:
+    """Identity of a file from its status."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns

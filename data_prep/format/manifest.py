@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bd3_common.atomic import write_text
 from data_prep.errors import DataError
+from data_prep.format.files import Identity, identity_of
 from data_prep.format.pack import Packing
 
 FORMAT = "bd3-rows"
@@ -187,12 +188,16 @@ def parse_manifest(text: bytes, where: str | Path) -> Manifest:
     raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: damaged ({first['msg']}); {again}")
 
 
-def check_files(folder: Path, manifest: Manifest, splits: tuple[SplitName, ...] = SPLITS) -> None:
+def check_files(folder: Path, manifest: Manifest, splits: tuple[SplitName, ...] = SPLITS) -> list[Identity]:
     """Compare shard sizes with the manifest's: a tar cut between members reads short without an error.
+
+    Returns:
+        identity of each file, in the order of the manifest.
 
     Raises:
         DataError: names the first shard that is missing, cut or grown.
     """
+    identities = []
     for split in splits:
         # One look per shard and no Path objects: data sets have tens of thousands of shards.
         where = os.path.join(folder, split)
@@ -206,3 +211,5 @@ def check_files(folder: Path, manifest: Manifest, splits: tuple[SplitName, ...] 
                 raise DataError(f"{path}: this shard is missing; {MEND}")
             if status.st_size != shard.bytes:
                 raise DataError(f"{path}: {status.st_size} bytes, the manifest says {shard.bytes}; {MEND}")
+            identities.append(identity_of(status))
+    return identities

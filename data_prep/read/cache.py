@@ -13,12 +13,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from data_prep.errors import DataError
 from data_prep.format.files import lies_at, sha256_file
 from data_prep.format.remote import PARTIAL, fetch
-from data_prep.read.mapping import map_file
+from data_prep.read.open_files import ShardFile
 
 FETCHERS = 4  # background threads of a process
 WAIT = 0.1  # seconds between looks for space that other fetches hold
@@ -42,7 +40,7 @@ class ShardCache:
     that was there before is checked once by each process that uses it, and fetched again if it is damaged.
 
     Args:
-        folder: made if it is not there; on a disk of this machine, because locks and memory maps need one.
+        folder: made if it is not there; on a disk of this machine, because locks need one.
         limit_bytes: what its files may take together.
         attempts: how often a fetch is tried (see :func:`data_prep.format.remote.fetch`).
 
@@ -61,22 +59,28 @@ class ShardCache:
             with _locked(self.folder / ".lock"):
                 pass
 
-    def open(self, shard: RemoteShard) -> np.ndarray:
-        """The shard's bytes, uint8, memory-mapped; they stay readable when the shard is evicted meanwhile.
-
-        Hold them no longer than needed: the disk space of an evicted shard is free when the last map of it is gone.
+    @contextmanager
+    def opened(self, shard: RemoteShard) -> Iterator[ShardFile]:
+        """The shard's file, open in the block; it can be read there even if the shard is evicted meanwhile.
 
         Raises:
             DataError: it cannot be fetched, is not what the manifest says, or is bigger than the cache.
         """
         self._settle(shard)
+        file = self._open(shard)
+        try:
+            yield file
+        finally:
+            file.close()
+
+    def _open(self, shard: RemoteShard) -> ShardFile:
         for _ in range(_TRIES):
             path = self.ensure(shard)
             with suppress(FileNotFoundError):
                 os.utime(path)  # used just now
                 if path.stat().st_size == shard.bytes:
                     with suppress(_Evicted):
-                        return _map(path, shard.bytes)
+                        return _opened(path, shard.bytes)
                 else:  # cut after it was checked
                     path.unlink()
         raise DataError(
@@ -88,7 +92,7 @@ class ShardCache:
         """Have the shard in the folder, whole and checked, and return its path.
 
         Raises:
-            DataError: as :meth:`open`.
+            DataError: as :meth:`opened`.
         """
         path = self.folder / f"{shard.sha256}.tar"
         if shard.sha256 in self._checked and path.exists():
@@ -108,7 +112,7 @@ class ShardCache:
         return path
 
     def prefetch(self, shards: list[RemoteShard]) -> None:
-        """Fetch these in the background, in this order. What fails is told by :meth:`open` of that shard."""
+        """Fetch these in the background, in this order. What fails is raised by :meth:`opened` of that shard."""
         for shard in shards:
             path = self.folder / f"{shard.sha256}.tar"
             earlier = self._coming.get(shard.sha256)
@@ -214,9 +218,9 @@ class _Evicted(Exception):
     pass
 
 
-def _map(path: Path, size: int) -> np.ndarray:
+def _opened(path: Path, size: int) -> ShardFile:
     try:
-        return map_file(path, size, "it is fetched again at the next start")
+        return ShardFile(path, size, "it is fetched again at the next start")
     except DataError:
         if path.exists():
             raise

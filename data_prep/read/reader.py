@@ -1,13 +1,12 @@
-"""Reading rows by number from memory-mapped shards, here or in a cache of shards that lie elsewhere."""
+"""Row reader: rows of a data set by number, read from its shards here or from a cache of remote shards."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-import threading
 from collections.abc import Iterator
-from functools import lru_cache
-from itertools import chain
+from contextlib import AbstractContextManager
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +24,7 @@ from data_prep.format.manifest import (
 )
 from data_prep.format.remote import fetch, is_remote
 from data_prep.read.cache import RemoteShard, ShardCache
-from data_prep.read.mapping import Stretch, map_file
-
-MAPS_KEPT = 256  # where shards are mapped one by one: each such map holds a descriptor, and 1024 are common
-_INT64, _UINT64 = np.dtype(np.int64), np.dtype(np.uint64)
-_UNMAPPED = -(2**62)  # far below 0 with any row's offset added
+from data_prep.read.open_files import OpenFiles, ShardFile, bytes_of
 
 
 class RowReader:
@@ -55,7 +50,7 @@ class RowReader:
         if split not in self.manifest.splits:
             raise DataError(f"{folder}: no split {split!r}; it has {', '.join(self.manifest.splits)}")
         if not self.remote:
-            check_files(self.folder, self.manifest, (split,))
+            self._files = OpenFiles(self._path, check_files(self.folder, self.manifest, (split,)), MEND)
         self.length = self.manifest.length
         self.dtype = np.dtype(self.manifest.dtype)
         self.shards = self.manifest.splits[split].shards
@@ -65,11 +60,7 @@ class RowReader:
                 f"{folder}: its largest shard has {largest} bytes, more than the cache {cache.folder} may hold "
                 f"({cache.limit}); raise its limit (data.cache_gb)"
             )
-        self._lock = threading.Lock()
-        self._map = lru_cache(MAPS_KEPT)(self._map_file)
         self._index_members()
-        self._stretch = None if self.remote else self._reserve()
-        self._is_uniform = self._stretch is not None and self._rows_per_member > 1
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -79,51 +70,40 @@ class RowReader:
 
         Raises:
             IndexError: a number is not in ``[0, len(self))``.
-            DataError: a shard cannot be fetched, or is gone or cut since the data set was opened.
+            DataError: a shard cannot be fetched, or was removed, replaced or cut since the data set was opened.
         """
-        if self._is_uniform and type(indices) is np.ndarray and indices.dtype == _INT64 and indices.ndim == 1:
-            with self._lock:  # another thread might unmap
-                try:
-                    # As uint64, a number below 0 lies far outside, also after the division by 2 or more.
-                    member = (indices.view(_UINT64) // self._rows_per_member).view(_INT64)
-                    start = self._table.take(member)
-                    start += indices * self._step
-                    found = self._pick(start)
-                    return found.view(self.dtype).reshape(-1, self.length)
-                except IndexError:  # a number outside, or one whose shard is not mapped yet
-                    pass
         member, local = self._locate(indices)
-        out = np.empty((len(member), self.length), self.dtype)
-        for here, raw, begin in self._parts(self._shard[member]):
-            chosen = member[here]
-            start = begin + self._tokens_offset[chosen] + local[here] * (self.length * self.dtype.itemsize)
-            windows = np.lib.stride_tricks.sliding_window_view(raw.view(self.dtype), self.length)
-            out[here] = windows[start // self.dtype.itemsize]
+        size = self.length * self.dtype.itemsize
+        shard, offset = self._shard[member], self._tokens_offset[member] + local * size
+        order = np.lexsort((offset, shard))  # reads go through each shard from front to back
+        shard, offset = shard[order], offset[order]
+        found = np.empty((len(order), self.length), self.dtype)  # [n, length] in the order of the reads
+        memory = bytes_of(found)
+        for number, runs in _runs(shard, offset, size):
+            with self._file(number) as file:
+                for begin, end, place in runs:
+                    file.read_into(memory[begin * size : end * size], place)
+        out = np.empty_like(found)
+        out[order] = found
         return out
 
     def documents(self, indices: np.ndarray) -> np.ndarray:
-        """Which document each position of rows ``[n]`` belongs to, ``[n, length]`` int64.
+        """Document number of each position of rows ``[n]``, ``[n, length]`` int64.
 
-        Documents are counted through the split, so that one that goes on in the next row has the same number there.
+        Documents are counted through the split, so that one that continues in the next row has the same number there.
 
         Raises:
             IndexError, DataError: as :meth:`rows`.
         """
         member, local = self._locate(indices)
         out = np.zeros((len(member), self.length), np.int64)
-        for here, raw, begin in self._parts(self._shard[member]):
-            chosen = member[here]
-            starts = raw.view("<i4")  # pairs (row in member, position), by row
-            pairs = (begin + self._docs_offset[chosen]) // 4
-            count = self._starts[chosen]
-            low = _bisect(starts, pairs, count, local[here])
-            high = _bisect(starts, pairs, count, local[here] + 1)
-            found = np.zeros((len(chosen), self.length), np.int64)
-            row = np.repeat(np.arange(len(chosen)), high - low)
-            number = np.arange(len(row)) - np.repeat(np.cumsum(high - low) - high, high - low)
-            found[row, starts[pairs[row] + 2 * number + 1]] = 1
-            found[:, 0] += self._first_document[chosen] + low - 1  # the document that the rows before end with
-            out[here] = found
+        for number in np.unique(member).tolist():
+            starts = self._document_starts(number)
+            for at in np.flatnonzero(member == number).tolist():
+                low, high = np.searchsorted(starts[:, 0], (local[at], local[at] + 1))
+                out[at, starts[low:high, 1]] = 1
+                # The document that continues from the row before: the last one that started in an earlier row.
+                out[at, 0] += self._first_document[number] + low - 1
         return out.cumsum(1)
 
     def prefetch(self, indices: np.ndarray) -> None:
@@ -171,7 +151,7 @@ class RowReader:
                 with tempfile.TemporaryDirectory() as folder:
                     self.copy_tokenizer(Path(folder) / self.manifest.tokenizer)
             for number in range(share, len(self.shards), shares):
-                self.cache.open(self._remote_shard(number))
+                self.cache.ensure(self._remote_shard(number))
             return
         expected = {self.folder / self.split / shard.name: shard.sha256 for shard in self.shards[share::shares]}
         if share == 0:
@@ -207,72 +187,29 @@ class RowReader:
         columns = np.fromiter(numbers, np.int64, 4 * sum(counts)).reshape(-1, 4).T
         self._tokens_offset, self._docs_offset, rows, self._starts = map(np.ascontiguousarray, columns)
         self._shard = np.repeat(np.arange(len(counts)), counts)
-        self._first_member = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._first = np.concatenate([[0], np.cumsum(rows)])  # row with which each member begins
         self._first_document = np.cumsum(self._starts) - self._starts  # documents that start before each member
-        uniform = len(rows) > 0 and (rows[:-1] == rows[0]).all() and rows[-1] <= rows[0]
-        self._rows_per_member = np.uint64(rows[0] if uniform else 0)
         sizes = np.array([shard.bytes for shard in self.shards], np.int64)[self._shard]
         bad = (self._tokens_offset + rows * self.length * self.dtype.itemsize > sizes) | (
             self._docs_offset + self._starts * 8 > sizes
         )
-        bad |= (self._tokens_offset % self.dtype.itemsize != 0) | (self._docs_offset % 4 != 0)
         if bad.any():
             name = self.shards[self._shard[bad.argmax()]].name
             raise DataError(f"{self.folder}/{self.split}/{name}: its rows lie outside it in the manifest; {MEND}")
 
-    def _reserve(self) -> Stretch | None:
-        """One stretch for all shards, or None where the system has no such thing."""
-        if not self.shards:
-            return None
-        try:
-            stretch = Stretch(self._path, [shard.bytes for shard in self.shards], MEND)
-        except OSError:
-            return None
-        size = self.length * self.dtype.itemsize
-        begin = stretch.first[self._shard] + self._tokens_offset
-        # Where every row begins at a multiple of its size, the stretch is an array of rows.
-        aligned = bool((begin % size == 0).all())
-        unit = size if aligned else self.dtype.itemsize
-        self._step = size // unit  # between rows
-        # Less what the number of a member's first row adds: start = table[member] + number * step.
-        self._mapped_table = begin // unit - self._first[:-1] * self._step
-        self._table = np.full_like(begin, _UNMAPPED)
-        # The last window is the last row, so that a number too large is outside.
-        last = int(begin[-1]) // unit + int(self._first[-1] - self._first[-2] - 1) * self._step
-        # Each window is one opaque item, which numpy copies faster than an axis of tokens; take is faster still, but
-        # it needs windows that do not overlap.
-        windows = np.ndarray(last + 1, f"V{size}", buffer=stretch.bytes, strides=(unit,))
-        self._pick = windows.take if aligned else windows.__getitem__
-        return stretch
+    def _document_starts(self, member: int) -> np.ndarray:
+        """Document starts of a member, int32 ``[starts, 2]``: row within the member, and position, in that order."""
+        starts = np.empty((self._starts[member], 2), "<i4")
+        with self._file(int(self._shard[member])) as file:
+            file.read_into(bytes_of(starts), int(self._docs_offset[member]))
+        return starts
 
-    def _parts(self, shard: np.ndarray) -> Iterator[tuple[slice | np.ndarray, np.ndarray, np.ndarray | int]]:
-        """Where to read rows that lie in these shards ``[n]``: (which of the rows, bytes, where their shards begin)."""
-        if self._stretch is not None:
-            with self._lock:
-                self._map_shards(np.unique(shard))
-                yield slice(None), self._stretch.bytes, self._stretch.first[shard]
-            return
-        for number in np.unique(shard).tolist():
-            # A cached shard is held for this one read only: evicted, it would take disk space as long as it is mapped.
-            raw = self.cache.open(self._remote_shard(number)) if self.remote else self._map(number)
-            yield shard == number, raw, 0
-
-    def _map_shards(self, shards: np.ndarray) -> None:
-        missing = shards[~self._stretch.mapped[shards]]
-        if missing.size == 0:
-            return
-        for number in self._stretch.map(shards):
-            self._table[slice(*self._first_member[number : number + 2])] = _UNMAPPED
-        for number in missing.tolist():
-            members = slice(*self._first_member[number : number + 2])
-            self._table[members] = self._mapped_table[members]
+    def _file(self, number: int) -> AbstractContextManager[ShardFile]:
+        # A cached shard is open for this one read only: evicted, it takes disk space until it is closed.
+        return self.cache.opened(self._remote_shard(number)) if self.remote else self._files.file(number)
 
     def _path(self, number: int) -> Path:
         return self.folder / self.split / self.shards[number].name
-
-    def _map_file(self, number: int) -> np.ndarray:
-        return map_file(self._path(number), self.shards[number].bytes, MEND)
 
     def _remote_shard(self, number: int) -> RemoteShard:
         shard = self.shards[number]
@@ -296,17 +233,18 @@ class RowReader:
         return member, indices - self._first[member]
 
 
-def _bisect(starts: np.ndarray, begin: np.ndarray, count: np.ndarray, row: np.ndarray) -> np.ndarray:
-    """For each of n searches, how many of its ``count`` pairs, from ``begin`` on, are of rows before ``row``."""
-    low, high = np.zeros_like(count), count.copy()
-    for _ in range(int(count.max(initial=0)).bit_length()):
-        middle = (low + high) // 2
-        # A finished search looks at its last pair once more, which lies inside.
-        before = starts[begin + 2 * np.minimum(middle, np.maximum(count - 1, 0))] < row
-        searching = low < high
-        low = np.where(searching & before, middle + 1, low)
-        high = np.where(searching & ~before, middle, high)
-    return low
+def _runs(shard: np.ndarray, offset: np.ndarray, size: int) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:
+    """Rows that lie one after another, by shard: (shard, [(first row, row after the last, byte in the shard)]).
+
+    Args:
+        shard, offset: int ``[n]``, shard and first byte of each row, sorted by both.
+        size: bytes of a row.
+    """
+    if len(shard) == 0:
+        return
+    first = np.flatnonzero(np.r_[True, (shard[1:] != shard[:-1]) | (offset[1:] != offset[:-1] + size)])
+    runs = list(zip(first.tolist(), [*first[1:].tolist(), len(shard)], offset[first].tolist()))
+    yield from ((number, list(of)) for number, of in groupby(runs, key=lambda run: int(shard[run[0]])))
 
 
 def _remote_manifest(url: str) -> Manifest:

@@ -129,10 +129,15 @@ def test_rows_stay_readable_while_their_shard_is_evicted(far, tmp_path):
     cache = ShardCache(tmp_path / "cache", 10**8)
     reader = RowReader(far[0], "train", cache)
     shard = reader._remote_shard(0)
-    raw = cache.open(shard)
-    (tmp_path / "cache" / f"{shard.sha256}.tar").unlink()
-    assert raw.tobytes() == (folder_of(far[0]) / "train" / reader.shards[0].name).read_bytes()
-    assert cache.open(shard).tobytes() == raw.tobytes()
+    expected = (folder_of(far[0]) / "train" / reader.shards[0].name).read_bytes()
+    raw = np.empty(shard.bytes, np.uint8)
+    with cache.opened(shard) as file:
+        (tmp_path / "cache" / f"{shard.sha256}.tar").unlink()
+        file.read_into(memoryview(raw), 0)
+    assert raw.tobytes() == expected
+    with cache.opened(shard) as file:
+        file.read_into(memoryview(raw), 0)
+    assert raw.tobytes() == expected
 
 
 def test_processes_of_a_machine_fetch_each_shard_once_and_keep_the_limit(far, tmp_path, store):

@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from data_prep.format.files import sha256_file
 from data_prep.format.manifest import Manifest, Recipe, Split, load_manifest, save_manifest
 from data_prep.format.pack import RowFormat
 from data_prep.format.shards import write_shard
+from data_prep.read.open_files import default_limit
 from data_prep.read.reader import RowReader
 
 LENGTH, ROWS = 10, 103
@@ -113,25 +116,48 @@ def test_any_rows_in_any_order(data_set, data):
     assert (reader.documents(indices) == documents[indices]).all()
 
 
-@pytest.mark.parametrize("way", ["one stretch", "few maps", "no stretch"])
-def test_rows_do_not_depend_on_how_shards_are_mapped(data_set, monkeypatch, way):
+@pytest.mark.parametrize("limit", [1, 2, 1000])
+def test_rows_do_not_depend_on_how_many_files_are_open(data_set, monkeypatch, limit):
     folder, tokens, documents = data_set
-    monkeypatch.setattr("data_prep.read.reader.MAPS_KEPT", 1)
-    if way == "few maps":
-        monkeypatch.setattr("data_prep.read.mapping.MOST_MAPPED", 2)
-    if way == "no stretch":
-        monkeypatch.setattr("data_prep.read.mapping.sys.platform", "darwin")
+    monkeypatch.setattr("data_prep.read.open_files.default_limit", lambda: limit)
     reader = RowReader(folder, "train")
-    assert (reader._stretch is None) == (way == "no stretch")
     rng = np.random.default_rng(0)
     for size in (1, 2, 200, 3):
         indices = rng.integers(0, len(tokens), size=size)
         for _ in range(2):
             assert (reader.rows(indices) == tokens[indices]).all()
             assert (reader.documents(indices) == documents[indices]).all()
+        assert 1 <= len(reader._files) <= limit
     for wrong in (-1, len(tokens), 2**62):
         with pytest.raises(IndexError, match=f"row {wrong}: "):
             reader.rows(np.array([0, wrong]))
+
+
+@pytest.mark.parametrize(("soft", "limit"), [(1024, 512), (10**6, 4096), (1, 1), (resource.RLIM_INFINITY, 4096)])
+def test_at_most_half_of_the_files_a_process_may_open_are_kept_open(monkeypatch, soft, limit):
+    monkeypatch.setattr("data_prep.read.open_files.resource.getrlimit", lambda _: (soft, resource.RLIM_INFINITY))
+    assert default_limit() == limit
+
+
+def test_neighbouring_rows_are_one_read(data_set, monkeypatch):
+    folder, tokens, _ = data_set
+    reads = []
+    read = os.preadv
+    monkeypatch.setattr("data_prep.read.open_files.os.preadv", lambda *args: reads.append(1) or read(*args))
+    reader = RowReader(folder, "train")
+    rows = reader.manifest.splits["train"].shards[0].members[0][2]
+    assert (reader.rows(np.arange(rows)[::-1]) == tokens[:rows][::-1]).all()
+    assert len(reads) == 1
+
+
+def test_threads_read_the_same_rows(data_set, monkeypatch):
+    folder, tokens, _ = data_set
+    monkeypatch.setattr("data_prep.read.open_files.default_limit", lambda: 1)
+    reader = RowReader(folder, "train")
+    indices = np.random.default_rng(0).integers(0, len(tokens), size=(8, 100))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(reader.rows, indices))
+    assert all((rows == tokens[wanted]).all() for rows, wanted in zip(found, indices))
 
 
 def test_members_of_any_size_are_read(data_set, tmp_path):
@@ -153,11 +179,39 @@ def test_members_of_any_size_are_read(data_set, tmp_path):
     assert (reader.rows(np.arange(len(reader))) == tokens[kept]).all()
 
 
-def test_a_shard_that_is_cut_after_the_data_set_was_opened_is_named(copy):
+@pytest.mark.parametrize("read_before", [False, True])
+def test_a_shard_that_is_cut_after_the_data_set_was_opened_is_named(copy, read_before):
     reader = RowReader(copy, "train")
+    if read_before:
+        reader.rows(np.arange(len(reader)))  # every file is open now
     os.truncate(copy / "train" / "train-000001.tar", 512)
-    with pytest.raises(DataError, match=r"train-000001\.tar: 512 bytes, the manifest says"):
+    with pytest.raises(
+        DataError, match=r"train-000001\.tar: (512 bytes|ends before byte \d+), the manifest says"
+    ) as caught:
         reader.rows(np.arange(len(reader)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shard_that_is_replaced_is_named_when_it_is_opened(copy, data_set):
+    reader = RowReader(copy, "train")
+    shard = copy / "train" / "train-000001.tar"
+    raw = shard.read_bytes()
+    shard.unlink()
+    shard.write_bytes(raw)
+    with pytest.raises(DataError, match=r"train-000001\.tar: was replaced or changed while it was in use"):
+        reader.rows(np.arange(len(reader)))
+    assert (RowReader(copy, "train").rows(np.arange(len(reader))) == data_set[1]).all()
+
+
+def test_a_shard_that_is_unlinked_while_it_is_open_goes_on(copy, data_set):
+    reader = RowReader(copy, "train")
+    every = np.arange(len(reader))
+    reader.rows(every)
+    shutil.rmtree(copy)
+    assert (reader.rows(every) == data_set[1]).all()
+    reader._files.close()
+    with pytest.raises(DataError, match=r"train-000000\.tar: this shard is missing"):
+        reader.rows(every)
 
 
 def test_rows_outside_their_shard_are_refused(copy):
