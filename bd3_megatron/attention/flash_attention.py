@@ -21,9 +21,7 @@ from bd3_megatron.attention.tiles import TILE, Call, Lists, PerDocuments, Side, 
 _per_documents = PerDocuments()
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float | None, documents: Tensor | None
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float, documents: Tensor | None) -> Tensor:
     """Attention of a call's queries ``[q, b, n, d]`` over its keys ``[k, b, g, d]``, in bf16 or fp16 on CUDA."""
     from flash_attn.cute import flash_attn_func
 

@@ -24,13 +24,7 @@ _per_documents = PerDocuments()
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    call: Call,
-    scale: float | None = None,
-    documents: Tensor | None = None,
-    tile: int = TILE,
+    query: Tensor, key: Tensor, value: Tensor, call: Call, scale: float, documents: Tensor | None, tile: int = TILE
 ) -> Tensor:
     """Attention of a call's queries ``[q, b, n, d]`` over its keys ``[k, b, g, d]``.
 

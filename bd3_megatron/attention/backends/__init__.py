@@ -204,11 +204,11 @@ class AttentionBackend(ABC):
 
 
 ATTENTION_BACKENDS: Registry[AttentionBackend] = Registry(
-    kind="attention backend",
-    key="kernels.attention",
-    package=__name__,
-    group="bd3_megatron.attention_backends",
-    base=f"{__name__}:AttentionBackend",
+    "attention backend",
+    "kernels.attention",
+    __name__,
+    "bd3_megatron.attention_backends",
+    f"{__name__}:AttentionBackend",
 )
 
 

@@ -37,4 +37,4 @@ class Flex(AttentionBackend):
         from bd3_megatron.attention import flex_attention, mask, tiles
 
         call = tiles.Call.of(mask.Streams(len(query), block_size=1, noisy=0, clean=len(query)), len(query))
-        return flex_attention.attend(query, key, value, call)
+        return flex_attention.attend(query, key, value, call, query.shape[-1] ** -0.5, None)

@@ -102,7 +102,7 @@ def test_ranks_that_share_a_row_attend_as_one(case, ranks, tile, marks):
             return shard.take(x.unflatten(0, (-1, length)), 1).flatten(0, 1)
 
         mine = [held(x) for x in (query[:asked], key, value)]
-        found = flex_attention.attend(*prepared(mine, streams, shard), None, documents, tile)
+        found = flex_attention.attend(*prepared(mine, streams, shard), 8**-0.5, documents, tile)
         torch.testing.assert_close(found, held(expected), rtol=1e-5, atol=1e-5)
         gradients = torch.autograd.grad(found, qkv, held(upstream), materialize_grads=True)
         for total, part in zip(sums, gradients):
@@ -136,7 +136,7 @@ def test_the_kernel_itself_equals_the_reference_where_torch_runs_it(monkeypatch)
     documents = torch.tensor([[0] * 10 + [1] * 14, [0] * 24]).int()
     expected = reference(query, key, value, streams, documents=documents)
     monkeypatch.setattr(flex_attention, "_written_out", flex_attention.flex_attention)
-    assert_same(flex_attention.attend(*prepared(qkv, streams), None, documents, 8), expected, qkv)
+    assert_same(flex_attention.attend(*prepared(qkv, streams), 16**-0.5, documents, 8), expected, qkv)
 
 
 def test_masks_are_made_once_for_all_layers_and_again_for_other_documents():
