@@ -1,9 +1,12 @@
-"""The atomic writer: a file is complete under its name, or what was there before stays."""
+"""Atomic writers: a file or a folder is complete under its name, or what was there before stays."""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,6 +44,58 @@ def atomic_file(path: Path, sync_folder: bool = True, durable: bool = True, suff
             temporary.unlink()
 
 
+@contextmanager
+def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside ``out`` (absolute) that becomes ``out`` at the end of the block.
+
+    Parents of ``out`` are created. If the block raises, the temporary folder and the created parents are removed. What
+    killed processes of this machine have left beside ``out`` is removed, too.
+
+    Args:
+        overwrite: replace a folder that has files in it.
+
+    Raises:
+        OSError: it cannot be written, or ``out`` has files in it; ``out`` is as it was.
+    """
+    folder = out.with_name(_temporary(out, "partial"))
+    created: list[Path] = []
+    try:
+        created += [parent for parent in out.parents if not parent.exists()]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out)
+        folder.mkdir()
+        yield folder
+        publish_folder(folder, out, overwrite)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in created:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def publish_folder(folder: Path, out: Path, overwrite: bool = False) -> None:
+    """Rename a finished folder to ``out``, on the same file system, and sync the names.
+
+    Raises:
+        OSError: ``out`` has files in it, and ``overwrite`` is false or they came meanwhile.
+    """
+    sync(folder)
+    aside = None
+    if overwrite and out.exists():
+        aside = out.with_name(_temporary(out, "replaced"))
+        out.rename(aside)
+    try:
+        folder.rename(out)
+    except OSError:
+        if aside:
+            aside.rename(out)
+        raise
+    sync(out.parent)
+    if aside:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:
     """Write a whole file atomically; ``durable`` as in :func:`atomic_file`."""
     with atomic_file(path, durable=durable) as temporary:
@@ -64,3 +119,32 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _temporary(out: Path, kind: str) -> str:
+    return f".{out.name}.{kind}-{os.getpid()}@{socket.gethostname()}"
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what killed processes have left beside ``out``.
+
+    On a shared file system a process id means nothing to another host, hence the host in the name.
+    """
+    pattern = re.compile(re.escape(f".{out.name}.") + r"(?:partial|replaced)-(\d+)(?:@(.*))?")
+    for path in out.parent.iterdir():
+        found = pattern.fullmatch(path.name)
+        if found and found[2] in (None, socket.gethostname()) and not _other_process(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _other_process(pid: int) -> bool:
+    """True if ``pid`` is alive on this machine and not this process."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True

@@ -29,11 +29,12 @@ from bd3_common.errors import ConfigError
 from bd3_megatron import parallel
 from bd3_megatron.config import DiffusionConfig, EngineConfig, ModelConfig, OptimizationConfig, ParallelConfig
 from bd3_megatron.diffusion.batches import Batch
-from bd3_megatron.hf.convert import TokenIds, fold_reference, hf_config
 from bd3_megatron.hf.files import read_safetensors
+from bd3_megatron.hf.formats import TokenIds
+from bd3_megatron.hf.formats.bd3 import hf_config
+from bd3_megatron.hf.formats.bd3lm import fold_reference, reference_sections
 from bd3_megatron.hf.mapping import to_hf
 from bd3_megatron.hf.modeling_bd3 import BD3Config, BD3ForMaskedLM, token_nll
-from bd3_megatron.hf.reference import reference_sections
 from bd3_megatron.model import BlockDiffusionModel
 
 LOSS_TOLERANCE = 1e-5

@@ -1,9 +1,11 @@
-"""Reading and writing the files of Hugging Face folders, mistakes told in one line."""
+"""Files of Hugging Face folders: reading, with one-line errors, and writing."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,17 +19,51 @@ from bd3_megatron.config import DiffusionConfig, ModelConfig, Section
 AnySection = TypeVar("AnySection", bound=Section)
 Loaded = tuple[ModelConfig, DiffusionConfig, dict[str, Tensor]]
 
+_PREFIX = "weights."  # of tensors in a single file that has other tensors, too
 
-def read_config(folder: Path, model_type: str) -> dict[str, Any]:
-    """``config.json`` of a Hugging Face folder, which must be of ``model_type``.
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to read.
+
+    Attributes:
+        path: a Hugging Face folder, or a safetensors file whose tensors are named ``weights.*``.
+        config: ``config.json``, or the file's metadata, whose values are text.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+
+    @property
+    def config_file(self) -> Path:
+        """The file that ``config`` is from, for messages."""
+        return self.path / "config.json" if self.path.is_dir() else self.path
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by their names in the checkpoint.
+
+        Raises:
+            ConfigError: no weight file, or one that cannot be read.
+        """
+        if self.path.is_dir():
+            return read_weights(self.path)
+        tensors, _ = read_safetensors(self.path)
+        return {name.removeprefix(_PREFIX): t for name, t in tensors.items() if name.startswith(_PREFIX)}
+
+
+def open_source(path: Path) -> Source:
+    """Read a checkpoint's configuration.
 
     Raises:
-        ConfigError: no such folder or file, no JSON object, or another model type.
+        ConfigError: no such folder or file, no JSON object, or a file without tensors named ``weights.*``.
     """
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != model_type:
-        raise ConfigError(f"{folder}: model_type={config.get('model_type')!r}, not {model_type!r}")
-    return config
+    if path.is_dir():
+        return Source(path, read_json(path / "config.json"))
+    with _safetensors(path) as file:
+        names, metadata = file.keys(), file.metadata() or {}
+    if not any(name.startswith(_PREFIX) for name in names):
+        raise ConfigError(f"{path}: no tensors named {_PREFIX}*; give a Hugging Face folder or a golden file")
+    return Source(path, metadata)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -54,9 +90,16 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         ConfigError: no such file, or not a whole safetensors file.
     """
+    with _safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+@contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
+    """An open safetensors file."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, SafetensorError) as error:

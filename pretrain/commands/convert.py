@@ -3,48 +3,47 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
 
 from bd3_common.errors import ConfigError
-from bd3_megatron import parallel
-from bd3_megatron.config import ParallelConfig, Section
-from bd3_megatron.engine.megatron import MegatronEngine
-from bd3_megatron.hf.convert import MODEL_TYPE, TokenIds, export, load_exported
-from bd3_megatron.hf.files import Loaded, read_json
-from bd3_megatron.hf.reference import load_reference
-from data_prep.format.tokenizer import load_tokenizer, special_ids
-from pretrain.checkpoint import reader as checkpoint
-from pretrain.checkpoint.loaded_run import load_run
+from bd3_common.registry import Choice
+from bd3_megatron.config import Section
+from bd3_megatron.hf.formats import FORMATS, TokenIds
+from pretrain.config.checkpoint_options import CheckpointOptions
 from pretrain.config.command_line import Positional, parse_options
-from pretrain.config.resolve import save_config
-from pretrain.config.schema import RunConfig, TrainConfig
 from pretrain.config.values import did_you_mean
 from pretrain.run_folder import layout
-from pretrain.run_folder.staging import staged
+
+if TYPE_CHECKING:
+    from bd3_megatron.hf.files import Loaded
+
+Format = Annotated[str, Choice(FORMATS, summaries=True)]
 
 
-class ExportOptions(Section):
-    """Write a run's checkpoint as a Hugging Face folder (AutoModelForMaskedLM, trust_remote_code)."""
+class ExportOptions(CheckpointOptions):
+    """Write a run's checkpoint as a Hugging Face folder."""
 
-    run: Positional[str] = Field(description="run folder")
     out: Positional[str] = Field(description="folder to write; must not exist")
-    step: int | None = Field(None, ge=0, description="checkpoint to take; null means the newest")
-    weights: Literal["ema", "raw"] = Field("ema", description="averaged or last weights")
+    format: Format = Field(default="bd3", description="format of the folder")
 
 
 class ImportOptions(Section):
-    """Make a run folder from a Hugging Face folder: the reference's bd3lm format or our own export."""
+    """Make a run folder from a Hugging Face folder. Its config.json tells the format."""
 
     source: Positional[str] = Field(description="Hugging Face folder, or a golden file")
     run: Positional[str] = Field(description="run folder to write; must not exist")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the run's weights and activations")
-    tokenizer: str | None = Field(None, description="tokenizer.json of the model; null takes SOURCE's, if it has one")
-    bos: str | None = Field(None, description="token that begins a row; null looks for the usual names")
-    eos: str | None = Field(None, description="token that ends a document; null looks for the usual names")
-    mask_id: int | None = Field(None, ge=0, description="null: the tokenizer's mask, else the vocabulary's last id")
+    format: Format | None = Field(default=None, description="format of SOURCE; null: config.json tells it")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="of the run's weights and activations")
+    tokenizer: str | None = Field(
+        default=None, description="tokenizer.json of the model; null takes SOURCE's, if it has one"
+    )
+    bos: str | None = Field(default=None, description="token that begins a row; null looks for the usual names")
+    eos: str | None = Field(default=None, description="token that ends a document; null looks for the usual names")
+    mask_id: int | None = Field(
+        default=None, ge=0, description="id of the mask; null: the tokenizer's mask, else the vocabulary's last id"
+    )
 
 
 def main(args: list[str]) -> int:
@@ -60,74 +59,92 @@ def main(args: list[str]) -> int:
 
 
 def export_run(args: list[str]) -> None:
-    """Write the exported folder and check that it reads back as the same weights."""
+    """Write the exported folder, and check that the same weights are read back if the format is exact."""
     options = parse_options(ExportOptions, args, "bd3 convert export")
-    run, out = Path(options.run), Path(options.out)
-    loaded = load_run(run, options.step, averaged=options.weights == "ema")
-    model = loaded.config.model
-    tokenizer = run / layout.TOKENIZER
+    # Not for --help, nor for a mistyped flag.
+    import torch
+
+    from bd3_megatron.hf.convert import export, read_checkpoint
+    from pretrain.checkpoint.loaded_run import load_chosen
+
+    out, tokenizer = Path(options.out), Path(options.run) / layout.TOKENIZER
+    loaded = load_chosen(options)
+    model, diffusion = loaded.config.model, loaded.config.diffusion
     tokens = TokenIds(model.bos_id, model.eos_id, model.mask_id)
-    export(
-        loaded.weights,
-        model,
-        loaded.config.diffusion,
-        tokens,
-        tokenizer if tokenizer.is_file() else None,
-        out,
-    )
-    _, _, back = load_exported(out)
-    if any(not torch.equal(tensor, back[name]) for name, tensor in loaded.weights.items()):
-        raise ConfigError(f"{out}: does not read back as the weights written; check the disk and export again")
-    count = sum(tensor.numel() for tensor in back.values())
+    tokenizer_file = tokenizer if tokenizer.is_file() else None
+    export(loaded.weights, model, diffusion, tokens, tokenizer_file, out, options.format)
+    if FORMATS.load(options.format).exact:
+        _, _, back = read_checkpoint(out, options.format, tokens)
+        if any(not torch.equal(tensor, back[name]) for name, tensor in loaded.weights.items()):
+            raise ConfigError(f"{out}: does not read back as the weights written; check the disk and export again")
+    count = sum(tensor.numel() for tensor in loaded.weights.values())
     print(f"{out}: step {loaded.checkpoint.step}, {options.weights} weights, {count:,} parameters")
 
 
 def import_run(args: list[str]) -> None:
-    """Write a run folder whose checkpoint of step 0 holds the imported weights; all of it or nothing."""
+    """Write a run folder whose checkpoint of step 0 has the imported weights; all of it or nothing."""
     options = parse_options(ImportOptions, args, "bd3 convert import")
     source, run = Path(options.source), Path(options.run)
     if run.exists():
         raise ConfigError(f"{run}: exists already; give a folder that does not")
+    from bd3_common.atomic import atomic_folder
+    from bd3_megatron import parallel
+    from bd3_megatron.config import ParallelConfig
+    from bd3_megatron.engine.megatron import MegatronEngine
+    from pretrain.checkpoint import reader as checkpoint
+    from pretrain.config.resolve import save_config
+    from pretrain.config.schema import RunConfig, TrainConfig
+
     beside = source / layout.TOKENIZER
     tokenizer = Path(options.tokenizer) if options.tokenizer else beside if beside.is_file() else None
-    model, diffusion, weights = _read_source(source, tokenizer, options)
+    name, (model, diffusion, weights) = _read_source(source, tokenizer, options)
     config = RunConfig(run=str(run), model=model, diffusion=diffusion, train=TrainConfig(precision=options.precision))
     world = parallel.start(ParallelConfig())
     try:
         engine = MegatronEngine(config.engine(), world)
         engine.set_weights(weights)
-        with staged(run.absolute(), overwrite=False) as folder:
+        with atomic_folder(run.absolute()) as folder:
             checkpoint.save(folder, engine, 0, {"tokens": 0, "imported_from": source.name}, keep=1)
             if tokenizer is not None:
                 (folder / layout.TOKENIZER).write_bytes(tokenizer.read_bytes())
             save_config(config, folder / layout.CONFIG)
+    except OSError as error:
+        raise ConfigError(
+            f"{run}: cannot be written ({error.strerror or error}); "
+            "make room, check the rights, or choose another folder"
+        ) from None
     finally:
         parallel.stop()
-    print(f"{run}: {sum(t.numel() for t in weights.values()):,} parameters as the checkpoint of step 0")
+    count = sum(t.numel() for t in weights.values())
+    print(f"{run}: {count:,} parameters of a checkpoint in format {name} as the checkpoint of step 0")
 
 
-def _read_source(source: Path, tokenizer_file: Path | None, options: ImportOptions) -> Loaded:
-    """Model, objective and weights. An export states its special tokens; a reference model's are its tokenizer's."""
+def _read_source(source: Path, tokenizer_file: Path | None, options: ImportOptions) -> tuple[str, Loaded]:
+    """The format's name, and model, objective and weights. Special tokens are the format's or the tokenizer's."""
+    from bd3_megatron.hf.convert import find_format, read_checkpoint
+    from bd3_megatron.hf.files import open_source
+    from data_prep.format.tokenizer import load_tokenizer, special_ids
+
     named = {"--bos": options.bos, "--eos": options.eos, "--mask-id": options.mask_id}
     stated = [flag for flag, value in named.items() if value is not None]
     tokenizer = None if tokenizer_file is None else load_tokenizer(tokenizer_file)
-    if source.is_dir() and read_json(source / "config.json").get("model_type") == MODEL_TYPE:
+    opened = open_source(source)
+    name = find_format(opened) if options.format is None else options.format
+    tokens = TokenIds(mask=options.mask_id)
+    if FORMATS.load(name).states_tokens:
         if stated:
             raise ConfigError(f"{stated[0]}: {source} states its own special tokens; leave it out")
-        model, diffusion, weights = load_exported(source)
     elif tokenizer is None:
         if options.bos or options.eos:
             raise ConfigError(f"{stated[0]}: names a token of a tokenizer; give that with --tokenizer")
-        model, diffusion, weights = load_reference(source, options.mask_id)
     else:
         special = special_ids(tokenizer, options.bos, options.eos)
         own_mask = special.mask if tokenizer.id_to_token(special.mask) is not None else None
-        mask_id = own_mask if options.mask_id is None else options.mask_id
-        model, diffusion, weights = load_reference(source, mask_id)
-        model = model.model_copy(update={"bos_id": special.bos, "eos_id": special.eos})
+        tokens = TokenIds(special.bos, special.eos, own_mask if options.mask_id is None else options.mask_id)
+    model, diffusion, weights = read_checkpoint(opened, name, tokens)
     if tokenizer is not None and tokenizer.get_vocab_size() > model.vocab_size:
         raise ConfigError(
             f"{tokenizer_file}: has {tokenizer.get_vocab_size()} tokens, the model {model.vocab_size}; "
             f"give the tokenizer it was trained with"
         )
-    return model, diffusion, weights
+    return name, (model, diffusion, weights)

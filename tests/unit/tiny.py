@@ -15,7 +15,8 @@ from bd3_megatron.diffusion.batches import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
 from bd3_megatron.engine.base import Engine
 from bd3_megatron.engine.megatron import MegatronEngine
-from bd3_megatron.hf.convert import TokenIds, hf_config
+from bd3_megatron.hf.formats import TokenIds
+from bd3_megatron.hf.formats.bd3 import hf_config
 from bd3_megatron.hf.mapping import entries, to_hf
 from bd3_megatron.hf.modeling_bd3 import BD3Config, BD3ForMaskedLM
 from bd3_megatron.model import BlockDiffusionModel, global_name

@@ -16,7 +16,8 @@ from bd3_megatron.backbones import BACKBONES, Backbone, Traits, get_backbone
 from bd3_megatron.config import DiffusionConfig
 from bd3_megatron.cost.partition import parameter_shapes, stage_chunks
 from bd3_megatron.engine.stage import build_stage, named_parameters
-from bd3_megatron.hf.convert import TokenIds, export, load_exported
+from bd3_megatron.hf.convert import export, read_checkpoint
+from bd3_megatron.hf.formats import TokenIds
 from bd3_megatron.hf.mapping import to_hf
 from bd3_megatron.hf.modeling_bd3 import TRAITS, token_nll
 from tests.unit import tiny
@@ -80,7 +81,7 @@ def test_loss_and_gradients_equal_those_of_the_shipped_model(backbone):
 def test_an_export_carries_the_traits_and_reads_back(backbone, tmp_path, monkeypatch):
     model, weights = tiny.shape(backbone), tiny.weights_of(tiny.shape(backbone))
     export(weights, model, DIFFUSION, TOKENS, None, tmp_path / "out")
-    again, _, back = load_exported(tmp_path / "out")
+    again, _, back = read_checkpoint(tmp_path / "out", "bd3")
     assert (again.backbone, again.ffn, again.eps) == (backbone, model.ffn, model.eps)
     assert all(torch.equal(back[name], weights[name]) for name in weights)
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -102,7 +103,7 @@ def test_exports_without_traits_load_as_before(tmp_path):
         config = json.loads((out / "config.json").read_text())
         del config["traits"]
         (out / "config.json").write_text(json.dumps(config))
-        assert load_exported(out)[0].backbone == name
+        assert read_checkpoint(out, "bd3")[0].backbone == name
 
 
 def test_an_export_of_other_traits_is_refused(tmp_path):
@@ -111,7 +112,7 @@ def test_an_export_of_other_traits_is_refused(tmp_path):
     file = tmp_path / "out" / "config.json"
     file.write_text(file.read_text().replace('"qk_norm": true', '"qk_norm": false'))
     with pytest.raises(ConfigError, match=r"config\.json: traits: model\.backbone=qwen3 has others here; load"):
-        load_exported(tmp_path / "out")
+        read_checkpoint(tmp_path / "out", "bd3")
 
 
 def test_traits_are_known_without_torch():

@@ -16,8 +16,11 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, dynamic_module_uti
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import DiffusionConfig, ModelConfig
-from bd3_megatron.hf.convert import TokenIds, export, fold_reference, hf_config, load_exported, load_reference
-from bd3_megatron.hf.files import read_safetensors
+from bd3_megatron.hf.convert import export, find_format, read_checkpoint
+from bd3_megatron.hf.files import open_source, read_safetensors
+from bd3_megatron.hf.formats import TokenIds
+from bd3_megatron.hf.formats.bd3 import hf_config
+from bd3_megatron.hf.formats.bd3lm import fold_reference
 from bd3_megatron.hf.mapping import entries, to_hf
 from bd3_megatron.hf.modeling_bd3 import BD3Config, BD3ForMaskedLM
 
@@ -77,11 +80,11 @@ def reference_folder(folder: Path, config: dict | None = None, shards: int = 1) 
 
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_reference_folder_reads_as_the_golden_file(shards, tmp_path):
-    model, diffusion, weights = load_reference(GOLDEN)
+    model, diffusion, weights = read_checkpoint(GOLDEN, "bd3lm")
     assert (model.backbone, model.layers, model.hidden, model.heads, model.ffn) == ("dit", 2, 64, 4, 256)
     assert (model.length, model.vocab_size, model.mask_id) == (64, 257, 256)
     assert diffusion == DiffusionConfig(block_size=8)
-    again = load_reference(reference_folder(tmp_path, shards=shards))
+    again = read_checkpoint(reference_folder(tmp_path, shards=shards), "bd3lm")
     assert again[:2] == (model, diffusion)
     assert again[2].keys() == weights.keys()
     for name, weight in weights.items():  # the fold multiplies, and a product's last bit depends on alignment
@@ -90,9 +93,9 @@ def test_a_reference_folder_reads_as_the_golden_file(shards, tmp_path):
 
 def test_the_interval_the_mask_and_the_streams_come_from_the_configuration(tmp_path):
     clipped = {"sampling_eps_min": 0.45, "sampling_eps_max": 0.95}
-    model, diffusion, _ = load_reference(reference_folder(tmp_path, clipped), mask_id=103)
+    model, diffusion, _ = read_checkpoint(reference_folder(tmp_path, clipped), "bd3lm", TokenIds(mask=103))
     assert (diffusion.beta, diffusion.omega, model.mask_id) == (0.45, 0.95, 103)
-    assert load_reference(reference_folder(tmp_path, {"cross_attn": False}))[1].block_size == 64
+    assert read_checkpoint(reference_folder(tmp_path, {"cross_attn": False}), "bd3lm")[1].block_size == 64
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,7 @@ def test_the_interval_the_mask_and_the_streams_come_from_the_configuration(tmp_p
 )
 def test_another_format_is_told_in_one_line(config, message, tmp_path):
     with pytest.raises(ConfigError) as error:
-        load_reference(reference_folder(tmp_path, config))
+        read_checkpoint(reference_folder(tmp_path, config), "bd3lm")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -121,21 +124,21 @@ def test_missing_and_broken_files_are_told_in_one_line(tmp_path):
     folder = reference_folder(tmp_path / "a", shards=2)
     (folder / "model-1.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"model-1\.safetensors: no such file$"):
-        load_reference(folder)
+        read_checkpoint(folder, "bd3lm")
     (folder / "model-1.safetensors").write_bytes(b"cut")
     with pytest.raises(ConfigError, match=r"model-1\.safetensors: not a readable safetensors file"):
-        load_reference(folder)
+        read_checkpoint(folder, "bd3lm")
     (folder / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json: not a readable JSON file"):
-        load_reference(folder)
+        read_checkpoint(folder, "bd3lm")
     (folder / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"config\.json: holds no JSON object$"):
-        load_reference(folder)
+        read_checkpoint(folder, "bd3lm")
     with pytest.raises(ConfigError, match=r"none: no such file$"):
-        load_reference(tmp_path / "none")
+        read_checkpoint(tmp_path / "none", "bd3lm")
     save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ConfigError, match=r"no tensors named weights"):
-        load_reference(tmp_path / "x.safetensors")
+        read_checkpoint(tmp_path / "x.safetensors", "bd3lm")
 
 
 def test_the_fold_scales_and_shifts_by_the_constant_condition():
@@ -143,7 +146,7 @@ def test_the_fold_scales_and_shifts_by_the_constant_condition():
     tensors, _ = read_safetensors(GOLDEN)
     state = {name.removeprefix("weights."): x for name, x in tensors.items() if name.startswith("weights.")}
     state["backbone.sigma_map.mlp.2.weight"] = torch.zeros(32, 32)
-    model = load_reference(GOLDEN)[0]
+    model = read_checkpoint(GOLDEN, "bd3lm")[0]
     condition = torch.nn.functional.silu(state["backbone.sigma_map.mlp.2.bias"])
     block = "backbone.blocks.1"
     modulation = state[f"{block}.adaLN_modulation.weight"] @ condition + state[f"{block}.adaLN_modulation.bias"]
@@ -167,7 +170,7 @@ def test_the_fold_scales_and_shifts_by_the_constant_condition():
 def test_an_export_reads_back_bitwise(name, dtype, tmp_path):
     model, weights = MODELS[name], random_weights(MODELS[name], dtype)
     export(weights, model, DIFFUSION, TOKENS, None, tmp_path / "a")
-    again, diffusion, back = load_exported(tmp_path / "a")
+    again, diffusion, back = read_checkpoint(tmp_path / "a", "bd3")
     assert diffusion == DIFFUSION
     assert TokenIds(again.bos_id, again.eos_id, again.mask_id) == TOKENS
     assert (again.groups, again.width_per_head, again.ffn, again.eps) == (
@@ -181,7 +184,7 @@ def test_an_export_reads_back_bitwise(name, dtype, tmp_path):
     export(back, again, diffusion, TOKENS, None, tmp_path / "b")
     for file in ("config.json", "model.safetensors", "README.md", "modeling_bd3.py"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    assert load_exported(tmp_path / "b")[0] == again
+    assert read_checkpoint(tmp_path / "b", "bd3")[0] == again
 
 
 def test_every_field_of_the_model_survives_the_export(tmp_path):
@@ -195,7 +198,7 @@ def test_every_field_of_the_model_survives_the_export(tmp_path):
         getattr(model, field) != getattr(defaults, field) for field in set(ModelConfig.model_fields) - {"backbone"}
     )
     export(random_weights(model), model, DIFFUSION, TOKENS, None, tmp_path / "out")
-    assert load_exported(tmp_path / "out")[0] == model
+    assert read_checkpoint(tmp_path / "out", "bd3")[0] == model
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -215,8 +218,8 @@ def test_transformers_loads_the_export(name, tmp_path, tokenizer_file):
     assert loaded.generate(max_new_tokens=5, stop_at_eos=False).shape == (1, 6)
     # An export that a user loads and saves again is still an export.
     loaded.save_pretrained(tmp_path / "again")
-    again = load_exported(tmp_path / "again")
-    assert again[:2] == load_exported(tmp_path / "out")[:2]
+    again = read_checkpoint(tmp_path / "again", "bd3")
+    assert again[:2] == read_checkpoint(tmp_path / "out", "bd3")[:2]
     assert all(torch.equal(again[2][key], weights[key]) for key in weights)
 
 
@@ -293,7 +296,7 @@ def test_nothing_is_left_of_an_export_that_fails(error, tmp_path, monkeypatch):
     def fail(*arguments):
         raise error
 
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, "rename", fail)
     model = MODELS["qwen3"]
     expected = ConfigError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as caught:
@@ -335,10 +338,31 @@ def test_a_tokenizer_of_another_size_is_told(tmp_path, tokenizer_file):
 
 def test_a_folder_that_is_no_export_is_told(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.json: no such file$"):
-        load_exported(tmp_path)
+        read_checkpoint(tmp_path, "bd3")
     (tmp_path / "config.json").write_text('{"model_type": "bd3_megatron"}')
     with pytest.raises(ConfigError, match=r"config\.json: no backbone; export the checkpoint again$"):
-        load_exported(tmp_path)
+        read_checkpoint(tmp_path, "bd3")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigError, match=r"model_type='llama', not 'bd3_megatron'$"):
-        load_exported(tmp_path)
+        read_checkpoint(tmp_path, "bd3")
+
+
+# ---- formats ----
+
+
+def test_the_configuration_tells_the_format(tmp_path):
+    model = MODELS["qwen3"]
+    export(random_weights(model), model, DIFFUSION, TOKENS, None, tmp_path / "ours")
+    assert find_format(open_source(tmp_path / "ours")) == "bd3"
+    assert find_format(open_source(reference_folder(tmp_path / "theirs"))) == "bd3lm"
+    assert find_format(open_source(GOLDEN)) == "bd3lm"
+    (tmp_path / "config.json").write_text('{"model_type": "sedd"}')
+    with pytest.raises(ConfigError, match=r"config\.json: model_type='sedd': no format has it; known are bd3, bd3lm$"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_format_that_is_only_read_is_refused_by_name(tmp_path):
+    model = MODELS["dit"]
+    with pytest.raises(ConfigError, match=r"^format=bd3lm: can be read, not written; use bd3$"):
+        export(random_weights(model), model, DIFFUSION, TOKENS, None, tmp_path / "out", "bd3lm")
+    assert entries_of(tmp_path) == []

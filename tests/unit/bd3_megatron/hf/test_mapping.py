@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import DiffusionConfig, ModelConfig
-from bd3_megatron.hf.convert import TokenIds, hf_config
+from bd3_megatron.hf.formats import TokenIds
+from bd3_megatron.hf.formats.bd3 import hf_config
 from bd3_megatron.hf.mapping import entries, from_hf, to_hf
 from bd3_megatron.hf.modeling_bd3 import BD3Config, BD3ForMaskedLM
 

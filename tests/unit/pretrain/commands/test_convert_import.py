@@ -7,8 +7,10 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from pretrain.checkpoint import reader as checkpoint
 from pretrain.config.resolve import load_saved
 from tests.unit.commands import bd3, limit_files
 
@@ -81,6 +83,51 @@ def test_a_decoding_algorithm_of_a_plugin_is_sampled_with(tmp_path):
     assert (done.code, done.err) == (2, "per_step=few: not an integer\n")
     page = bd3("sample", "--plugin", plugin, "--help", log=log)
     assert "left_to_right: Leftmost masked position first" in " ".join(page.out.replace("│", "").split())
+
+
+FORMAT = """
+from bd3_megatron.config import DiffusionConfig, ModelConfig
+from bd3_megatron.hf.files import write_json
+from bd3_megatron.hf.formats import FORMATS, CheckpointFormat
+from safetensors.torch import save_file
+
+class Plain(CheckpointFormat):
+    '''Megatron names as they are.'''
+
+    model_type = "plain"
+
+    def read(self, source, tokens):
+        model, diffusion = ModelConfig(**source.config["model"]), DiffusionConfig(**source.config["diffusion"])
+        return model, diffusion, source.tensors()
+
+    def write(self, folder, contents):
+        sections = {"model": contents.model.model_dump(), "diffusion": contents.diffusion.model_dump()}
+        write_json(folder / "config.json", {"model_type": "plain"} | sections)
+        save_file(dict(contents.weights), folder / "model.safetensors")
+
+FORMATS.add("plain", Plain)
+"""
+
+
+def test_a_format_of_a_plugin_is_written_and_read(tmp_path):
+    first, out, second, log = (tmp_path / name for name in ("first", "out", "second", "log"))
+    plugin = tmp_path / "plain_format.py"
+    plugin.write_text(FORMAT)
+    assert bd3("convert", "import", GOLDEN, first, log=log).code == 0
+    done = bd3("convert", "export", first, out, "--format", "plain", "--plugin", plugin, log=log)
+    assert done.code == 0, done.err
+    told = bd3("convert", "import", out, second, log=log)
+    assert told.err.startswith(f"{out}/config.json: model_type='plain': no format has it; known are bd3, bd3lm")
+    done = bd3("convert", "import", out, second, "--plugin", plugin, log=log)
+    assert done.code == 0, done.err
+    assert "format plain" in done.out
+    weights = [checkpoint.read_weights(checkpoint.find(run)) for run in (first, second)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    line = ("convert", "import", out, tmp_path / "third", "--format")
+    told = bd3(*line, "plane", "--plugin", plugin, log=log)
+    assert told.err.startswith("format=plane: unknown checkpoint format; did you mean plain? use bd3, bd3lm, plain")
+    told = bd3(*line, "bd3", log=log)
+    assert told.err == f"{out}: model_type='plain', not 'bd3_megatron'\n"
 
 
 def test_nothing_is_left_of_an_import_that_fails(tmp_path):

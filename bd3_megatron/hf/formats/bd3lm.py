@@ -1,10 +1,9 @@
-"""The reference implementation's checkpoints (Hugging Face model type ``bd3lm``), read and folded."""
+"""The checkpoints of the paper's authors, whose model_type is bd3lm; read only."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,37 +12,34 @@ from torch import Tensor
 from bd3_common.errors import ConfigError
 from bd3_megatron.backbones import Shape
 from bd3_megatron.config import DiffusionConfig, ModelConfig
-from bd3_megatron.hf.files import Loaded, read_config, read_safetensors, read_weights, section
+from bd3_megatron.hf.files import Loaded, Source, section
+from bd3_megatron.hf.formats import CheckpointFormat, TokenIds
 from bd3_megatron.hf.mapping import check_shapes, from_hf
 
 
-def load_reference(path: str | Path, mask_id: int | None = None) -> Loaded:
-    """Read a reference checkpoint, its constant adaLN condition folded, under Megatron names.
+class BD3LM(CheckpointFormat):
+    """The reference implementation's checkpoints, their constant adaLN condition folded into the weights.
 
-    Args:
-        path: a Hugging Face folder of model type ``bd3lm`` (one weight file or shards with an index), or one
-            golden file, whose tensors ``weights.*`` and metadata say the same.
-        mask_id: the mask's id; None takes the last of the vocabulary, where the reference puts a mask that
-            its tokenizer lacks (BERT's tokenizer has one of its own).
-
-    Raises:
-        ConfigError: the files cannot be read or are of another format.
+    The mask is the one of ``tokens``, else the last of the vocabulary: there the reference puts a mask that its
+    tokenizer lacks (BERT's tokenizer has one of its own).
     """
-    path = Path(path)
-    if path.is_dir():
-        config = read_config(path, "bd3lm")
-        state = read_weights(path)
-    else:
-        tensors, config = read_safetensors(path)
-        state = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
-        if not state:
-            raise ConfigError(f"{path}: no tensors named weights.*; give a golden file or a bd3lm folder")
-    model, diffusion = reference_sections(config, state, str(path), mask_id)
-    return model, diffusion, fold_reference(state, model)
+
+    model_type: ClassVar[str] = "bd3lm"
+    states_tokens: ClassVar[bool] = False
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """As the base class; a golden file's metadata has no ``model_type``."""
+        return config.get("model_type", self.model_type if "n_blocks" in config else None) == self.model_type
+
+    def read(self, source: Source, tokens: TokenIds) -> Loaded:
+        """As the base class."""
+        state = source.tensors()
+        model, diffusion = reference_sections(source.config, state, str(source.path), tokens)
+        return model, diffusion, fold_reference(state, model)
 
 
 def reference_sections(
-    config: Mapping[str, Any], state: Mapping[str, Tensor], source: str, mask_id: int | None = None
+    config: Mapping[str, Any], state: Mapping[str, Tensor], source: str, tokens: TokenIds
 ) -> tuple[ModelConfig, DiffusionConfig]:
     """Our configuration of a reference model, from its ``config`` (values may be strings) and its weights.
 
@@ -65,7 +61,9 @@ def reference_sections(
             "ffn_hidden": None if ffn is None else ffn.numel(),
             "length": length,
             "vocab_size": vocab_size,
-            "mask_id": int(config.get("mask_index", vocab_size - 1)) if mask_id is None else mask_id,
+            "mask_id": int(config.get("mask_index", vocab_size - 1)) if tokens.mask is None else tokens.mask,
+            "bos_id": tokens.bos,
+            "eos_id": tokens.eos,
         }
         diffusion = {
             "block_size": length if one_stream else int(config["block_size"]),

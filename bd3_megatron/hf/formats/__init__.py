@@ -1,0 +1,119 @@
+"""Checkpoint formats: Hugging Face folders that can be read, and some of them written.
+
+Each module of this folder is one format. A format is recognized by ``config.json``. It translates ``config.json`` to
+and from our configuration, and tensors to and from Megatron's names. :mod:`bd3_megatron.hf.mapping` translates the
+usual names of Hugging Face folders (``model.layers.0.self_attn.q_proj.weight``).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from bd3_common.errors import ConfigError
+from bd3_common.registry import Registry
+from bd3_megatron.config import DiffusionConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bd3_megatron.hf.files import Loaded, Source
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids of the special tokens; None: the vocabulary has no such token, or nobody has named one."""
+
+    bos: int | None = None
+    eos: int | None = None
+    mask: int | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint to write.
+
+    Attributes:
+        weights: whole tensors by Megatron's names, vocabulary unpadded.
+        tokenizer: a ``tokenizer.json``; None: there is none.
+    """
+
+    model: ModelConfig
+    diffusion: DiffusionConfig
+    weights: Mapping[str, Tensor]
+    tokens: TokenIds
+    tokenizer: Path | None = None
+
+
+class CheckpointFormat(ABC):
+    """A checkpoint format. A subclass implements :meth:`read`, and :meth:`write` if the format can be written."""
+
+    model_type: ClassVar[str]
+    """``model_type`` in ``config.json``"""
+    fields: ClassVar[Mapping[str, str]] = {}
+    """fields of ModelConfig and their keys in ``config.json``, for :meth:`model_values`"""
+    states_tokens: ClassVar[bool] = True
+    """``config.json`` has the ids of the special tokens; False: they are those of the tokenizer"""
+    exact: ClassVar[bool] = True
+    """weights that are written read back bitwise equal"""
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """True if a folder with this ``config.json`` has the format. For a single file: its metadata."""
+        return config.get("model_type") == self.model_type
+
+    @abstractmethod
+    def read(self, source: Source, tokens: TokenIds) -> Loaded:
+        """Model, objective and weights: whole tensors by Megatron's names.
+
+        Args:
+            tokens: ids named by the user or the tokenizer, unless the format states them.
+
+        Raises:
+            ConfigError: a key, a value or a tensor does not fit.
+        """
+
+    def write(self, folder: Path, contents: Contents) -> None:
+        """Write all files into ``folder``, which exists and is empty.
+
+        Raises:
+            ConfigError: the contents do not fit the format.
+            OSError: the disk refuses.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def writable(cls) -> bool:
+        """True if the format can be written."""
+        return cls.write is not CheckpointFormat.write
+
+    def model_values(self, source: Source) -> dict[str, Any]:
+        """Values of ModelConfig by its field names, from ``config.json`` by :attr:`fields`.
+
+        Raises:
+            ConfigError: a key is missing.
+        """
+        check_keys(source, self.fields.values())
+        return {ours: source.config[key] for ours, key in self.fields.items()}
+
+
+def check_keys(source: Source, keys: Iterable[str]) -> None:
+    """Check that ``config.json`` has all ``keys``.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    missing = [key for key in keys if key not in source.config]
+    if missing:
+        raise ConfigError(f"{source.config_file}: no {missing[0]}; export the checkpoint again")
+
+
+FORMATS: Registry[CheckpointFormat] = Registry(
+    kind="checkpoint format",
+    key="format",
+    package=__name__,
+    group="bd3_megatron.formats",
+    base=f"{__name__}:CheckpointFormat",
+)
