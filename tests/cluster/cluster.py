@@ -30,6 +30,7 @@ UNSHARE = ("setpriv", "--pdeathsig", "KILL", "unshare", *NAMESPACES, "--fork", "
 NETWORK = "10.99.0"
 HOST = {"switch": 1, "head": 2, "node": 10}  # last octets; node k has HOST["node"] + k
 PREFIX = "bd3-cluster-"
+SLOW = 180.0  # seconds that a command or daemon may take on a busy machine
 
 DONE = frozenset({"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"})
 
@@ -204,11 +205,11 @@ class Cluster:
         machine.stdin.write(b"wired\n")
         machine.stdin.close()
         if kind == "switch":
-            until((self.root / "munge" / "socket").exists, 10, "munged listens")
+            until((self.root / "munge" / "socket").exists, SLOW, "munged listens")
         if wait and kind == "head":
-            until(lambda: self.run("scontrol", "ping", check=False).returncode == 0, 20, "the controller answers")
+            until(lambda: self.run("scontrol", "ping", check=False).returncode == 0, SLOW, "the controller answers")
         if wait and kind == "node":
-            until(lambda: self._registered(name) >= int(booted), 30, f"{name} has registered")
+            until(lambda: self._registered(name) >= int(booted), SLOW, f"{name} has registered")
 
     def cut(self, name: str) -> None:
         """Take a machine off the network; its processes go on."""
@@ -229,7 +230,7 @@ class Cluster:
         self,
         *command: object,
         check: bool = True,
-        timeout: float = 60,
+        timeout: float = SLOW,
         user: str | None = None,
         env: Mapping[str, object] | None = None,
         cwd: Path | None = None,
@@ -279,7 +280,7 @@ class Cluster:
         return _fields(self.scontrol("--oneliner", "show", "job", job))
 
     def wait_for(
-        self, job: int, condition: str | Callable[[dict[str, str]], object], timeout: float = 60
+        self, job: int, condition: str | Callable[[dict[str, str]], object], timeout: float = SLOW
     ) -> dict[str, str]:
         """Wait for a job's state, or for a condition on what :meth:`job` says, and return that.
 
@@ -300,7 +301,7 @@ class Cluster:
         until(holds, timeout, lambda: f"job {job} is {wanted}; it is {self._story(seen)}", every=0.2)
         return seen
 
-    def wait_done(self, job: int, timeout: float = 60) -> dict[str, str]:
+    def wait_done(self, job: int, timeout: float = SLOW) -> dict[str, str]:
         """Wait until a job has ended, in whatever state."""
         return self.wait_for(job, lambda seen: seen["JobState"] in DONE, timeout)
 
@@ -309,7 +310,7 @@ class Cluster:
         state = self.run("sinfo", "-h", "-N", "-n", name, "-p", "main", "-o", "%T").stdout.strip()
         return state.rstrip("*~#!%$@^-+")
 
-    def wait_idle(self, timeout: float = 60) -> None:
+    def wait_idle(self, timeout: float = SLOW) -> None:
         """Wait until all nodes are idle."""
 
         def states() -> str:
@@ -387,7 +388,7 @@ class Cluster:
         namespaces: tuple[str, ...] = ("--net",),
         env: Mapping[str, object] | None = None,
         cwd: Path | None = None,
-        timeout: float = 30,
+        timeout: float = SLOW,
     ) -> subprocess.CompletedProcess:
         variables = {**os.environ, "SLURM_CONF": str(self.root / "slurm.conf")}
         variables.update({key: str(value) for key, value in (env or {}).items()})
@@ -418,10 +419,13 @@ class Cluster:
         def first() -> int:
             if machine.poll() is not None:
                 raise ClusterError(f"{name} ended with {machine.returncode}; {self._errors()}")
-            found = children.read_text().split()
+            try:
+                found = children.read_text().split()
+            except (FileNotFoundError, ProcessLookupError):  # it has ended since
+                return 0
             return int(found[0]) if found else 0  # unshare forks when it has made the namespaces
 
-        return until(first, 10, f"{name} has a process 1", every=0.005)
+        return until(first, SLOW, f"{name} has a process 1", every=0.005)
 
     def _octet(self, name: str) -> int:
         return HOST[name] if name in HOST else HOST["node"] + int(name.removeprefix("node"))

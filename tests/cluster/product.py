@@ -23,7 +23,7 @@ eval: {every: 20, rows: 8}
 checkpoint: {every: 10, keep: 2}
 log: {tensorboard: false}
 """
-START = 240.0  # seconds that ranks may take to come up on a machine that does many things at once
+START = 300.0  # seconds that ranks may take to start on a busy machine
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Project:
 
     def bd3(self, *args: object, check: bool = True, **environ: str) -> subprocess.CompletedProcess:
         """Run `bd3` on the login node."""
-        return self.cluster.run("bd3", *args, check=check, env=self.environ | environ, cwd=self.folder, timeout=120)
+        return self.cluster.run("bd3", *args, check=check, env=self.environ | environ, cwd=self.folder, timeout=START)
 
     def run(self, name: str, *options: object, recipe: str = RECIPE, **environ: str) -> Run:
         """Launch `bd3 pretrain` with a recipe into the run folder ``name``."""
@@ -76,7 +76,7 @@ class Project:
             cwd=self.folder,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=2 * START,
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]
@@ -97,8 +97,10 @@ class Run:
 
     def rows(self) -> int:
         """Steps that have a record."""
-        path = self.path / "metrics.jsonl"
-        return path.read_bytes().count(b'"train"') if path.exists() else 0
+        try:
+            return self.metrics.count(b'"train"')
+        except FileNotFoundError:
+            return 0
 
     def reaches(self, step: int, timeout: float = START) -> None:
         until(lambda: self.rows() >= step, timeout, lambda: f"{self.path.name} reaches step {step}; {self.story()}")
@@ -142,7 +144,7 @@ class Run:
         found = []
         for path in Path("/proc").glob("[0-9]*"):
             try:
-                words = (path / "cmdline").read_bytes().decode().split("\0")
+                words = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
                 environ = (path / "environ").read_bytes().decode(errors="replace").split("\0")
             except OSError:
                 continue

@@ -1,4 +1,4 @@
-"""What happens to runs in these tests, all at the same time: what they do most of is to wait."""
+"""Runs and what happens to them, all at the same time, because they wait most of the time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ONE = ("--nodes", 1, "--tasks-per-node", 1)
 TWO = ("--nodes", 2, "--tasks-per-node", 1)
 ONE_OR_TWO = ("--nodes", "1-2", "--tasks-per-node", 1)
 # Most runs share two nodes; those that lose nodes, or have to give them away, have their own.
-TOGETHER = ("--exclude", "node[3-8]")
+SHARED = ("--exclude", "node[3-8]")
 GIVEN_AWAY = ("--exclude", "node[1-2,5-8]")
 LOST = ("--exclude", "node[1-4,7-8]")
 KILLED = ("--exclude", "node[1-6]")
@@ -44,7 +44,7 @@ class Outcome:
 
 
 def time_limit(project: Project) -> Outcome:
-    run = project.run("limit", *TWO, *TOGETHER, "--time", 30, "--warn-seconds", 120, recipe=LONG,
+    run = project.run("limit", *TWO, *SHARED, "--time", 30, "--warn-seconds", 120, recipe=LONG,
                       BD3_TEST_STEP_SECONDS="0.6")  # fmt: skip
     run.reaches(20)
     cluster, job = project.cluster, run.jobs[0]
@@ -57,7 +57,7 @@ def time_limit(project: Project) -> Outcome:
 
 
 def requeued(project: Project) -> Outcome:
-    run = project.run("requeued", *ONE, *TOGETHER, recipe=LONG, **SLOW)
+    run = project.run("requeued", *ONE, *SHARED, recipe=LONG, **SLOW)
     run.reaches(20)
     project.cluster.scontrol("requeue", run.jobs[0])
     return Outcome(run, run.finishes(END))
@@ -73,7 +73,7 @@ def preempted(project: Project) -> Outcome:
 
 
 def cancelled(project: Project) -> Outcome:
-    run = project.run("cancelled", *ONE, *TOGETHER, recipe=LONG, **SLOW)
+    run = project.run("cancelled", *ONE, *SHARED, recipe=LONG, **SLOW)
     run.reaches(20)
     cluster = project.cluster
     cluster.run("scancel", run.jobs[0])
@@ -84,7 +84,7 @@ def cancelled(project: Project) -> Outcome:
 
 
 def chained(project: Project) -> Outcome:
-    run = project.run("chained", *ONE, *TOGETHER, "--chain", 3, recipe=LONG, **SLOW)
+    run = project.run("chained", *ONE, *SHARED, "--chain", 3, recipe=LONG, **SLOW)
     run.reaches(20)
     project.cluster.run("scancel", "--signal=USR1", run.jobs[0])
     run.finishes(job=0)
@@ -122,20 +122,20 @@ def rank_stopped(project: Project) -> Outcome:
     run.reaches(15)
     (victim,) = run.pids("node2")
     os.kill(victim, signal.SIGSTOP)
-    until(lambda: run.events("hang"), 2 * TIMEOUT, lambda: f"the hang is found; {run.story()}")
+    until(lambda: run.events("hang"), START, lambda: f"the hang is found; {run.story()}")
     return Outcome(run, run.finishes(END))
 
 
 def batches_of_nan(project: Project) -> Outcome:
     """Two of three batches that may be skipped."""
     plan = {"BD3_TEST_NAN_STEPS": "4,9"}
-    run = project.run("skipped", *ONE, *TOGETHER, **plan)
+    run = project.run("skipped", *ONE, *SHARED, **plan)
     return Outcome(run, run.finishes(END))
 
 
 def too_many_batches_of_nan(project: Project) -> Outcome:
     plan = {"BD3_TEST_NAN_STEPS": "4,9,11"}
-    run = project.run("aborted", *ONE, *TOGETHER, **plan)
+    run = project.run("aborted", *ONE, *SHARED, **plan)
     return Outcome(run, run.ends(END))
 
 
