@@ -32,7 +32,7 @@ COMMANDS = {
     "config": ("pretrain.commands.config:main", "print the resolved configuration as YAML"),
     "estimate": ("pretrain.commands.estimate:main", "predict memory, traffic and time of a run before it is launched"),
     "launch": ("pretrain.commands.launch:main", "submit a run, a sweep or a data preparation to Slurm"),
-    "status": ("pretrain.commands.status:main", "show where a run stands in Slurm and in training"),
+    "status": ("pretrain.commands.status:main", "show the status of a run in Slurm and in training"),
     "attempt": ("pretrain.commands.attempt:main", "start a run in a batch script, and again where that helps"),
     "bench": ("pretrain.bench:main", "measure data, a training step, its memory, and whether layouts agree"),
 }

@@ -107,7 +107,9 @@ def compress_hosts(hosts: Iterable[str]) -> str:
     """
     groups: dict[tuple[str, ...], list[str]] = {}
     for host in hosts:
-        head, digits, tail = re.fullmatch(r"(.*?)([0-9]*)([^0-9]*)", host).groups()
+        found = re.fullmatch(r"(.*?)([0-9]*)([^0-9]*)", host, re.DOTALL)
+        assert found is not None  # every text matches
+        head, digits, tail = found.groups()
         groups.setdefault((head, tail) if digits else (host,), []).append(digits)
     return ",".join(head + _ranges(digits) + "".join(tail) for (head, *tail), digits in groups.items())
 

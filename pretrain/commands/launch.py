@@ -55,7 +55,7 @@ class SweepJob(RunOptions, SubmitOptions):
 class PrepJob(PrepOptions, SubmitOptions):
     """Submit the preparation of a data set as a job array. All options of bd3 prep, and those of the job."""
 
-    dry_run: bool = SubmitOptions.model_fields["dry_run"]  # not that of bd3 prep, which estimates
+    dry_run: bool = Field(default=False, description=SubmitOptions.model_fields["dry_run"].description)
     tasks: int = Field(default=8, ge=1, description="shares of the input, each a task of the array")
     at_once: int | None = Field(default=None, ge=1, description="tasks at a time; null: as many as Slurm starts")
 
@@ -131,7 +131,7 @@ def _site(flags: Mapping[str, Any]) -> list[Layer]:
 
 
 def _prep_words(args: list[str]) -> list[str]:
-    """The words of a command line of bd3 launch prep that are for bd3 prep."""
+    """The part of a command line of bd3 launch prep that bd3 prep understands."""
     given = scan_options(PrepJob, args)
     words = given.pop("inputs")
     for path, values in given.items():

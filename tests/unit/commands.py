@@ -20,7 +20,18 @@ from pathlib import Path
 from pretrain.distributed.spawn import FORKS
 
 _COMMANDS = ("prep", "pretrain", "eval", "sample", "convert")
-_LATE = ["matplotlib.pyplot", "torch.utils.tensorboard"]  # what commands import where they need it
+# Imports of commands inside of functions.
+_LATE = [
+    "bd3_megatron.sampling.block",
+    "bd3_megatron.sampling.sampler",
+    "data_prep.build.estimate",
+    "matplotlib.pyplot",
+    "pretrain.checkpoint.loaded_run",
+    "pretrain.preflight.run",
+    "pretrain.trainer.loop",
+    "tokenizers",
+    "torch.utils.tensorboard",
+]
 FORKS.set_forkserver_preload([f"pretrain.commands.{name}" for name in _COMMANDS] + _LATE)
 
 

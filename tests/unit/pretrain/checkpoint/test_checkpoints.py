@@ -19,6 +19,7 @@ from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.parallel import seed_dropout
 from pretrain.checkpoint import folder as checkpoint_files
 from pretrain.checkpoint import reader as checkpoint
+from tests.polling import until
 from tests.unit import tiny
 
 DIFFUSION = DiffusionConfig(block_size=4)
@@ -194,13 +195,11 @@ def _fail_while_writing(run: Path, engine: MegatronEngine) -> None:
         raise RuntimeError("of the loop")
 
 
-def _poll_for_long(writer: checkpoint.CheckpointWriter) -> None:
-    for _ in range(1000):
-        writer.poll()
-        time.sleep(0.01)
-
-
-NOTICES = {"poll": _poll_for_long, "save": lambda writer: writer.save(5, {}), "wait": lambda writer: writer.wait()}
+NOTICES = {
+    "poll": lambda writer: until(writer.poll),
+    "save": lambda writer: writer.save(5, {}),
+    "wait": lambda writer: writer.wait(),
+}
 
 
 @pytest.mark.parametrize("notice", NOTICES)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bd3_common import plugins
 from bd3_common.errors import ConfigError
 from pretrain.commands import launch
 from pretrain.config.resolve import load_saved
@@ -135,6 +136,16 @@ def test_code_and_configuration_are_kept_as_they_are(slurm, args):
     assert done.stdout.split() == [str(folder / "code" / name) for name in ("pretrain/cli.py", "slurm/__init__.py")]
     assert (folder / "code/slurm/multi_node.sbatch").is_file()
     assert f"torch=={__import__('torch').__version__.split('+')[0]}" in (folder / "environment.txt").read_text()
+
+
+def test_plugins_travel_with_the_job(slurm, args, tmp_path, monkeypatch):
+    plugin = tmp_path / "added.py"
+    plugin.write_text("NAME = 'as submitted'\n")
+    monkeypatch.setenv(plugins.VARIABLE, f"{plugin}{os.pathsep}wave")
+    launch.main(["pretrain", *args])
+    copy = Path("run/launch/000/plugins/added.py").absolute()
+    assert copy.read_text() == "NAME = 'as submitted'\n"
+    assert f"\nexport BD3_PLUGINS={copy}:wave\n" in submitted(Path("run"))
 
 
 def test_a_dry_run_prints_the_script_and_needs_no_slurm(slurm, args, capsys):

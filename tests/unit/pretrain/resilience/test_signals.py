@@ -1,4 +1,4 @@
-"""Runs that are asked to stop by a signal: they leave a checkpoint and go on as if they had not been."""
+"""Stop signals: a stopped run leaves a checkpoint and continues as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from pretrain.checkpoint import reader as checkpoint
 from pretrain.resilience import signals
 from pretrain.run_folder import events
+from tests.polling import until
 from tests.unit import commands
 from tests.unit.commands import Done
 
@@ -41,7 +42,7 @@ class Run:
         return (self.run / "metrics.jsonl").read_bytes()
 
 
-def at_step(step: int, *numbers: int, wait: float = 0.0) -> None:
+def at_step(step: int, *numbers: int) -> None:
     """This process gets these signals while it prepares the batch of a step (1 is the first)."""
     from pretrain.trainer.batches import Batches
 
@@ -49,7 +50,7 @@ def at_step(step: int, *numbers: int, wait: float = 0.0) -> None:
 
     def at(self: Batches, number: int):
         if number + 1 == step:
-            send(numbers, wait)
+            send(*numbers)
         return original(self, number)
 
     Batches.at = at
@@ -63,8 +64,7 @@ def at_evaluation(call: int, number: int) -> None:
 
     def evaluate(*args, **options):
         if next(count) == call:
-            os.kill(os.getpid(), number)
-            time.sleep(0.2)
+            send(number)
         return original(*args, **options)
 
     train.evaluate = evaluate
@@ -77,17 +77,17 @@ def at_start(number: int) -> None:
     original = train.read_ranks
 
     def read_ranks():
-        os.kill(os.getpid(), number)
+        send(number)
         return original()
 
     train.read_ranks = read_ranks
 
 
-def send(numbers: tuple[int, ...], wait: float) -> None:
-    for at, number in enumerate(numbers):
-        time.sleep(wait if at else 0)
+def send(*numbers: int) -> None:
+    """Send signals to this process and wait until the first is noted."""
+    for number in numbers:
         os.kill(os.getpid(), number)
-    time.sleep(0.2)
+    until(signals.received, what="the signal is noted")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def uninterrupted(tmp_path_factory, data_set) -> Run:
         (functools.partial(at_step, 4, signal.SIGTERM, signal.SIGTERM), 75, 4, "SIGTERM"),
     ],
 )
-def test_a_run_that_is_asked_to_stop_goes_on_as_if_it_had_not(
+def test_a_stopped_run_continues_as_if_it_had_not_been_interrupted(
     tmp_path, data_set, uninterrupted, before, code, step, name
 ):
     run = Run(tmp_path, data_set)
@@ -132,14 +132,14 @@ def test_the_second_signal_ends_at_once_where_nothing_moves(tmp_path, data_set):
     run = Run(tmp_path, data_set)
     process = commands.start(*run.args, log=run.folder / "log", before=functools.partial(stuck_at, 3))
     err = run.folder / "log.err"
-    deadline = time.monotonic() + 60
-    while "stuck" not in (err.read_text() if err.exists() else "") and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(err.exists, what="the command starts")
+    until(lambda: "stuck" in err.read_text(), what=lambda: f"the command is stuck; {err.read_text()}")
     os.kill(process.pid, signal.SIGTERM)
-    time.sleep(1.5)
+    until(lambda: "SIGTERM" in err.read_text(), what="the first signal is noted")
+    time.sleep(1.1 * signals._SAME_SIGNAL)
     assert process.is_alive()
     os.kill(process.pid, signal.SIGTERM)
-    process.join(5)
+    process.join(120)
     assert process.exitcode == 128 + signal.SIGTERM
     assert "the second signal, ends at once; the run goes on from its last checkpoint" in err.read_text()
 
@@ -162,11 +162,13 @@ def stuck_at(step: int) -> None:
 
 def test_a_signal_to_a_forked_process_is_its_own():
     with signals.caught():
+        reading, writing = os.pipe()
         child = os.fork()
         if not child:
+            os.write(writing, b"forked")
             while True:
                 time.sleep(0.05)
-        time.sleep(0.1)
+        os.read(reading, 6)
         os.kill(child, signal.SIGTERM)
         _, status = os.waitpid(child, 0)
         time.sleep(0.1)

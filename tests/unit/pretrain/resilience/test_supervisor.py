@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from pretrain.resilience.progress import finished, starts_without_progress
 from pretrain.resilience.slurm_job import SlurmJob, nodes_to_exclude
 from pretrain.run_folder import events, layout
 from slurm import client
+from tests.polling import until
 from tests.unit.slurm_fakes import FakeSlurm
 
 ABORT = "srun: launch/slurm: _step_signal: Terminating StepId=17.0"
@@ -161,7 +161,7 @@ def run_attempt(run: Path, *args: str, program: str, **environ: str) -> subproce
     """`bd3 attempt` with a Python program as its command."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")} | environ
     command = [sys.executable, "-m", "pretrain.cli", "attempt", str(run), *args, "--", sys.executable, "-c", program]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=variables, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables, check=False)
 
 
 def test_without_slurm_a_failed_command_is_started_again_until_it_is_done(tmp_path):
@@ -312,26 +312,25 @@ def test_a_run_stopped_in_its_last_evaluation_has_that_to_do(tmp_path):
 
 def test_what_the_command_leaves_running_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(child_process, "_DRAIN", 0.1)
-    begin = time.monotonic()
-    code, told = child_process.run_command(["bash", "-c", "echo srun: a >&2; echo b >&2; sleep 20 & exit 3"], tmp_path)
+    program = f"echo srun: a >&2; echo b >&2; sleep 1000 & echo $! > {tmp_path}/pid; exit 3"
+    code, told = child_process.run_command(["bash", "-c", program], tmp_path)
     assert (code, [word.line for word in told]) == (3, ["srun: a"])
-    assert time.monotonic() - begin < 10
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # it is still there
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_without_slurm_who_is_told_to_end_does(tmp_path, number):
     ready = tmp_path / "ready"
-    program = f"import pathlib, time; pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
+    program = f"import pathlib, time; pathlib.Path({str(ready)!r}).touch(); time.sleep(1000)"
     command = [sys.executable, "-m", "pretrain.cli", "attempt", tmp_path / "run", "--", sys.executable, "-c", program]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environ, process_group=0)
-    while not ready.exists() and process.poll() is None:
-        time.sleep(0.02)
+    until(lambda: ready.exists() or process.poll() is not None)
     if number == signal.SIGINT:
         os.killpg(process.pid, number)  # as a terminal does
     else:
         process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == (143 if number == signal.SIGTERM else 130), err
     assert "; ended at step 0" in err
     assert sum(event["event"] == "attempt" for event in events.read(tmp_path / "run")) == 1
