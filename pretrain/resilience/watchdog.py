@@ -118,7 +118,8 @@ class Watchdog:
         if ranks.rank == 0:
             names = shared[0][0]
             keys = [f"{names}/{name}" for name in ("hang", *map(str, range(ranks.world_size)))]
-            self._store.multi_set(keys, [""] * len(keys))  # reading a missing key would block
+            # Reading a missing key would block. torch's stubs lack the method.
+            self._store.multi_set(keys, [""] * len(keys))  # type: ignore[attr-defined]
         dist.broadcast_object_list(shared, src=0)
         self._names, self._first = shared[0]
         self._beat, self._observer, self._times_found = 0, Observer(), 0
@@ -183,7 +184,7 @@ class Watchdog:
             self._store.set(self._key("hang"), json.dumps({"failed": self._failure}))
             return
         if self.ranks.rank not in self._observers:
-            published = self._store.get(self._key("hang"))
+            published: str | bytes = self._store.get(self._key("hang"))
             self._answers += 1
         else:
             published, *texts = self._store.multi_get([self._key("hang"), *self._everyone])
