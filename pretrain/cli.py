@@ -12,7 +12,7 @@ import os
 import sys
 import time
 
-from bd3_common import plugins
+from bd3_common import logs, plugins
 from bd3_common.errors import user_line
 from bd3_common.exit_codes import INTERRUPTED, PIPE_CLOSED, USAGE_ERROR
 from pretrain.resilience import signals
@@ -121,6 +121,7 @@ def _run(args: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"use {', '.join(COMMANDS)}"
         print(f"{name}: unknown command; {hint}", file=sys.stderr)
         return USAGE_ERROR
+    logs.to_console()
     module, _, function = COMMANDS[name][0].partition(":")
     with signals.caught() if name == "pretrain" else contextlib.nullcontext():
         return getattr(importlib.import_module(module), function)(rest) or 0

@@ -8,6 +8,7 @@ found and read.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -37,34 +38,34 @@ __all__ = [
     "exists",
     "find",
     "newest",
-    "newest_together",
+    "newest_on_all_ranks",
     "read_weights",
     "restore",
     "save",
 ]
 
+_LOG = logging.getLogger(__name__)
 
-def newest(run: Path, warn: Callable[[str], None] = lambda _: None) -> Checkpoint | None:
+
+def newest(run: Path) -> Checkpoint | None:
     """The newest checkpoint whose files match its list, or None if there is none."""
     for path in reversed(folders(run)):
         found = _examine(path)
         if isinstance(found, Checkpoint):
             return found
-        warn(f"{path}: {found}; skipped")
+        _LOG.warning(f"{path}: {found}; skipped")
     return None
 
 
-def newest_together(
+def newest_on_all_ranks(
     run: Path,
     world: World,
-    warn: Callable[[str], None] = lambda _: None,
     usable: Callable[[int, dict[str, Any]], bool] = lambda *_: True,
 ) -> Checkpoint | None:
-    """:func:`newest` with the work shared: each rank checks a part of the files, and all come to the same verdict.
+    """:func:`newest` with the checksums split over ranks; the same result on every rank.
 
     Args:
-        warn: called on the first rank.
-        usable: says of a checkpoint's step and meta whether it is wanted; others are passed over without a word.
+        usable: false for a checkpoint, by step and meta, that is passed over without a message.
     """
     for path in reversed(on_rank_0(lambda: folders(run))):
         found = on_rank_0(partial(read_listing, path))
@@ -78,8 +79,7 @@ def newest_together(
             if not any(problems):
                 return Checkpoint(path, found["step"], found["meta"])
             found = next(filter(None, problems))
-        if world.is_first:
-            warn(f"{path}: {found}; skipped")
+        _LOG.warning(f"{path}: {found}; skipped")
     return None
 
 
@@ -111,14 +111,11 @@ def find(run: Path, step: int | None = None) -> Checkpoint:
     return found
 
 
-def restore(checkpoint: Checkpoint, engine: Engine, say: Callable[[str], None] = lambda _: None) -> None:
+def restore(checkpoint: Checkpoint, engine: Engine) -> None:
     """Fill the engine's state from a checkpoint, in place.
 
     Adam goes on counting from ``updates`` of the checkpoint's meta; where there is none, every step was one.
     FP8 scales that the checkpoint lacks, because it was written in bf16 or with another recipe, start anew.
-
-    Args:
-        say: told so, on every rank that misses some.
 
     Raises:
         ConfigError: the checkpoint holds other tensors than this model has.
@@ -127,7 +124,7 @@ def restore(checkpoint: Checkpoint, engine: Engine, say: Callable[[str], None] =
     scales = {name: sharded for name, sharded in state.items() if name.startswith(f"{SECTION}/")}
     if scales and not _holds(checkpoint, scales):
         state = {name: sharded for name, sharded in state.items() if name not in scales}
-        say(f"{checkpoint.path}: holds no FP8 scales of this recipe and history; they start anew")
+        _LOG.info(f"{checkpoint.path}: holds no FP8 scales of this recipe and history; they start anew")
     gather_from_ranks(lambda: _check(checkpoint, state))  # stages hold different tensors
     _load(checkpoint, state)
     engine.loaded(checkpoint.meta.get("updates", checkpoint.step))

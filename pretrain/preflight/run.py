@@ -7,7 +7,7 @@ Every rank gathers what all have measured (:mod:`pretrain.preflight.probes`) and
 from __future__ import annotations
 
 import json
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,7 +20,6 @@ import torch.distributed as dist
 from bd3_common.atomic import write_bytes
 from bd3_common.errors import ConfigError, user_line
 from bd3_common.exit_codes import BAD_NODE
-from bd3_megatron import parallel
 from bd3_megatron.cost import memory
 from bd3_megatron.parallel import World
 from data_prep.read.stream import RowStream
@@ -30,20 +29,20 @@ from pretrain.distributed.collectives import (
     collective_errors,
     gather_from_ranks,
     gather_outcomes,
-    lost_ranks,
     mark_collective,
     on_rank_0,
     raise_on_all_ranks,
 )
-from pretrain.distributed.ranks import Ranks, read_ranks, rendezvous
+from pretrain.distributed.ranks import Ranks, read_ranks
 from pretrain.preflight import findings, probes
 from pretrain.preflight.findings import Clock, Finding, Report
+from pretrain.preflight.startup import start_ranks
 from pretrain.resilience import signals
 from pretrain.resilience.watchdog import Watchdog
-from pretrain.run_folder import data as run_data
 from pretrain.run_folder import layout
-from pretrain.run_folder.data import open_data
+from pretrain.run_folder.data import data_identity, open_data
 
+_LOG = logging.getLogger(__name__)
 _LINES = 4  # findings in a message
 
 Opened = tuple[RunConfig, RowStream, RowStream]
@@ -59,21 +58,13 @@ def check(config: RunConfig) -> None:
     ranks = read_ranks()
     with collective_errors():
         check_run(config, ranks.world_size)
-    watch = None
-    try:
-        with lost_ranks(ranks.rank, lambda: watch.phase if watch else "at the start"):
-            world = parallel.start(config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, rendezvous(ranks))
-            watch = Watchdog(ranks, config.parallel.timeout_minutes, Path(config.run) / layout.HANG)
-            preflight = Preflight(config, ranks, world, watch)
-            preflight.nodes()
-            if config.data.weights():
-                config = preflight.data(lambda: open_data(config, world))[0]
-            on_rank_0(lambda: Path(config.run).mkdir(parents=True, exist_ok=True))
-            preflight.folders(config)
-    finally:
-        if watch is not None:
-            watch.close(sys.exc_info()[1])
-        parallel.stop()
+    with start_ranks(config, ranks) as job:
+        preflight = Preflight(config, ranks, job.world, job.watchdog)
+        preflight.nodes()
+        if config.data.weights():
+            config = preflight.data(lambda: open_data(config, job.world))[0]
+        on_rank_0(lambda: job.run.mkdir(parents=True, exist_ok=True))
+        preflight.folders(config)
 
 
 class BadNodes(SystemExit):
@@ -88,9 +79,9 @@ class Preflight:
         BadNodes: likewise, with ``preflight.strict``, where some nodes are to blame for it.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, world: World, watch: Watchdog):
+    def __init__(self, config: RunConfig, ranks: Ranks, world: World, watchdog: Watchdog):
         self.config, self.options, self.run = config, config.preflight, Path(config.run)
-        self.ranks, self.world, self.watch = ranks, world, watch
+        self.ranks, self.world, self.watchdog = ranks, world, watchdog
         self.reports: list[Report] = []
         self.links: list[dict[int, float]] = []
         self.clocks: list[Clock] = []
@@ -122,9 +113,9 @@ class Preflight:
 
         def identify() -> str:
             opened.append(open_data())
-            return run_data.data_identity(*opened[0][1].manifests)[:12]
+            return data_identity(*opened[0][1].manifests)[:12]
 
-        self.watch.tick("in the preflight of the data", may_take_long=True)  # checksums of all shards
+        self.watchdog.tick("in the preflight of the data", may_take_long=True)  # checksums of all shards
         told = gather_outcomes(identify)
         errors = [error for _, error in told if error is not None]
         for error in errors:
@@ -155,7 +146,7 @@ class Preflight:
                 found += self._folder(self.run / name, 0.0 if names and not name else needed)
             self._conclude(found)
         on_rank_0(self._write_report)
-        self._say(f"preflight: {self.summary()}")
+        _LOG.info(f"preflight: {self.summary()}")
 
     def summary(self) -> str:
         """``16 ranks on 2 nodes, matmul 612 to 655 TFLOP/s, all-reduce 180 GB/s, clocks within 3 ms, 4.1 s``"""
@@ -200,7 +191,7 @@ class Preflight:
         device = self.world.device if dist.get_backend() == "nccl" else torch.device("cpu")
         self.clocks = probes.clocks(device)
         late, self.apart = findings.clocks(self.clocks, reports, options.clock_skew)
-        self.watch.tick("in the preflight of the links")
+        self.watchdog.tick("in the preflight of the links")
         self.all_reduce = probes.all_reduce_rate(device)
         measured = probes.link_rates(reports, self.world.rank, device, within=device.type == "cuda")
         if device.type == "cuda":
@@ -244,7 +235,7 @@ class Preflight:
         if fatal:
             raise mark_collective(ConfigError(_joined(fatal)))
         for finding in found:
-            self._say(f"preflight: {finding.line}")
+            _LOG.warning(f"preflight: {finding.line}")
 
     def _name_suspects(self, blamed: Sequence[Finding]) -> None:
         reasons: dict[str, str] = {}
@@ -255,7 +246,7 @@ class Preflight:
         self._write_report()
         named = {"hosts": list(reasons), "reasons": reasons}
         write_bytes(self.run / layout.BAD_NODES, f"{json.dumps(named, indent=1)}\n".encode())
-        self._say(f"preflight: {_joined(blamed)}; preflight.strict=true: start again without {', '.join(reasons)}")
+        _LOG.warning(f"preflight: {_joined(blamed)}; preflight.strict=true: start again without {', '.join(reasons)}")
 
     def _write_report(self) -> None:
         """A line per host, so that a person can read what a thousand ranks have measured."""
@@ -269,12 +260,12 @@ class Preflight:
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
         start = time.monotonic()
-        self.watch.tick(f"in the preflight {what}")
+        self.watchdog.tick(f"in the preflight {what}")
         try:
             yield
         finally:
             self.seconds += time.monotonic() - start
-        self.watch.tick("before the first step", may_take_long=True)
+        self.watchdog.tick("before the first step", may_take_long=True)
 
     @property
     def _mine(self) -> Report:
@@ -289,10 +280,6 @@ class Preflight:
 
     def _hosts_with(self, told: Sequence[tuple[Any, Exception | None]]) -> set[str]:
         return {report.host for report, (_, error) in zip(self.reports, told) if error is not None}
-
-    def _say(self, text: str) -> None:
-        if self.world.is_first:
-            print(text, file=sys.stderr, flush=True)
 
 
 def _joined(found: Sequence[Finding]) -> str:

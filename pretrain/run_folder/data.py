@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import sys
+import logging
 
 from bd3_common.errors import ConfigError
 from bd3_megatron import parallel
@@ -14,6 +14,8 @@ from data_prep.read.cache import ShardCache, default_folder
 from data_prep.read.reader import RowReader
 from data_prep.read.stream import RowStream
 from pretrain.config.schema import DataConfig, RunConfig
+
+_LOG = logging.getLogger(__name__)
 
 
 def open_data(config: RunConfig, world: parallel.World) -> tuple[RunConfig, RowStream, RowStream]:
@@ -111,15 +113,14 @@ def verify(stream: RowStream, verify_gb: float, rank: int = 0, size: int = 1) ->
             continue
         if reader.bytes > verify_gb * 1e9 * size:
             if rank == 0:
-                print(
+                _LOG.warning(
                     f"{reader.folder}: the {reader.split} split has {reader.bytes / 1e9:.1f} GB and is not verified "
-                    f"(data.verify_gb={verify_gb:g} for each of {size} ranks); bd3 check does it",
-                    file=sys.stderr,
-                    flush=True,
+                    f"(data.verify_gb={verify_gb:g} for each of {size} ranks); bd3 check does it"
                 )
             continue
         reader.verify(rank, size)
 
 
 def order_seed(config: RunConfig) -> int:
+    """Seed of the order of rows: ``data.seed``, or the run's."""
     return config.train.seed if config.data.seed is None else config.data.seed

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
+
+from bd3_common import logs
+
+_LOG = logging.getLogger(__name__)
 
 
 class Throughput:
@@ -71,7 +77,7 @@ class Throughput:
 
 
 class Progress:
-    """Shows the steps of a run on ``stream``: a bar if it is a terminal, else a line every ``every`` steps.
+    """Shows the steps of a run: a bar if ``stream`` is a terminal, else a log message every ``every`` steps.
 
     Args:
         total_steps: optimizer steps of the whole run.
@@ -85,6 +91,8 @@ class Progress:
         self._bar = self._task = None
         if self._stream.isatty():
             self._bar, self._task = _bar(self._stream, total_steps, start_step)
+            self._messages = contextlib.ExitStack()
+            self._messages.enter_context(logs.console_through(self._print_above))
 
     def update(self, step: int, fields: Mapping[str, Any]) -> None:
         """Show that ``step`` is done. Known fields: loss, grad_norm, lr, steps_skipped, seconds_per_step,
@@ -92,19 +100,16 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=describe(step, self._total, fields))
         elif step % self._every == 0 or step in (self._start + 1, self._total):
-            self.message(describe(step, self._total, fields))
+            _LOG.info(describe(step, self._total, fields))
 
-    def message(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=self._stream, flush=True)
+    def _print_above(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Stop drawing; the bar's last state stays."""
         if self._bar is not None:
             self._bar.stop()
+            self._messages.close()
 
     def __enter__(self) -> Progress:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from bd3_common.errors import ConfigError
 from pretrain.config.schema import ProfileConfig, RunConfig
 from pretrain.run_folder.layout import PROFILE, memory_snapshot, trace_file
 
+_LOG = logging.getLogger(__name__)
 # Steps before the trace with profile.start=0: kernels are compiled and buffers allocated in the first ones.
 _WARM_UP = 2
 
@@ -28,18 +30,19 @@ class Profiler:
         folder: the run folder.
         rank: this process's rank.
         step: steps done before this process began.
-        say: called with a line for the user.
     """
 
-    def __init__(self, options: ProfileConfig, folder: Path, rank: int, step: int, say: Callable[[str], None]):
-        self.options, self.folder, self.rank, self._say = options, folder, rank, say
+    def __init__(self, options: ProfileConfig, folder: Path, rank: int, step: int):
+        self.options, self.folder, self.rank = options, folder, rank
         self._first = step + 1 + _WARM_UP if options.start == 0 else options.start
         self._profile: profile | None = None
         self._last: int | None = None
         if self._first is None or rank not in options.ranks:
             self._first = None
         elif self._first <= step:
-            say(f"profile.start={self._first}: the run goes on after step {step}; use 0 or a later step for a trace")
+            _LOG.warning(
+                f"profile.start={self._first}: the run goes on after step {step}; use 0 or a later step for a trace"
+            )
             self._first = None
 
     @contextlib.contextmanager
@@ -68,7 +71,7 @@ class Profiler:
         """Write the trace of the steps so far, if one is being taken; a run goes on without a trace that fails."""
         if self._profile is None:
             if self._first is not None and self._last is None:
-                self._say(
+                _LOG.warning(
                     f"profile.start={self.options.start}: no trace, because the run ended before step {self._first}"
                 )
             return
@@ -80,14 +83,14 @@ class Profiler:
             if self._last is not None:  # else the first of them failed
                 self._write(traced, self._last)
         except (OSError, RuntimeError) as error:
-            self._say(f"no trace in {self.folder / PROFILE}: {' '.join(str(error).split())}")
+            _LOG.warning(f"no trace in {self.folder / PROFILE}: {' '.join(str(error).split())}")
 
     def _write(self, traced: profile, last: int) -> None:
         path = trace_file(self.folder, self._first, last, self.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path, suffix=path.suffix) as temporary:  # torch compresses what is named .gz
             traced.export_chrome_trace(str(temporary))
-        self._say(f"trace of steps {self._first} to {last}: {path}")
+        _LOG.info(f"trace of steps {self._first} to {last}: {path}")
 
 
 def record_allocations(options: ProfileConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,14 @@ from typing import Any
 from bd3_common.errors import ConfigError
 from bd3_megatron.parallel import World
 from data_prep.read.stream import RowStream
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.folder import Checkpoint, folders
+from pretrain.checkpoint.reader import newest_on_all_ranks
 from pretrain.config.resolve import load_saved
 from pretrain.config.schema import RunConfig
 from pretrain.distributed.collectives import mark_collective, on_rank_0
-from pretrain.run_folder import data as run_data
 from pretrain.run_folder import layout
-from pretrain.run_folder.data import order_seed
-from pretrain.trainer import stability as guard
+from pretrain.run_folder.data import data_identity, order_seed
+from pretrain.trainer.stability import check_skips, read_ranges, undone
 
 # What may change when a run goes on: how long, where and how it is watched. (A decaying learning rate follows
 # train.steps, so a longer run has another rate from here on.) All kernels compute one function up to rounding, and the
@@ -78,24 +77,23 @@ def _named(config: RunConfig) -> str:
     return f"data.path={data.path}" if data.mix is None else f"data.mix={' '.join(data.mix)}"
 
 
-def checkpoint_to_resume(run: Path, config: RunConfig, stream: RowStream, world: World) -> checkpoint.Checkpoint | None:
+def checkpoint_to_resume(run: Path, config: RunConfig, stream: RowStream, world: World) -> Checkpoint | None:
     """The newest good checkpoint, or None for a new run; refuses to go on from another position or with other data."""
-    left_out = on_rank_0(lambda: guard.read_ranges(run))
-    found = checkpoint.newest_together(
+    left_out = on_rank_0(lambda: read_ranges(run))
+    found = newest_on_all_ranks(
         run,
         world,
-        warn=lambda text: print(text, file=sys.stderr, flush=True),
-        usable=lambda step, meta: not guard.undone(left_out, step, meta),
+        usable=lambda step, meta: not undone(left_out, step, meta),
     )
     if found is None:
-        if on_rank_0(lambda: checkpoint.exists(run)):
+        if on_rank_0(lambda: folders(run)):
             raise mark_collective(
                 ConfigError(
                     f"{run / layout.CHECKPOINTS}: none is whole; put one back, or start again with another --run"
                 )
             )
         return None
-    data = run_data.data_identity(*stream.manifests)
+    data = data_identity(*stream.manifests)
     if found.meta.get("data", data) != data:
         raise mark_collective(
             ConfigError(
@@ -111,5 +109,5 @@ def checkpoint_to_resume(run: Path, config: RunConfig, stream: RowStream, world:
                     f"use the configuration the run was started with"
                 )
             )
-    on_rank_0(lambda: guard.check_skips(run, config.guard, found.step))
+    on_rank_0(lambda: check_skips(run, config.guard, found.step))
     return found

@@ -1,8 +1,8 @@
 """Steps that go wrong: a loss that is not finite, and a loss that jumps and stays up.
 
-Every rank holds the same :class:`Guard` and decides alike, from losses and norms that are equal on all ranks. What it
-knows of earlier steps follows from ``metrics.jsonl`` up to the step that a run goes on from, so that a run that was
-killed decides as one that was not.
+Every rank has the same :class:`StabilityMonitor` and takes the same decisions, from losses and norms that are equal on
+all ranks. Its state after a resume follows from ``metrics.jsonl`` up to the step that the run resumes from, so a run
+that was killed decides as one that was not.
 
 A step without a finite loss and gradient makes no update (:mod:`bd3_megatron.engine.base`); its batch is written down.
 After a spike of the loss the run goes back to a checkpoint from before it and leaves the batches around it out, as in
@@ -13,11 +13,12 @@ says how many such ranges it knows: one that has trained on what is left out is 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,15 @@ from bd3_common.errors import ConfigError
 from bd3_megatron.engine.base import StepResult
 from bd3_megatron.parallel import World
 from pretrain.checkpoint import folder as checkpoint_files
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.folder import Checkpoint
+from pretrain.checkpoint.reader import newest_on_all_ranks
 from pretrain.config.schema import GuardConfig, RunConfig
 from pretrain.distributed.collectives import gather_from_ranks, mark_collective, on_rank_0
 from pretrain.run_folder import layout
 from pretrain.tracking.metrics import read_metrics
 from pretrain.trainer.batches import Batches
 
+_LOG = logging.getLogger(__name__)
 _NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
 
 
@@ -90,17 +93,16 @@ class SpikeDetector:
         return median + self.config.spike * _NORMAL * spread
 
 
-class Guard:
+class StabilityMonitor:
     """What a run does about steps that go wrong. Every rank calls every method.
 
     Args:
         batches: of the run; which rows a batch is made of.
-        say: called with a line for the user.
     """
 
-    def __init__(self, config: RunConfig, run: Path, batches: Batches, world: World, say: Callable[[str], None]):
+    def __init__(self, config: RunConfig, run: Path, batches: Batches, world: World):
         self.config, self.options, self.run = config, config.guard, run
-        self._batches, self._world, self._say = batches, world, say
+        self._batches, self._world = batches, world
         self.ranges: list[Range] = on_rank_0(lambda: read_ranges(run))
         self.spike: tuple[int, int] | None = None
 
@@ -138,11 +140,11 @@ class Guard:
         if result.applied:
             self.spike = self._detector.observe(step, result.loss) if self.options.spike is not None else None
             return
-        suspects = gather_from_ranks(lambda: (self._world.data_rank, result.nonfinite_batches))
-        path = on_rank_0(lambda: self._write_batch(step, result, suspects))
+        nonfinite = gather_from_ranks(lambda: (self._world.data_rank, result.nonfinite_batches))
+        path = on_rank_0(lambda: self._write_batch(step, result, nonfinite))
         limit, window = self.options.nonfinite, self.options.window
         self.nonfinite = [earlier for earlier in [*self.nonfinite, step] if earlier > step - window]
-        self._say(
+        _LOG.warning(
             f"step {step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}: no update "
             f"({len(self.nonfinite)} of guard.nonfinite={limit} in {window} steps); its batch is in {path}"
         )
@@ -155,7 +157,7 @@ class Guard:
                 )
             )
 
-    def go_back(self) -> checkpoint.Checkpoint:
+    def go_back(self) -> Checkpoint:
         """Leave the batches around ``self.spike`` out from now on; the checkpoint from before them to go on from.
 
         Raises:
@@ -173,10 +175,9 @@ class Guard:
                     f"another --run, or raise guard.spike_limit"
                 )
             )
-        found = checkpoint.newest_together(
+        found = newest_on_all_ranks(
             self.run,
             self._world,
-            warn=self._say,
             usable=lambda step, meta: step < begin and not undone(known, step, meta),
         )
         if found is None:
@@ -189,7 +190,7 @@ class Guard:
             )
         self.ranges = [*known, Range(begin, end, first, last)]
         on_rank_0(lambda: self._remember())
-        self._say(
+        _LOG.warning(
             f"{what}: going back to step {found.step} and leaving out steps {begin} to {end} "
             f"({len(self.ranges)} of guard.spike_limit={options.spike_limit}, {self.run / layout.SKIPPED_RANGES})"
         )
@@ -207,14 +208,14 @@ class Guard:
                 path.unlink()
         return read_history(self.run, step, self.options)
 
-    def _write_batch(self, step: int, result: StepResult, suspects: Sequence[tuple[int, tuple[int, ...]]]) -> Path:
+    def _write_batch(self, step: int, result: StepResult, nonfinite: Sequence[tuple[int, tuple[int, ...]]]) -> Path:
         """Say which rows the global batch of a step was made of, and which of them are to blame where that is known."""
         batches, train = self._batches, self.config.train
         stream, position = batches.stream, step - 1
         slots = stream.slots(position, batches.global_batch, 0, 1)
         epochs, numbers = stream.at(position * batches.global_batch + slots)
         blamed: set[int] = set()
-        for rank, micros in suspects:
+        for rank, micros in nonfinite:
             mine = stream.slots(position, batches.global_batch, rank, self._world.data_size).tolist()
             blamed.update(slot for n in micros for slot in mine[n * train.micro_batch : (n + 1) * train.micro_batch])
         rows = [

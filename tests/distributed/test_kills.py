@@ -28,7 +28,8 @@ log: {tensorboard: false}
 LAYOUTS = {"DP2": (), "TP2": ("--parallel.tensor", 2)}
 KILLS, MANY_KILLS = 2, 6  # in each run
 LOST = re.compile(
-    r"rank (\d): lost another rank (at step \d+|before the first step) \((Connection|Broken|Timed out).*\); "
+    r"rank (\d): lost another rank (in step \d+|after step \d+|in the .+|before the first step) "
+    r"\((Connection|Broken|Timed out).*\); "
     r"start the job again to go on from its last checkpoint"
 )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_prep.errors import DataError
 from pretrain.preflight import probes
-from pretrain.run_folder import data as run_data
+from pretrain.preflight import run as preflight_run
 from tests.distributed.launch import Job
 from tests.unit.commands import Done
 
@@ -73,7 +73,7 @@ def own_folder(folder: Path) -> None:
 
 
 def other_data() -> None:
-    run_data.data_identity = lambda *manifests, original=run_data.data_identity: original(*manifests)[::-1]
+    preflight_run.data_identity = lambda *manifests, original=preflight_run.data_identity: original(*manifests)[::-1]
 
 
 def ended(
@@ -96,7 +96,7 @@ def said(done: list[Done]) -> list[str]:
     """What was said, by the first rank only, without a traceback."""
     assert all(rank.err == "" for rank in done[1:]), [rank.err for rank in done]
     assert "Traceback" not in done[0].err
-    return done[0].err.splitlines()
+    return done[0].messages
 
 
 def suspects(folder: Path) -> dict:

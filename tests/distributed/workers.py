@@ -30,7 +30,7 @@ def resume(
     world = parallel.start(layout.parallel, rank, size, rank, store)
     try:
         engine = make_engine(world, layout, task)
-        found = checkpoint.newest_together(run, world)
+        found = checkpoint.newest_on_all_ranks(run, world)
         if found is not None:
             checkpoint.restore(found, engine)
         losses = []

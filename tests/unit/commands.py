@@ -9,6 +9,7 @@ import functools
 import importlib
 import itertools
 import os
+import re
 import resource
 import signal
 import sys
@@ -35,6 +36,9 @@ _LATE = [
 FORKS.set_forkserver_preload([f"pretrain.commands.{name}" for name in _COMMANDS] + _LATE)
 
 
+_HEAD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d rank \d+( [A-Z]+)?: ")
+
+
 @dataclass(frozen=True)
 class Done:
     """A finished command."""
@@ -42,6 +46,11 @@ class Done:
     code: int
     out: str
     err: str
+
+    @property
+    def messages(self) -> list[str]:
+        """Lines of ``err`` without time, rank and level."""
+        return [_HEAD.sub("", line) for line in self.err.splitlines()]
 
 
 def start(*args: object, log: Path, before: Callable[[], None] | None = None, parent: bool = False) -> BaseProcess:

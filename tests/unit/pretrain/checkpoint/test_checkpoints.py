@@ -285,36 +285,33 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(world, run, damage):
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(world, run, damage, caplog):
     path = run / "checkpoints" / "step-00000003"
     problem = damage(path)
-    for together in (False, True):
-        warnings: list[str] = []
-        options = (run, world, warnings.append) if together else (run, warnings.append)
-        found = (checkpoint.newest_together if together else checkpoint.newest)(*options)
+    for on_all_ranks in (False, True):
+        caplog.clear()
+        found = checkpoint.newest_on_all_ranks(run, world) if on_all_ranks else checkpoint.newest(run)
         assert (found.step, found.meta) == (2, {"tokens": 200})
-        assert warnings == [f"{path}: {problem}; skipped"]
+        assert caplog.messages == [f"{path}: {problem}; skipped"]
     assert checkpoint.find(run).step == 2
     with pytest.raises(ConfigError, match=r"; use another step$"):
         checkpoint.find(run, 3)
 
 
-def test_two_damaged_checkpoints_are_passed_over(run):
+def test_two_damaged_checkpoints_are_passed_over(run, caplog):
     remove_list(run / "checkpoints" / "step-00000003")
     flip_a_byte(run / "checkpoints" / "step-00000002")
-    warnings: list[str] = []
-    assert checkpoint.newest(run, warnings.append).step == 1
-    assert len(warnings) == 2
+    assert checkpoint.newest(run).step == 1
+    assert len(caplog.messages) == 2
 
 
-def test_what_a_killed_writer_leaves_is_not_a_checkpoint_and_is_replaced(world, run):
+def test_what_a_killed_writer_leaves_is_not_a_checkpoint_and_is_replaced(world, run, caplog):
     folder = run / "checkpoints"
     partial = folder / ".step-00000004.f00d.partial"
     shutil.copytree(folder / "step-00000003", partial)
     (partial / "stray").write_text("left by the killed")
-    warnings: list[str] = []
-    assert checkpoint.newest(run, warnings.append).step == 3
-    assert warnings == []
+    assert checkpoint.newest(run).step == 3
+    assert caplog.messages == []
     engine = made(world)
     checkpoint.restore(checkpoint.find(run), engine)
     train(engine, 4, 4)
@@ -335,7 +332,7 @@ def test_a_failed_write_leaves_what_was_there(world, run, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_files, "sync", fail)
+    monkeypatch.setattr(checkpoint_files, "write_text", fail)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(run, made(world), 4, {}, keep=1)
     assert contents(run) == before

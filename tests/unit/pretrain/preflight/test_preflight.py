@@ -305,7 +305,7 @@ def test_the_command_checks_and_starts_nothing(tmp_path, data_set):
     run = tmp_path / "run"
     done = bd3("preflight", "--data.path", data_set, "--model.length", 32, "--run", run, log=tmp_path / "log")
     assert done.code == 0, done.err
-    assert done.err.startswith("preflight: 1 rank on 1 node, matmul ")
+    assert done.messages[0].startswith("preflight: 1 rank on 1 node, matmul ")
     assert [path.name for path in run.iterdir()] == ["preflight.json"]
     record = json.loads((run / "preflight.json").read_text())
     assert record["ranks"] == 1

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 from pathlib import Path
 
 import pytest
 
+from bd3_common import logs
 from pretrain.tracking.console import Progress, Throughput, describe, duration, si
 from pretrain.tracking.metrics import MetricsWriter
 from pretrain.tracking.plots import ascii_curve, plot_curves, smooth
@@ -64,21 +66,13 @@ def test_mfu_counts_two_ways_and_pauses_do_not_count() -> None:
     }
 
 
-def test_lines_where_there_is_no_terminal() -> None:
-    stream = io.StringIO()
-    with Progress(total_steps=25, start_step=3, every=10, stream=stream) as progress:
+def test_lines_where_there_is_no_terminal(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "pretrain")
+    with Progress(total_steps=25, start_step=3, every=10, stream=io.StringIO()) as progress:
         for step in range(4, 26):
             progress.update(step, FIELDS)
-            if step == 20:
-                progress.message("checkpoint [20] written")
-    lines = stream.getvalue().splitlines()
-    assert [line.split(" | ")[0] for line in lines] == [
-        "step 4/25",
-        "step 10/25",
-        "step 20/25",
-        "checkpoint [20] written",
-        "step 25/25",
-    ]
+    lines = caplog.messages
+    assert [line.split(" | ")[0] for line in lines] == ["step 4/25", "step 10/25", "step 20/25", "step 25/25"]
     assert lines[1] == f"step 10/25 | {LINE} | ETA 0:00:30"
 
 
@@ -91,10 +85,11 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "150")
     stream = Terminal()
+    logs.to_console()
     with Progress(total_steps=4, stream=stream) as progress:
         for step in range(1, 5):
             progress.update(step, FIELDS)
-        progress.message("perplexity [bold]")
+        logging.getLogger("pretrain.test").warning("perplexity [bold]")
     text = stream.getvalue()
     assert f"step 4/4 | {LINE} | ETA 0:00:00" in text
     assert "100%" in text

@@ -28,7 +28,7 @@ from pretrain.config.schema import TrainConfig
 from pretrain.run_folder.data import resolve_model
 from pretrain.tracking.metrics import read_metrics
 from pretrain.trainer.batches import Batches
-from pretrain.trainer.loop import learning_rate
+from pretrain.trainer.learning_rate import learning_rate
 from tests.unit import tiny
 from tests.unit.commands import Done, bd3, die_at, limit_files, start
 
@@ -235,8 +235,8 @@ def test_a_checkpoint_of_another_position_is_refused(recipe, uninterrupted):
 # Where a run is killed, in the order in which the starts of one run die. Checkpoints are written in the background, so
 # that a start may go on from the step that the one before was about to save, or from the one after.
 DEATHS = [
-    ("pretrain.trainer.loop", "_prepare_folder", 1),  # before anything is written
-    ("pretrain.trainer.loop", "save_config", 1),  # a folder without a configuration
+    ("pretrain.trainer.loop", "prepare", 1),  # before anything is written
+    ("pretrain.run_folder.prepare", "save_config", 1),  # a folder without a configuration
     ("pretrain.tracking.metrics", "MetricsWriter._record", 1),
     ("pretrain.trainer.loop", "Trainer._train_step", 1),  # evaluated at step 0, nothing else
     ("pretrain.trainer.loop", "Trainer._save", 1),  # step 1 recorded, not saved

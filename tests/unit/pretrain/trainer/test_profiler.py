@@ -42,7 +42,7 @@ def test_a_trace_shows_the_steps_with_their_forward_and_backward_pass(tmp_path, 
     assert done.code == 0, done.err
     path = tmp_path / "run" / "profile" / "steps-3-4.rank-0.json.gz"
     assert list(path.parent.iterdir()) == [path]
-    assert f"trace of steps 3 to 4: {path}" in done.err.splitlines()
+    assert f"trace of steps 3 to 4: {path}" in done.messages
     found = [event for event in events(path) if event.get("ph") == "X"]
     steps = {event["name"]: event for event in found if event["name"].startswith("step ")}
     assert sorted(steps) == ["step 3", "step 4"]
@@ -62,16 +62,15 @@ def test_a_trace_shows_the_steps_with_their_forward_and_backward_pass(tmp_path, 
     assert any("Input Dims" in event.get("args", {}) for event in events(path.with_name("steps-6-6.rank-0.json.gz")))
 
 
-def test_a_trace_that_never_began_is_missed(tmp_path):
-    said = []
-    profiler = Profiler(ProfileConfig(start=0), tmp_path, 0, 4, said.append)
+def test_a_trace_that_never_began_is_missed(tmp_path, caplog):
+    profiler = Profiler(ProfileConfig(start=0), tmp_path, 0, 4)
     for number in (5, 6):
         with profiler.step(number):
             pass
     profiler.close()
-    assert said == ["profile.start=0: no trace, because the run ended before step 7"]
-    Profiler(ProfileConfig(), tmp_path, 0, 4, said.append).close()
-    assert len(said) == 1
+    assert caplog.messages == ["profile.start=0: no trace, because the run ended before step 7"]
+    Profiler(ProfileConfig(), tmp_path, 0, 4).close()
+    assert len(caplog.messages) == 1
 
 
 def test_ranks_that_write_a_trace_exist():
@@ -99,42 +98,41 @@ def test_ways_to_ask_for_a_trace(args, start):
     assert config.train.steps == (8 if "8" in args else 1000)
 
 
-def test_other_ranks_than_those_asked_for_leave_no_trace(tmp_path):
-    said = []
+def test_other_ranks_than_those_asked_for_leave_no_trace(tmp_path, caplog):
+    caplog.set_level("INFO", "pretrain")
     for rank in range(3):
-        profiler = Profiler(ProfileConfig(start=5, steps=1, ranks=(0, 2)), tmp_path, rank, 4, said.append)
+        profiler = Profiler(ProfileConfig(start=5, steps=1, ranks=(0, 2)), tmp_path, rank, 4)
         with profiler.step(5):
             torch.ones(2) + 1
         profiler.close()
     names = [f"steps-5-5.rank-{rank}.json.gz" for rank in (0, 2)]
     assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == names
-    assert len(said) == 2
+    assert len(caplog.messages) == 2
 
 
 def test_a_step_that_fails_ends_the_trace_with_the_steps_before_it(tmp_path):
-    profiler = Profiler(ProfileConfig(start=1), tmp_path, 0, 0, lambda _: None)
+    profiler = Profiler(ProfileConfig(start=1), tmp_path, 0, 0)
     with profiler.step(1):
         torch.ones(2) + 1
     with pytest.raises(ValueError, match="no"), profiler.step(2):
         raise ValueError("no")
     profiler.close()
     assert [path.name for path in (tmp_path / "profile").iterdir()] == ["steps-1-1.rank-0.json.gz"]
-    profiler = Profiler(ProfileConfig(start=1), tmp_path / "other", 0, 0, lambda _: None)
+    profiler = Profiler(ProfileConfig(start=1), tmp_path / "other", 0, 0)
     with pytest.raises(ValueError, match="no"), profiler.step(1):
         raise ValueError("no")
     profiler.close()
     assert not (tmp_path / "other").exists()
 
 
-def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path):
-    said = []
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
     (tmp_path / "profile").write_text("a file where the folder should be")
-    profiler = Profiler(ProfileConfig(start=1, steps=1), tmp_path, 0, 0, said.append)
+    profiler = Profiler(ProfileConfig(start=1, steps=1), tmp_path, 0, 0)
     with profiler.step(1):
         torch.ones(2) + 1
     with profiler.step(2):
         pass
-    assert said == [f"no trace in {tmp_path / 'profile'}: [Errno 17] File exists: '{tmp_path / 'profile'}'"]
+    assert caplog.messages == [f"no trace in {tmp_path / 'profile'}: [Errno 17] File exists: '{tmp_path / 'profile'}'"]
 
 
 # ---- out of memory ----

@@ -133,7 +133,7 @@ def test_a_loss_that_is_not_finite_is_recorded_and_training_goes_on(nonfinite):
     line = (
         f"step 3: loss nan, gradient norm nan: no update (1 of guard.nonfinite=3 in 1000 steps); its batch is in {path}"
     )
-    assert line in err.splitlines()
+    assert f" rank 0 WARNING: {line}\n" in err
     assert "| skipped 2 |" in err
 
 

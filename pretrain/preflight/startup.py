@@ -1,0 +1,97 @@
+"""Start-up of a job's ranks: rendezvous, process groups, watchdog, log; and their end, in the right order."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bd3_common import logs
+from bd3_common.errors import user_line
+from bd3_megatron import parallel
+from bd3_megatron.parallel import World
+from pretrain.config.schema import RunConfig
+from pretrain.distributed.collectives import LostRank, lost_ranks, on_rank_0, raise_on_all_ranks
+from pretrain.distributed.ranks import Ranks, rendezvous
+from pretrain.resilience.watchdog import Watchdog
+from pretrain.run_folder import events, layout
+
+_LOG = logging.getLogger(__name__)
+
+
+class Job:
+    """One rank of a started job.
+
+    Attributes:
+        world: the process groups.
+        watchdog: finds ranks that hang.
+        owns_run_folder: the run folder is this job's to write into; a job that was refused has not touched it.
+    """
+
+    world: World
+    watchdog: Watchdog
+
+    def __init__(self, ranks: Ranks, run: Path):
+        self.ranks, self.run, self.owns_run_folder = ranks, run, False
+        self._lock: int | None = None
+
+    @property
+    def phase(self) -> str:
+        """Where the run is, as in ``in step 12``."""
+        return self.watchdog.phase if hasattr(self, "watchdog") else "at the start"
+
+    def take_run_folder(self, prepare: Callable[[], int]) -> None:
+        """Make the run folder this job's.
+
+        Args:
+            prepare: locks the folder, on rank 0, and returns the lock's descriptor.
+        """
+        self._lock = on_rank_0(prepare)
+        self.owns_run_folder = True
+
+    def log_to_run_folder(self) -> None:
+        """Write this rank's messages into the run folder from now on, those so far included."""
+        path = layout.rank_log(self.run, self.ranks.rank)
+        raise_on_all_ranks(lambda: logs.to_file(path))
+
+    def close(self, error: BaseException | None) -> None:
+        """End the watch, give the run folder back, and leave the process groups.
+
+        Args:
+            error: what ends the job.
+        """
+        if hasattr(self, "watchdog"):
+            self.watchdog.close(error)
+        if self._lock is not None and self.ranks.rank == 0:
+            os.close(self._lock)
+        parallel.stop()
+        logs.close()
+
+
+@contextmanager
+def start_ranks(config: RunConfig, ranks: Ranks) -> Iterator[Job]:
+    """This rank of a job whose ranks have met; leaving the context ends it.
+
+    Raises:
+        LostRank: the connection to another rank broke.
+    """
+    run = Path(config.run)
+    job = Job(ranks, run)
+    logs.of_rank(ranks.rank)
+    try:
+        with events.failures(run, ranks, lambda: job.owns_run_folder), lost_ranks(ranks.rank, lambda: job.phase):
+            job.world = parallel.start(
+                config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, rendezvous(ranks)
+            )
+            job.watchdog = Watchdog(ranks, config.parallel.timeout_minutes, run / layout.HANG)
+            yield job
+    except (Exception, LostRank) as error:
+        line = user_line(error) if isinstance(error, Exception) else str(error)
+        # The console gets the error from bd3 itself.
+        _LOG.error(line or "failed", exc_info=line is None, extra=logs.FILE_ONLY)
+        raise
+    finally:
+        job.close(sys.exc_info()[1])

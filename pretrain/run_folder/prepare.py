@@ -1,0 +1,44 @@
+"""A run folder made ready for a job: locked, with what describes the run."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from bd3_common.atomic import atomic_file, write_text
+from bd3_common.errors import ConfigError
+from data_prep.read.stream import RowStream
+from pretrain.config.resolve import save_config
+from pretrain.config.schema import RunConfig
+from pretrain.run_folder import layout
+
+_PACKAGES = ("bd3-megatron", "torch", "megatron-core", "numpy")
+
+
+def prepare(run: Path, config: RunConfig, stream: RowStream) -> int:
+    """Make and lock the run folder; write configuration, tokenizer and versions.
+
+    Returns:
+        the descriptor that holds the lock.
+
+    Raises:
+        ConfigError: another process of this machine trains in it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    lock = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ConfigError(f"run={run}: another process is training in it; wait for it or use another --run") from None
+    tokenizer = run / layout.TOKENIZER
+    if not tokenizer.exists():
+        with atomic_file(tokenizer) as temporary:
+            stream.readers[0].copy_tokenizer(temporary)
+    versions = [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in _PACKAGES)]
+    write_text(run / layout.VERSIONS, "\n".join(versions) + "\n")
+    save_config(config, run / layout.CONFIG)
+    return lock
