@@ -1,8 +1,8 @@
-"""Linear head and cross-entropy in one: the logits of a few rows at a time, over a vocabulary spread over ranks.
+"""Fused output head and cross-entropy: logits of a few rows at a time, vocabulary sharded over ranks.
 
-Logits are the largest tensor of a training step. Here those of one chunk of rows exist at a time, and what the backward
-pass needs of them, the gradients by rows and by weight, is computed while they exist. That costs the three matrix
-products of the plain path and memory for one chunk and one gradient of the weight.
+Logits are the largest tensor of a training step. Here only those of one chunk of rows exist at a time, and gradients
+by rows and by weight are computed while they exist. The cost: the three matrix products of the plain path, and memory
+for one chunk and one gradient of the weight.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class VocabularyShard:
     """This tensor-parallel rank's columns of the logits.
 
     Attributes:
-        start, columns: first of them and their number.
+        start, columns: the first column and their number.
         never: global ids that are never predicted: the mask token and padding.
     """
 
@@ -36,9 +36,9 @@ class VocabularyShard:
         return cls(parallel_state.get_tensor_model_parallel_rank() * columns, columns, never)
 
     def forbid(self, logits: Tensor) -> Tensor:
-        """Set what is never predicted to -inf, in place and outside autograd.
+        """Set columns that are never predicted to -inf, in place and outside autograd.
 
-        A softmax gives these columns probability zero, so their gradient is zero by itself.
+        The softmax of these columns is zero, and so is their gradient.
         """
         values = logits.detach()
         for column in (v - self.start for v in self.never):
@@ -48,7 +48,7 @@ class VocabularyShard:
 
 
 def rows_per_chunk(columns: int, device: torch.device) -> int:
-    """Rows whose logits exist at a time."""
+    """Number of rows whose logits exist at a time."""
     return partition.rows_per_chunk(columns, device.type == "cuda")
 
 

@@ -67,10 +67,10 @@ class BiasFreeSelfAttention(SelfAttention):
 
 
 class PredictingAttention(BiasFreeSelfAttention):
-    """Self-attention of the last layer, where the clean stream gives keys and values and asks nothing.
+    """Self-attention of the last layer, in which the clean stream has keys and values but no queries.
 
     Args:
-        noisy: tokens of the noisy streams that this rank holds of a row; they come first.
+        noisy: positions of a row's noisy streams on this rank; they come first.
     """
 
     def __init__(self, config: TransformerConfig, *args, noisy: int, **kwargs):
@@ -86,7 +86,7 @@ class PredictingAttention(BiasFreeSelfAttention):
         ``[N, b, g, d]``."""
         if self._samples:
             return super().get_query_key_value_tensors(hidden_states, key_value_states, *args, **kwargs)
-        if hasattr(self.linear_qkv, "layer_norm_weight"):  # norm and weight are one kernel, which gives all of them
+        if hasattr(self.linear_qkv, "layer_norm_weight"):  # norm and weight are one kernel, which computes all of them
             query, key, value = super().get_query_key_value_tensors(hidden_states, key_value_states, *args, **kwargs)
             return query[: self.noisy], key, value
         if self.config.sequence_parallel:
@@ -106,12 +106,12 @@ class PredictingAttention(BiasFreeSelfAttention):
 
     @property
     def _samples(self) -> bool:
-        """Sampling runs one stream at a time, all of it."""
+        """True while sampling, which runs one whole stream at a time."""
         return self.core_attention.cache is not None
 
 
 def add_to_predicting(noisy: int) -> Callable:
-    """Megatron's bias-dropout-add for a branch that gives the noisy streams only: the rest of the residual ends here.
+    """Megatron's bias-dropout-add for a branch that has the noisy streams only; drops the rest of the residual stream.
 
     Args:
         noisy: as in :class:`PredictingAttention`.
@@ -124,7 +124,9 @@ def add_to_predicting(noisy: int) -> Callable:
             given = len(branch_with_bias[0])
             if given == noisy:
                 residual = residual[:noisy]
-            elif given != len(residual):  # shards of the whole sequence and of its first part are other tokens
+            elif given != len(
+                residual
+            ):  # a shard of the whole sequence has other tokens than a shard of its first part
                 residual = gather_from_sequence_parallel_region(residual, tensor_parallel_output_grad=False)
                 residual = scatter_to_sequence_parallel_region(residual[:noisy])
             return add(branch_with_bias, residual, probability)
@@ -142,7 +144,7 @@ def transformer_config(config: EngineConfig, main_grads: bool = False) -> Transf
     """Megatron's configuration of the backbone on this machine.
 
     Args:
-        main_grads: parameters will have the fp32 ``main_grad`` of Megatron's data parallelism.
+        main_grads: True if parameters have the fp32 ``main_grad`` of Megatron's data parallelism.
     """
     model, parallel, bf16 = config.model, config.parallel, config.optimization.bf16
     traits = model.traits
@@ -188,7 +190,7 @@ def transformer_config(config: EngineConfig, main_grads: bool = False) -> Transf
 
 
 def fusions(kernels: KernelConfig, main_grads: bool) -> dict[str, bool]:
-    """Megatron's fused kernels that run here, all of the same functions as the unfused ones; none without CUDA.
+    """Megatron's options for the fused kernels that run here; they compute the same functions. None without CUDA.
 
     Args:
         main_grads: as in :func:`transformer_config`; matrix products can add weight gradients to them.

@@ -1,7 +1,7 @@
-"""Transformer Engine: whether this machine has it, and the modules that Megatron-core makes of it.
+"""Transformer Engine: availability on this machine, and Megatron-core's wrappers of its modules.
 
-Both releases that are supported, 0.16.1 and 0.19, call them ``TELayerNormColumnParallelLinear``,
-``TERowParallelLinear`` and ``TENorm`` and give them the same arguments.
+Megatron-core 0.16.1 and 0.19 name them ``TELayerNormColumnParallelLinear``, ``TERowParallelLinear`` and ``TENorm``,
+with the same arguments.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ class Modules(NamedTuple):
 
 
 def modules() -> Modules:
-    """Megatron's wrappers, which do the tensor parallelism."""
+    """Megatron's wrappers, which add tensor parallelism."""
     from megatron.core.extensions import transformer_engine as te
 
     return Modules(te.TELayerNormColumnParallelLinear, te.TERowParallelLinear, te.TENorm)
 
 
 def missing() -> str | None:
-    """Why Transformer Engine does not run here; None where it does."""
+    """Reason why Transformer Engine does not run here, or None."""
     if not torch.cuda.is_available():
         return "no CUDA device here"
     if find_spec("transformer_engine") is None:
         return "not installed: pip install 'bd3-megatron[gpu]'"
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except Exception as error:  # a library it was built against is another one, or absent
+    except Exception as error:  # a library that it was built against is absent or of another version
         return f"does not load: {' '.join(str(error).split())}"
     return None
 
@@ -52,7 +52,7 @@ def chosen(kernels: KernelConfig) -> bool:
 
 
 def check(kernels: KernelConfig, fp8: Fp8Config) -> None:
-    """Check that this machine has what the configuration asks for.
+    """Check that this machine can run the configured layers and FP8 recipe.
 
     Raises:
         ConfigError: Transformer Engine is absent, or the GPU or CUDA too old for FP8.
