@@ -33,11 +33,11 @@ class CheckOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: Positional[str] = Field(description="a data set that bd3 prep wrote")
-    samples: int = Field(3, ge=0, description="rows of each split to show as text")
-    seed: int = Field(0, ge=0, description="which rows these are")
-    plot: str | None = Field(None, description="PNG to write with both histograms; null: none")
-    workers: int | None = Field(None, ge=1, description="processes; null means one per core")
-    json_: bool = Field(False, description="print one line of JSON")
+    samples: int = Field(default=3, ge=0, description="rows of each split to show as text")
+    seed: int = Field(default=0, ge=0, description="which rows these are")
+    plot: str | None = Field(default=None, description="PNG to write with both histograms; null: none")
+    workers: int | None = Field(default=None, ge=1, description="processes; null means one per core")
+    json_: bool = Field(default=False, description="print one line of JSON")
 
 
 def main(args: list[str]) -> int:

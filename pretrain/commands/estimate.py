@@ -27,11 +27,13 @@ class EstimateOptions(ShowOptions):
     file, flags."""
 
     device: Literal["h100-sxm", "h100-pcie", "h200", "gh200", "b200", "a100-80gb", "a100-40gb", "l40s", "cpu"] = Field(
-        "h100-sxm", description="what a rank runs on; cpu measures this machine"
+        default="h100-sxm", description="what a rank runs on; cpu measures this machine"
     )
-    efficiency: float = Field(0.5, gt=0, le=1, description="assumed part of the peak that matrix products reach")
-    gpus_per_node: int = Field(8, ge=1, description="ranks that share a node and its fast links")
-    json_: bool = Field(False, description="print one line of JSON")
+    efficiency: float = Field(
+        default=0.5, gt=0, le=1, description="assumed part of the peak that matrix products reach"
+    )
+    gpus_per_node: int = Field(default=8, ge=1, description="ranks that share a node and its fast links")
+    json_: bool = Field(default=False, description="print one line of JSON")
 
 
 def main(args: list[str]) -> None:

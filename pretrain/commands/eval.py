@@ -4,39 +4,48 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import Seed
-from data_prep.read.stream import RowStream
-from pretrain.checkpoint.loaded_run import load_chosen
 from pretrain.config.checkpoint_options import CheckpointOptions
 from pretrain.config.command_line import parse_options
 from pretrain.config.schema import EvalConfig
-from pretrain.run_folder import data as run_data
-from pretrain.trainer.document_likelihood import DocumentEvaluation, DocumentTally
-from pretrain.trainer.likelihood import Evaluation, evaluate
+
+if TYPE_CHECKING:
+    from data_prep.read.stream import RowStream
+    from pretrain.trainer.document_likelihood import DocumentEvaluation
+    from pretrain.trainer.likelihood import Evaluation
 
 
 class EvalOptions(CheckpointOptions):
     """Evaluate a run's checkpoint on the validation split of its data."""
 
-    data: str | None = Field(None, description="data set; null means the one the run was trained on")
-    rows: int | None = Field(None, ge=2, description="rows used, at random or (--per-document) the first; null: all")
-    draws: int = Field(1, ge=1, description="noise draws per row; more make the bound's estimate less noisy")
-    seed: Seed = Field(0, description="seed of the evaluation noise")
-    micro_batch: int | None = Field(None, ge=1, description="rows per forward pass; null means as in training")
-    per_document: bool = Field(False, description="also statistics over documents, joined from all their rows")
-    documents_file: str | None = Field(
-        None, description="file for one line of JSON per document: its number in the split, tokens, nats"
+    data: str | None = Field(default=None, description="data set; null means the one the run was trained on")
+    rows: int | None = Field(
+        default=None, ge=2, description="rows used, at random or (--per-document) the first; null: all"
     )
-    json_: bool = Field(False, description="print one line of JSON")
+    draws: int = Field(default=1, ge=1, description="noise draws per row; more make the bound's estimate less noisy")
+    seed: Seed = Field(default=0, description="seed of the evaluation noise")
+    micro_batch: int | None = Field(default=None, ge=1, description="rows per forward pass; null means as in training")
+    per_document: bool = Field(default=False, description="also statistics over documents, joined from all their rows")
+    documents_file: str | None = Field(
+        default=None, description="file for one line of JSON per document: its number in the split, tokens, nats"
+    )
+    json_: bool = Field(default=False, description="print one line of JSON")
 
 
 def main(args: list[str]) -> None:
     """`bd3 eval RUN`."""
     options = parse_options(EvalOptions, args, "bd3 eval")
+    # Not for --help, nor for a mistyped flag.
+    from pretrain.checkpoint.loaded_run import load_chosen
+    from pretrain.run_folder import data as run_data
+    from pretrain.trainer.document_likelihood import DocumentTally
+    from pretrain.trainer.likelihood import evaluate
+
     loaded = load_chosen(options)
     config, data = loaded.config, loaded.config.data
     if options.data is not None:

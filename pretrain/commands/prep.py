@@ -15,7 +15,9 @@ class PrepOptions(PrepConfig):
     """Tokenize text, cut it into rows and write them as WebDataset shards."""
 
     inputs: Positional[tuple[str, ...]] = Field(min_length=1, description=PrepConfig.model_fields["inputs"].description)
-    dry_run: bool = Field(False, description="estimate tokens, shards, disk and time from a sample; write nothing")
+    dry_run: bool = Field(
+        default=False, description="estimate tokens, shards, disk and time from a sample; write nothing"
+    )
 
 
 def main(args: list[str]) -> None:

@@ -28,14 +28,16 @@ def presets() -> list[str]:
 class RunOptions(RunConfig):
     """A training run. Later wins: defaults, preset, file, flags."""
 
-    preset: str | None = Field(None, description="start from a preset: " + ", ".join(presets()))
-    config: str | None = Field(None, description="YAML file with any of these keys, as bd3 config prints them")
+    preset: str | None = Field(default=None, description="start from a preset: " + ", ".join(presets()))
+    config: str | None = Field(default=None, description="YAML file with any of these keys, as bd3 config prints them")
 
 
 class ShowOptions(RunOptions):
     """Print the resolved configuration as YAML for --config. Later wins: defaults, preset, file, flags."""
 
-    world_size: int | None = Field(None, ge=1, description="check that the layout fits this number of processes")
+    world_size: int | None = Field(
+        default=None, ge=1, description="check that the layout fits this number of processes"
+    )
 
 
 Options = TypeVar("Options", bound=RunOptions)

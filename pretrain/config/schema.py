@@ -30,28 +30,31 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 class DataConfig(Section):
-    """Where the rows come from and in which order."""
+    """Training data and its order."""
 
-    path: str | None = Field(None, description="folder that bd3 prep wrote, or the URL of a copy (s3://bucket/data)")
+    path: str | None = Field(
+        default=None, description="data set: a folder that bd3 prep wrote, or its URL (s3://bucket/data)"
+    )
     mix: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
-        None, description="several of them with their weights, instead of data.path"
+        default=None, description="mixture of data sets instead of data.path: paths with their sampling weights"
     )
-    seed: Seed | None = Field(None, description="seed of the row order; null means train.seed")
+    seed: Seed | None = Field(default=None, description="seed of the shuffle; null means train.seed")
     order: Literal["global", "lanes"] = Field(
-        "global", description="global permutes all rows; lanes reads few shards at a time, for object stores"
+        default="global",
+        description="shuffle over all rows (global), or over a few shards at a time, for object stores (lanes)",
     )
-    lanes: int = Field(64, ge=1, description="shards read at a time over all ranks with data.order=lanes")
+    lanes: int = Field(default=64, ge=1, description="shards that all ranks read at a time with data.order=lanes")
     cache: str | None = Field(
-        None, description="folder for the shards of URLs; null means $BD3_CACHE or ~/.cache/bd3-megatron"
+        default=None, description="local cache for shards of URLs; null means $BD3_CACHE or ~/.cache/bd3-megatron"
     )
-    cache_gb: float = Field(100.0, gt=0, description="most that the cache holds, in GB (1e9 bytes)")
+    cache_gb: float = Field(default=100.0, gt=0, description="size limit of the cache in GB (1e9 bytes)")
     verify_gb: float = Field(
-        4.0,
+        default=4.0,
         ge=0,
-        description="local shards are compared with their sha256 at the start if that is at most so much per rank "
-        "(GB of 1e9 bytes); shards of URLs always are",
+        description="verify sha256 of local shards at the start if each rank has at most so many GB (1e9 bytes); "
+        "shards of URLs are always verified",
     )
-    document_mask: bool = Field(False, description="attention keeps to the documents that are packed in a row")
+    document_mask: bool = Field(default=False, description="mask attention between documents packed in one row")
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
@@ -69,14 +72,16 @@ class DataConfig(Section):
 class TrainConfig(OptimizationConfig):
     """Optimization. The defaults are the paper's recipe, with the batch of one machine."""
 
-    steps: int = Field(1000, ge=1, description="optimizer steps in all; a decaying learning rate ends here")
-    global_batch: int = Field(512, ge=1, description="rows per optimizer step over all ranks")
-    micro_batch: int = Field(8, ge=1, description="rows per forward pass on one rank")
-    seed: Seed = Field(0, description="seed of weights, noise and dropout")
-    lr: float = Field(3e-4, gt=0, description="peak learning rate")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the last step of cosine and linear decay")
-    decay: Literal["constant", "cosine", "linear"] = Field("constant", description="learning rate after warm-up")
-    warmup_steps: int = Field(2500, ge=0, description="steps of linear warm-up")
+    steps: int = Field(default=1000, ge=1, description="optimizer steps of the run; learning rate decay ends here")
+    global_batch: int = Field(default=512, ge=1, description="rows per optimizer step over all ranks")
+    micro_batch: int = Field(default=8, ge=1, description="rows per forward pass on one rank")
+    seed: Seed = Field(default=0, description="seed of initial weights, noise and dropout")
+    lr: float = Field(default=3e-4, gt=0, description="peak learning rate")
+    min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end of cosine or linear decay")
+    decay: Literal["constant", "cosine", "linear"] = Field(
+        default="constant", description="learning rate schedule after warm-up"
+    )
+    warmup_steps: int = Field(default=2500, ge=0, description="steps of linear learning rate warm-up")
 
     @model_validator(mode="after")
     def _batches(self) -> TrainConfig:
@@ -94,41 +99,49 @@ class TrainConfig(OptimizationConfig):
 class EvalConfig(Section):
     """Evaluation of the NELBO on the validation split, on the full interval of noise levels."""
 
-    every: int = Field(1000, ge=0, description="steps between evaluations; 0 evaluates at the start and the end only")
-    rows: int | None = Field(None, ge=2, description="first rows of the validation order used; null means all")
-    draws: int = Field(1, ge=1, description="noise draws per row")
-    micro_batch: int | None = Field(None, ge=1, description="rows per forward pass; null means train.micro_batch")
-    seed: Seed = Field(0, description="seed of the evaluation noise, the same at every evaluation")
+    every: int = Field(default=1000, ge=0, description="steps between evaluations; 0: only at the start and the end")
+    rows: int | None = Field(default=None, ge=2, description="number of validation rows; null means all")
+    draws: int = Field(default=1, ge=1, description="noise draws per row")
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="rows per forward pass; null means train.micro_batch"
+    )
+    seed: Seed = Field(default=0, description="seed of the noise, the same at every evaluation")
 
 
 class CheckpointConfig(Section):
-    """When checkpoints are written and which are kept."""
+    """Checkpoints: how often, and which to keep."""
 
-    every: int = Field(1000, ge=0, description="steps between checkpoints; 0 writes the last one only")
-    keep: int = Field(2, ge=1, description="newest checkpoints kept")
-    keep_every: int = Field(0, ge=0, description="checkpoints of every so many steps are kept for ever; 0: none")
-    asynchronous: bool = Field(True, description="write while training goes on")
+    every: int = Field(default=1000, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep: int = Field(default=2, ge=1, description="number of newest checkpoints to keep")
+    keep_every: int = Field(
+        default=0, ge=0, description="also keep every checkpoint whose step is a multiple of this; 0: none"
+    )
+    asynchronous: bool = Field(default=True, description="write checkpoints in the background while training goes on")
 
 
 class GuardConfig(Section):
-    """What happens to steps that go wrong: a loss that is not finite, and a loss that jumps."""
+    """Non-finite losses and loss spikes: when to skip batches, roll back, or end the run."""
 
     nonfinite: int = Field(
-        3, ge=1, description="so many steps without a finite loss and gradient within guard.window end the run"
+        default=3,
+        ge=1,
+        description="end the run after this many steps with a non-finite loss or gradient within guard.window",
     )
-    window: int = Field(1000, ge=1, description="steps over which they are counted")
-    skip: tuple[str, ...] = Field((), description="steps whose batches are left out, as in 120-170 300")
+    window: int = Field(default=1000, ge=1, description="steps over which non-finite steps are counted")
+    skip: tuple[str, ...] = Field(default=(), description="steps whose batches are skipped: 120-170 300")
     spike: float | None = Field(
-        None,
+        default=None,
         gt=0,
-        description="robust standard deviations (1.4826 times the median absolute deviation) above the median of the "
-        "last losses at which a loss counts as a spike; null: spikes are not looked for",
+        description="threshold of a loss spike, in robust standard deviations (1.4826 times the median absolute "
+        "deviation) above the median of the last losses; null: no detection",
     )
-    spike_window: int = Field(100, ge=2, description="losses that median and deviation are taken of")
-    spike_patience: int = Field(3, ge=1, description="steps in a row that must be so high")
-    spike_before: int = Field(0, ge=0, description="steps before the first of them that are left out too")
-    spike_after: int = Field(50, ge=0, description="steps after the last of them that are left out too")
-    spike_limit: int = Field(3, ge=0, description="times that a run goes back; after so many a spike ends it")
+    spike_window: int = Field(default=100, ge=2, description="number of last losses for median and deviation")
+    spike_patience: int = Field(
+        default=3, ge=1, description="steps in a row above the threshold that make a loss spike"
+    )
+    spike_before: int = Field(default=0, ge=0, description="steps before the spike that are skipped, too")
+    spike_after: int = Field(default=50, ge=0, description="steps after the spike that are skipped, too")
+    spike_limit: int = Field(default=3, ge=0, description="rollbacks allowed; one more loss spike ends the run")
 
     @model_validator(mode="after")
     def _ranges(self) -> GuardConfig:
@@ -147,17 +160,17 @@ class GuardConfig(Section):
 
 
 class LogConfig(Section):
-    """What is written while training."""
+    """Progress and metrics."""
 
-    every: int = Field(10, ge=1, description="steps between progress lines where there is no terminal")
+    every: int = Field(default=10, ge=1, description="steps between progress lines when the output is not a terminal")
     tensorboard: bool = Field(default=True, description="TensorBoard scalars in the run folder")
     sinks: tuple[Annotated[str, Choice("pretrain.tracking.sinks:METRIC_SINKS")], ...] = Field(
         default=(), description="further places for metrics; jsonl, the record of the run, is always written"
     )
     peak_tflops: float | None = Field(
-        None,
+        default=None,
         gt=0,
-        description="the device's peak for MFU; null looks the GPU up, or measures a matmul on CPU",
+        description="peak TFLOP/s of the device, for MFU; null: from a table of GPUs, or measured by a matmul on CPU",
     )
 
     def sink_names(self) -> tuple[str, ...]:
@@ -166,46 +179,52 @@ class LogConfig(Section):
 
 
 class ProfileConfig(Section):
-    """Where time and memory of a step go. Nothing here changes what is computed."""
+    """Profiler: traces of time and memory of some steps. It changes no result."""
 
     start: int | None = Field(
-        None,
+        default=None,
         ge=0,
-        description="first step of a trace into the run folder's profile/; 0 (or --profile alone): the third step "
-        "after the run starts or goes on; null: none",
+        description="first step to trace, into profile/ of the run folder; 0 (or --profile alone): the third step "
+        "after a start or resume; null: no trace",
     )
-    steps: int = Field(3, ge=1, description="steps traced")
-    ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1, description="ranks that write a trace")
-    shapes: bool = Field(False, description="the trace names the shapes of operands")
-    memory: bool = Field(False, description="the trace shows allocations")
+    steps: int = Field(default=3, ge=1, description="number of steps to trace")
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        default=(0,), min_length=1, description="ranks that write a trace"
+    )
+    shapes: bool = Field(default=False, description="record the shapes of operands")
+    memory: bool = Field(default=False, description="record memory allocations")
     memory_history: int = Field(
-        0,
+        default=0,
         ge=0,
-        description="newest allocations whose stacks are kept on CUDA for the snapshot that is written when memory "
-        "runs out; 0 keeps none: the snapshot shows what is allocated, not by whom",
+        description="CUDA allocations whose stacks the out-of-memory snapshot has; 0: it has the allocations alone",
     )
 
 
 class PreflightConfig(Section):
-    """What is checked on all nodes before the first step, at every start. Nothing here changes what is computed."""
+    """Checks of all nodes before the first step, at every start. They change no result."""
 
-    enabled: bool = Field(True, description="check the nodes, their links, the folders and the data")
+    enabled: bool = Field(default=True, description="run the checks of nodes, links, folders and data")
     strict: bool = Field(
-        False,
-        description="slow ranks and links, wrong clocks and occupied GPUs end the run with exit code 76 and are "
-        "named in suspects.json, instead of a warning",
+        default=False,
+        description="slow ranks and links, wrong clocks and occupied GPUs end the run with exit code 76 and are in "
+        "suspects.json; false: a warning",
     )
     slowest: float = Field(
-        0.7, gt=0, lt=1, description="part of the median over ranks below which a rate of matmuls or of a link is slow"
+        default=0.7,
+        gt=0,
+        lt=1,
+        description="a matmul or link rate below this fraction of the median over ranks is slow",
     )
-    free_gpu_memory: float = Field(0.9, ge=0, le=1, description="part of a GPU's memory that must be free")
-    clock_skew: float = Field(5.0, gt=0, description="seconds that the clocks of two nodes may differ")
+    free_gpu_memory: float = Field(default=0.9, ge=0, le=1, description="fraction of a GPU's memory that must be free")
+    clock_skew: float = Field(
+        default=5.0, gt=0, description="largest allowed difference between the clocks of two nodes, in seconds"
+    )
 
 
 class RunConfig(Section):
     """Everything that defines a training run."""
 
-    run: str = Field("runs/default", description="run folder")
+    run: str = Field(default="runs/default", description="run folder")
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     kernels: KernelConfig = KernelConfig()

@@ -14,7 +14,12 @@ from bd3_common import errors
 from bd3_common.errors import ConfigError
 from data_prep.errors import DataError
 from pretrain import cli
+from pretrain.bench import BENCHMARKS
 
+LEAVES = [
+    *("prep", "check", "pretrain", "preflight", "eval", "sample", "config", "estimate", "status", "attempt"),
+    *("convert export", "convert import", "launch pretrain", "launch sweep", "launch prep"),
+]
 HEAVY = {"torch", "numpy", "transformers", "megatron", "pydantic", "tyro", "rich", "yaml", "matplotlib"}
 
 
@@ -41,6 +46,26 @@ def test_first_answers_import_nothing_heavy(flag: str) -> None:
     loaded = {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
     assert "pretrain" in loaded
     assert not loaded & HEAVY
+
+
+@pytest.mark.parametrize("command", [*LEAVES, *(f"bench {name}" for name in BENCHMARKS)])
+def test_help_and_a_mistyped_flag_do_not_wait_for_torch(command: str) -> None:
+    code = (
+        "import contextlib, io, sys; from pretrain.cli import main; out, err = io.StringIO(), io.StringIO()\n"
+        "with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):\n"
+        "    codes = main([*sys.argv[1:], '--help']), main([*sys.argv[1:], '--nonesuch'])\n"
+        "assert codes == (0, 2), (codes, err.getvalue())\n"
+        "assert '--plugin MODULE' in out.getvalue() and err.getvalue().count('\\n') == 1, err.getvalue()\n"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *command.split()], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert not loaded & {"torch", "megatron", "tokenizers", "transformers", "matplotlib"}
+
+
+def test_every_command_is_among_them() -> None:
+    assert {command.split()[0] for command in LEAVES} | {"bench"} == set(cli.COMMANDS)
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

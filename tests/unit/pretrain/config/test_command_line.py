@@ -17,8 +17,8 @@ from pretrain.config.values import Layer, build, did_you_mean, validate
 
 
 class Inner(Section):
-    low: int = Field(1, ge=0, description="lower end")
-    high: int = Field(3, description="upper end")
+    low: int = Field(default=1, ge=0, description="lower end")
+    high: int = Field(default=3, description="upper end")
     rate: float | None = None
 
     @model_validator(mode="after")
