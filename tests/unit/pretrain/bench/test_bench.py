@@ -105,7 +105,7 @@ def test_data_without_webdataset_or_text(capsys, monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "webdataset", None)
     rows = data._webdataset(data.DataOptions(), tmp_path, None)
-    assert rows == [{"what": "webdataset", "skipped": "not installed; pip install webdataset"}]
+    assert rows == [{"what": "webdataset", "skipped": "not installed; pip install 'bd3-megatron[data]'"}]
     monkeypatch.setattr(data, "BUNDLED", tmp_path / "none.jsonl.gz")
     with pytest.raises(ConfigError, match=r"none\.jsonl\.gz is not there .* with --text"):
         bench.main(["data"])
