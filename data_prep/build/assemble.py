@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
@@ -90,7 +90,7 @@ class ShardJob:
         return self.notes / (shard_name(self.stream.split, self.number) + suffix)
 
 
-def shard_jobs(stream: Stream, rows_per_shard: int, **options) -> list[ShardJob]:
+def shard_jobs(stream: Stream, rows_per_shard: int, **options: Any) -> list[ShardJob]:
     """One job for each shard of a split; the tokens that fill no row are left."""
     width = stream.rows.width
     sections = enumerate(stream.sections(rows_per_shard * width))
@@ -122,7 +122,10 @@ def finished_shard(job: ShardJob) -> Shard | None:
 
 def counts_of(jobs: Sequence[ShardJob]) -> np.ndarray:
     """Occurrences ``[V]`` of every id in the rows of finished shards, position 0 of each row left out."""
-    return sum(np.fromfile(job.note(".counts"), np.int64) for job in jobs)
+    counts = np.zeros(jobs[0].vocab_size, np.int64)
+    for job in jobs:
+        counts += np.fromfile(job.note(".counts"), np.int64)
+    return counts
 
 
 def _samples(job: ShardJob, counts: np.ndarray) -> Iterator[Rows]:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from bd3_common.atomic import atomic_file, unique_suffix, write_text
 from data_prep.build import pool
 from data_prep.errors import DataError
-from data_prep.format.manifest import SPLITS, Count, Record, Sha256
+from data_prep.format.manifest import SPLITS, Count, Record, Sha256, SplitName
 from data_prep.format.pack import RowFormat
 from data_prep.format.remote import fetch
 from data_prep.format.tokenizer import encode, shared_tokenizer
@@ -38,9 +38,9 @@ class Encoded(Record):
     """Result of one part, written once its streams are on the disk. Per split: documents, text bytes, tokens."""
 
     sha256: Sha256 | None  # of the whole source, known to its first part
-    documents: dict[str, Count]
-    text_bytes: dict[str, Count]
-    tokens: dict[str, Count]
+    documents: dict[SplitName, Count]
+    text_bytes: dict[SplitName, Count]
+    tokens: dict[SplitName, Count]
     skipped: dict[str, Count]
     rejects: list[Reject]
     files: dict[str, Count]  # bytes of each stream
@@ -84,6 +84,7 @@ def encode_part(job: EncodeJob) -> Encoded:
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     source = job.part.source
+    digest: str | None
     fetched = job.folder / f"fetched-{unique_suffix()}"  # two processes may run the same share
     try:
         if source.remote:
@@ -159,29 +160,30 @@ class _PartEncoder:
             self._write(split, [n for n, held in enumerate(held_out) if held is wanted], ids)
         self.batch, self.batch_bytes = [], 0
 
-    def _write(self, split: str, numbers: Sequence[int], ids: list[Sequence[int] | None]) -> None:
+    def _write(self, split: SplitName, numbers: Sequence[int], ids: Sequence[Sequence[int] | None]) -> None:
         """Append documents of the batch to a split's stream."""
-        numbers = [n for n in numbers if not self._refused(n, ids[n])]
+        taken = {n: found for n in numbers if (found := self._accepted(n, ids[n])) is not None}
         head, tail = self.job.rows.head, self.job.rows.tail
         extra = len(head) + len(tail)
-        ends = np.cumsum([0, *(len(ids[n]) + extra for n in numbers)])
+        ends = np.cumsum([0, *(len(found) + extra for found in taken.values())])
         stream = np.empty(ends[-1], self.job.dtype)
-        for n, begin, end in zip(numbers, ends.tolist(), ends[1:].tolist()):
+        for found, begin, end in zip(taken.values(), ends.tolist(), ends[1:].tolist()):
             stream[begin : begin + len(head)] = head
             # Half the cost of having numpy read the list.
-            stream[begin + len(head) : end - len(tail)] = np.frombuffer(array("I", ids[n]), np.uintc)
+            stream[begin + len(head) : end - len(tail)] = np.frombuffer(array("I", found), np.uintc)
             stream[end - len(tail) : end] = tail
         # A text without tokens leaves no trace in a stream without BOS and EOS.
         starts = ends[:-1][np.diff(ends) > 0] + self.tokens[split]
-        self.streams[split, "tokens"].write(stream)
-        self.streams[split, "starts"].write(starts.astype("<i8"))
-        size = sum(len(self.batch[n].text.encode()) for n in numbers)
+        self.streams[split, "tokens"].write(stream.data)
+        self.streams[split, "starts"].write(starts.astype("<i8").data)
+        size = sum(len(self.batch[n].text.encode()) for n in taken)
         self.documents[split] += len(starts)
         self.text_bytes[split] += size
         self.tokens[split] += len(stream)
         pool.count(size)
 
-    def _refused(self, number: int, ids: Sequence[int] | None) -> bool:
+    def _accepted(self, number: int, ids: Sequence[int] | None) -> Sequence[int] | None:
+        """``ids``, or None for a document that is rejected."""
         if ids is None:
             reason = (
                 f"a text of {len(self.batch[number].text)} characters without a place where this tokenizer lets it be "
@@ -193,9 +195,9 @@ class _PartEncoder:
                 "remove it, or mark the mask as special in the tokenizer"
             )
         else:
-            return False
+            return ids
         self.reject(self.batch[number].offset, reason)
-        return True
+        return None
 
     def result(self, digest: str | None) -> Encoded:
         return Encoded(

@@ -18,7 +18,7 @@ from data_prep.build.plan import PrepConfig
 from data_prep.build.prep import one_thread, parts_of, workers_of
 from data_prep.build.progress import duration
 from data_prep.errors import DataError
-from data_prep.format.manifest import SPLITS
+from data_prep.format.manifest import SPLITS, SplitName
 from data_prep.format.remote import fetch
 from data_prep.format.tokenizer import encode, load_tokenizer, special_ids, token_dtype, train_bpe
 from data_prep.sources import Document, Source, expand, read_part, split
@@ -38,8 +38,8 @@ class Estimate:
     text_bytes: float
     documents: float
     tokens: float
-    rows: dict[str, int]
-    shards: dict[str, int]
+    rows: dict[SplitName, int]
+    shards: dict[SplitName, int]
     disk_bytes: float
     work_bytes: float
     seconds: float
@@ -157,7 +157,8 @@ def _read_beginning(config: PrepConfig, source: Source, path: Path, most: int, s
         sample.rejects += 1
         sample.first_reject = sample.first_reject or f"; {source.name} at {offset}: {reason}"
 
-    began, read, last = time.process_time(), 0, 0
+    began, read = time.process_time(), 0
+    last: int | None = 0
     (part, *_) = split(source, source.bytes + 1)
     for document in read_part(part, path, config.fields, reject, lambda why: None):
         sample.documents.append(document)
@@ -177,7 +178,7 @@ def _stored(source: Source, path: Path, offset: int) -> float:
     if source.kind == "parquet":
         import pyarrow.parquet
 
-        return source.bytes * (offset + 1) / pyarrow.parquet.read_metadata(path).num_rows
+        return float(source.bytes * (offset + 1) / pyarrow.parquet.read_metadata(path).num_rows)
     if source.compression is None:
         return float(max(offset, 1))
     with path.open("rb") as file, _unpacked(source, file) as stream:
@@ -186,7 +187,7 @@ def _stored(source: Source, path: Path, offset: int) -> float:
         return float(max(file.tell(), 1))
 
 
-def _unpacked(source: Source, file: BinaryIO) -> contextlib.AbstractContextManager[BinaryIO]:
+def _unpacked(source: Source, file: BinaryIO) -> contextlib.AbstractContextManager[gzip.GzipFile | BinaryIO]:
     if source.compression == "gz":
         return gzip.GzipFile(fileobj=file)
     import zstandard

@@ -76,7 +76,7 @@ def make_manifest(
     return Manifest(
         package_version=_version(),
         length=config.length,
-        dtype=token_dtype(special.vocab_size).str,
+        dtype="<u2" if token_dtype(special.vocab_size).itemsize == 2 else "<u4",
         vocab_size=special.vocab_size,
         bos_id=special.bos,
         eos_id=special.eos,
@@ -97,12 +97,12 @@ def _source_files(parts: Sequence[Part], results: Sequence[Encoded]) -> list[Sou
     return [
         SourceFile(name=part.source.name, bytes=part.source.bytes, sha256=result.sha256)
         for part, result in zip(parts, results)
-        if part.begin == 0
+        if part.begin == 0 and result.sha256 is not None
     ]
 
 
 def _split(name: SplitName, jobs: Sequence[ShardJob], results: Sequence[Encoded], counts: np.ndarray) -> Split:
-    shards = [finished_shard(job) for job in jobs]
+    shards = [shard for job in jobs if (shard := finished_shard(job)) is not None]
     rows = sum(shard.rows for shard in shards)
     form = jobs[0].stream.rows
     return Split(

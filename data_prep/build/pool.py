@@ -77,7 +77,7 @@ class _Local:
     def __init__(self, tick: Callable[[int], None]):
         self._tick, self._told, self._value = tick, time.monotonic(), 0
 
-    def get_lock(self) -> contextlib.AbstractContextManager:
+    def get_lock(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
     @property

@@ -201,7 +201,7 @@ class _Prep:
     def _finish(self) -> Manifest:
         """Cut the shards from the streams, write the manifest and publish."""
         special = self.special
-        results = [read_result(self.work.part(part)) for part in self.parts]
+        results = [self._result(part) for part in self.parts]
         check_rejects(self.config, results)
         self._check_sources()
         jobs = {name: self._shard_jobs(name, special, results) for name in SPLITS}
@@ -223,6 +223,12 @@ class _Prep:
         self.work.publish(self.config.overwrite)
         self._summary(manifest)
         return manifest
+
+    def _result(self, part: Part) -> Encoded:
+        result = read_result(self.work.part(part))
+        if result is None:
+            raise DataError(f"{self.work.part(part)}: its streams are gone; run bd3 prep again")
+        return result
 
     def _summary(self, manifest: Manifest) -> None:
         rows = ", ".join(f"{name} {split.rows}" for name, split in manifest.splits.items())

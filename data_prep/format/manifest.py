@@ -13,7 +13,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Annotated, Final, Literal, NamedTuple, get_args
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,10 +23,10 @@ from data_prep.errors import DataError
 from data_prep.format.files import Identity, identity_of
 from data_prep.format.pack import Packing
 
-FORMAT = "bd3-rows"
-VERSION = 2
+FORMAT: Final = "bd3-rows"
+VERSION: Final = 2
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.json"
+TOKENIZER: Final = "tokenizer.json"
 REJECTS = "rejects.jsonl"
 MEND = "copy the data set again or write it with bd3 prep --overwrite"
 SplitName = Literal["train", "validation"]

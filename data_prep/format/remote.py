@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bd3_common.atomic import atomic_file
 from data_prep.errors import DataError
@@ -23,7 +24,7 @@ def is_remote(path: str | Path) -> bool:
     return "://" in str(path)
 
 
-def open_remote(url: str):
+def open_remote(url: str) -> Any:
     """An fsspec file to read (a context manager); credentials and endpoints come from fsspec's own configuration.
 
     Raises:
@@ -93,7 +94,7 @@ def _copy(url: str, to: Path) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def _chunks(url: str):
+def _chunks(url: str) -> Iterator[bytes]:
     try:
         with open_remote(url) as source:
             while chunk := source.read(CHUNK):
@@ -161,7 +162,7 @@ def _list_remote(url: str) -> RemoteListing:
     return RemoteListing(None, sorted(inside))
 
 
-def _describe(files, info: dict, url: str | None = None) -> RemoteFile:
+def _describe(files: Any, info: dict[str, Any], url: str | None = None) -> RemoteFile:
     url = url or files.unstrip_protocol(info["name"])
     if info.get("size") is None:  # the pages of a web folder list names alone
         info = files.info(info["name"])

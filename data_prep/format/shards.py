@@ -36,10 +36,10 @@ def write_shard(folder: Path, split: str, number: int, samples: Iterable[Rows]) 
         OSError: as the disk does; nothing is left then.
     """
     path = folder / shard_name(split, number)
-    members = []
+    members: list[Member] = []
     with atomic_file(path) as temporary:
         # Large writes leave large pages in the page cache, from which rows are read faster.
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT, copybufsize=8 << 20) as tar:
+        with tarfile.TarFile(temporary, "w", format=tarfile.USTAR_FORMAT, copybufsize=8 << 20) as tar:
             for rows in samples:
                 key = f"{split}-{number:06d}-{len(members):06d}"
                 tokens = _add(tar, f"{key}.tokens.npy", rows.tokens, _alignment(rows.tokens[0].nbytes))
@@ -47,7 +47,7 @@ def write_shard(folder: Path, split: str, number: int, samples: Iterable[Rows]) 
                 members.append(Member(tokens, docs, len(rows.tokens), len(rows.docs)))
         size, digest = temporary.stat().st_size, sha256_file(temporary)
     return Shard(
-        name=path.name, bytes=size, sha256=digest, rows=sum(member.rows for member in members), members=members
+        name=path.name, bytes=size, sha256=digest, rows=sum(member.rows for member in members), members=list(members)
     )
 
 

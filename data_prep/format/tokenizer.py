@@ -123,7 +123,7 @@ def special_ids(tokenizer: Tokenizer, bos: str | None = None, eos: str | None = 
         DataError: a named token is not in the vocabulary, or neither BOS nor EOS can be found.
     """
     added = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
-    found = {}
+    found: dict[str, int | None] = {}
     for role, name, usual in (("bos", bos, BOS_NAMES), ("eos", eos, EOS_NAMES)):
         if name is not None:
             found[role] = tokenizer.token_to_id(name)
@@ -131,13 +131,13 @@ def special_ids(tokenizer: Tokenizer, bos: str | None = None, eos: str | None = 
                 raise DataError(f"--{role} {name}: the tokenizer has no such token; name one of its entries")
         else:
             found[role] = _first(usual, added)
-    if found["bos"] is None and found["eos"] is None:
+    start = found["bos"] if found["bos"] is not None else found["eos"]
+    end = found["eos"] if found["eos"] is not None else found["bos"]
+    if start is None or end is None:
         raise DataError(
             f"tokenizer: no known BOS or EOS among its special tokens ({', '.join(added) or 'it has none'}); "
             "name them with --bos and --eos"
         )
-    start = found["bos"] if found["bos"] is not None else found["eos"]
-    end = found["eos"] if found["eos"] is not None else found["bos"]
     size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps: count ids, not entries
     mask = _first(MASK_NAMES, added)
     if mask is None:
@@ -166,7 +166,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Sequence[int] | N
     return [next(ids) if len(text) <= PIECE else _encode_long(tokenizer, text) for text in texts]
 
 
-def _encode_long(tokenizer: Tokenizer, text: str) -> array | None:
+def _encode_long(tokenizer: Tokenizer, text: str) -> array[int] | None:
     ids, begin = array("I"), 0
     while begin < len(text):
         end = _cut(tokenizer, text, begin)

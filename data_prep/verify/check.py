@@ -46,7 +46,8 @@ class SplitContent:
 
     rows: int = 0
     starts: int = 0
-    counts: np.ndarray | None = None  # [V] int64: occurrences of every id, position 0 of each row left out
+    # [V] int64: occurrences of every id, position 0 of each row left out
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     lengths: Counter[int] = field(default_factory=Counter)  # tokens of a document -> documents
     cut_tokens: int | None = None  # stored of a last document that the end of the split cuts
     whole: bool = False  # all rows were found where the manifest has them
@@ -144,8 +145,8 @@ class _Check:
         """Every file that the manifest does not know."""
         known = {MANIFEST, TOKENIZER, *([REJECTS] if self.manifest.rejects else [])}
         known |= {f"{name}/{shard.name}" for name, split in self.manifest.splits.items() for shard in split.shards}
-        for base, folders, files in os.walk(self.folder):
-            base = Path(base).relative_to(self.folder)
+        for path, folders, files in os.walk(self.folder):
+            base = Path(path).relative_to(self.folder)
             for name in files + [name for name in folders if str(base / name) not in SPLITS]:
                 if (base / name).as_posix() not in known:
                     self._fault(base / name, "does not belong to the data set; remove it")

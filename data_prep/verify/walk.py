@@ -73,7 +73,8 @@ class Walked:
     rows: int = 0
     starts: int = 0
     hashes: list[np.ndarray] = field(default_factory=list)  # uint64, one for each row
-    counts: np.ndarray | None = None  # [V] int64: occurrences of every id, position 0 of each row left out
+    # [V] int64: occurrences of every id, position 0 of each row left out
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     lengths: dict[int, int] = field(default_factory=dict)  # tokens of a document -> documents that end in the shard
     first_start: int | None = None
     last_start: int | None = None
@@ -81,7 +82,7 @@ class Walked:
 
     def without_arrays(self) -> Walked:
         """What is small enough to be kept for every shard."""
-        return replace(self, hashes=[], counts=None)
+        return replace(self, hashes=[], counts=np.zeros(0, np.int64))
 
 
 def walk_shard(job: WalkJob) -> Walked:
@@ -208,7 +209,7 @@ class _Walk:
         if not inside.all():
             at = np.flatnonzero(~inside)
             found.reasons.add(f"{name}: [{row[at[0]]}, {position[at[0]]}] is not a place in its rows{_others(at)}")
-        places = (row * form.width + np.maximum(position - form.shift, 0))[inside]
+        places: np.ndarray = (row * form.width + np.maximum(position - form.shift, 0))[inside]
         falls = np.flatnonzero(np.diff(places) <= 0)
         if len(falls):
             found.reasons.add(f"{name}: document starts do not ascend at entry {falls[0] + 1}")
