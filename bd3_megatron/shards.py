@@ -81,7 +81,7 @@ def global_shape(parameter: Tensor) -> tuple[int, ...]:
 def local_shard(full: Tensor, parameter: Tensor) -> Tensor:
     """This rank's part of a whole tensor, zero-padded where the vocabulary was rounded up.
 
-    A stride of 2 marks the fused gate and up projections: each rank holds its part of both.
+    A stride of 2 marks the fused gate and up projections: each rank has a part of both.
     """
     if not is_sharded(parameter):
         return full

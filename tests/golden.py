@@ -85,7 +85,7 @@ def read_golden(path: str | Path) -> Golden:
     tensors, metadata = read_safetensors(Path(path))
     state = {name.removeprefix("weights."): x for name, x in tensors.items() if name.startswith("weights.")}
     grads = {name.replace("grads.", "backbone.", 1): x for name, x in tensors.items() if name.startswith("grads.")}
-    model, diffusion = reference_sections(metadata, state, str(path))
+    model, diffusion = reference_sections(metadata, state, str(path), TokenIds())
     missing = [name for name in ("x0", "xt", "t", "nll") if name not in tensors]
     if missing or not grads or "loss" not in metadata:
         lacking = missing[0] if missing else "grads.*" if not grads else "loss in its metadata"

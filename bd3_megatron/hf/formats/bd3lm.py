@@ -41,7 +41,7 @@ class BD3LM(CheckpointFormat):
 def reference_sections(
     config: Mapping[str, Any], state: Mapping[str, Tensor], source: str, tokens: TokenIds
 ) -> tuple[ModelConfig, DiffusionConfig]:
-    """Our configuration of a reference model, from its ``config`` (values may be strings) and its weights.
+    """Model and objective of a reference checkpoint, from its ``config`` (values may be text) and its weights.
 
     Raises:
         ConfigError: a key is missing, a value is out of range, or the model conditions on time.
