@@ -31,7 +31,7 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def partial_of(run: Path, step: int, writer: str) -> Path:
-    """Where ``writer`` prepares it; of another name for every job, as ranks of a dying one may still be writing."""
+    """Where ``writer`` prepares it; every job has another name, because ranks of a dying job may still write."""
     return run / layout.CHECKPOINTS / layout.partial_checkpoint_name(step, writer)
 
 
@@ -91,7 +91,7 @@ def retire(run: Path, step: int, keep: int, keep_every: int) -> None:
 
 
 def read_listing(path: Path) -> dict[str, Any] | str:
-    """What ``complete.json`` of a folder says (step, meta, stamps of the files), or what is wrong with it."""
+    """Content of ``complete.json`` (step, meta, stamps of the files), or the problem with it."""
     try:
         listing = json.loads((path / COMPLETE).read_text())
         stamps = {name: {"bytes": s["bytes"], "sha256": s["sha256"]} for name, s in listing["files"].items()}
@@ -103,7 +103,7 @@ def read_listing(path: Path) -> dict[str, Any] | str:
 
 
 def problem(path: Path, stamps: Mapping[str, Any]) -> str | None:
-    """What is wrong with the first of these files of a folder that does not match its stamp."""
+    """Problem with the first of these files that does not match its stamp; None if all match."""
     for name, expected in stamps.items():
         try:
             if (path / name).stat().st_size != expected["bytes"]:

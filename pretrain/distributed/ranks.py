@@ -1,4 +1,4 @@
-"""Who this process is among the ranks: from torchrun's variables, from Slurm's, or alone."""
+"""This process's rank, from the variables of torchrun or Slurm; without them a world of 1."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Ranks:
-    """A process's place in the world and where rank 0 listens."""
+    """Rank and world size of a process, and the address of rank 0."""
 
     rank: int = 0
     world_size: int = 1

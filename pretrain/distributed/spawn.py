@@ -1,4 +1,4 @@
-"""Real processes over gloo on one machine: start a world, run a function on every rank, return what they return."""
+"""A world of processes on one machine: run a function on every rank and return the results."""
 
 from __future__ import annotations
 

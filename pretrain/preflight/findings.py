@@ -1,6 +1,6 @@
-"""What the ranks of a preflight have measured, judged: who is slow, has other versions, another clock, another folder.
+"""Findings of a preflight: slow ranks, and nodes with other versions, clocks or folders than the rest.
 
-Pure functions of what all ranks have gathered, so that every rank comes to the same findings by itself.
+Pure functions of measurements gathered from all ranks, so every rank has the same findings.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Gpu(NamedTuple):
 
 @dataclass(frozen=True)
 class Report:
-    """What one rank says of itself.
+    """Measurements of one rank.
 
     Attributes:
         versions: by name; all ranks must have the same.
@@ -53,10 +53,10 @@ class Clock(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a node says of a folder that all nodes share.
+    """A node's view of a folder that all nodes share.
 
     Attributes:
-        sees: whether the first node's file is there.
+        sees: the first node's file is there.
         error: why this node cannot write there; empty if it can.
         free: bytes.
     """

@@ -1,4 +1,4 @@
-"""What a preflight measures: of this process alone, and together with the other ranks.
+"""Measurements of a preflight: of this process alone, and between ranks.
 
 All transfers go over the group of all ranks, which is there anyway: a group for each pair would take NCCL longer to
 make than to measure.
@@ -58,7 +58,7 @@ def host_name() -> str:
 
 
 def report(local_rank: int, device: torch.device) -> Report:
-    """What this rank says of itself. The first one of a node reads the sources, and so speaks for all there."""
+    """Measurements of this rank. The first rank of a node also digests the sources, for all there."""
     gpu = None
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -196,7 +196,7 @@ def mark(folder: Path) -> Iterator[str]:
 
 
 def place(folder: Path, name: str | None) -> Place:
-    """Whether this node sees the file ``name`` in a folder, can write there, and what is free."""
+    """Check that this node sees the file ``name`` in a folder and can write there; with the free bytes."""
     if name is not None and not _appears(folder / name):
         return Place(False)
     path, content = folder / f"{MARK}{uuid.uuid4().hex}", os.urandom(64)

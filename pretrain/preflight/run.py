@@ -1,7 +1,7 @@
-"""What is checked by all ranks before the first step, at every start: nodes, links, clocks, folders and data.
+"""Checks by all ranks before the first step, at every start: nodes, links, clocks, folders and data.
 
-Every rank gathers what all have measured (:mod:`pretrain.preflight.probes`) and judges it by itself
-(:mod:`pretrain.preflight.findings`), so that all go on or end together.
+Every rank gathers the measurements of all (:mod:`pretrain.preflight.probes`) and derives the same findings
+(:mod:`pretrain.preflight.findings`), so all ranks continue or all raise.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Literal, NamedTuple
 
+from pretrain.run_folder import layout
+
 
 @dataclass(frozen=True)
 class Report:
@@ -185,4 +187,4 @@ def spans(numbers: Sequence[int]) -> str:
 
 def stack_file(folder: str, rank: int) -> str:
     """Path of a rank's stacks."""
-    return f"{folder}/rank-{rank:05d}.txt"
+    return f"{folder}/{layout.stack_name(rank)}"

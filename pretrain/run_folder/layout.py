@@ -85,9 +85,9 @@ def rank_log(run: Path, rank: int) -> Path:
     return run / LOGS / f"rank-{rank:05d}.log"
 
 
-def stack_file(run: Path, rank: int) -> Path:
-    """Stacks of a rank of a job that hung."""
-    return run / HANG / f"rank-{rank:05d}.txt"
+def stack_name(rank: int) -> str:
+    """File in :data:`HANG` with the stacks of a rank."""
+    return f"rank-{rank:05d}.txt"
 
 
 def trace_file(run: Path, first: int, last: int, rank: int) -> Path:

@@ -1,4 +1,4 @@
-"""Which rows make up a step, and the noise that belongs to them: functions of (seed, step), whatever the layout."""
+"""Micro-batches of a step: rows and their noise as functions of (seed, step), the same under every layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Batches:
         micro_batch: rows per micro-batch.
         rank, size: this data-parallel rank's coordinates; :meth:`RowStream.slots` says which rows of a batch it takes.
         noise_seed: of the noise.
-        document_mask: whether attention keeps to the documents of a row.
+        document_mask: attention stays within the documents of a row.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Batches:
         ]
 
     def keys(self, step: int) -> SampleKeys:
-        """What this rank reads in global batch ``step``: rows, their epochs and their slots."""
+        """Rows of this rank in global batch ``step``, with their epochs and slots."""
         slots = self.stream.slots(step, self.global_batch, self.rank, self.size)
         epochs, rows = self.stream.at(step * self.global_batch + slots)
         return SampleKeys(epochs, rows, slots, batch=step, batch_rows=self.global_batch)

@@ -222,7 +222,7 @@ class Trainer:
         # The first step may compile kernels.
         self.watchdog.tick(f"in step {step + 1}", may_take_long=self.computed == 0)
         lr, result = learning_rate(train, step), None
-        if not self.stability.leaves_out(step + 1):
+        if not self.stability.skips(step + 1):
             batches = self.batches.at(step)
             parallel.seed_dropout(train.seed, step)
             result = self.engine.train_step(batches, lr)
@@ -243,7 +243,7 @@ class Trainer:
         self.progress.update(self.step, values | speed | {"steps_skipped": self.stability.skipped + bool(skipped)})
 
     def _go_back(self) -> None:
-        """Undo the steps from before a spike of the loss on, as a start from the checkpoint before them would."""
+        """Resume from the checkpoint before a loss spike, as a new start would."""
         self.watchdog.tick(f"going back after step {self.step}", may_take_long=True)
         with self.throughput.paused():
             self.writer.wait()

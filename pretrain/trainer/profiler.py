@@ -1,4 +1,4 @@
-"""Where a step's time and memory go: a trace of a few steps, and what was allocated when memory ran out."""
+"""Profiles: a trace of a few steps, and a snapshot of allocations when memory runs out."""
 
 from __future__ import annotations
 

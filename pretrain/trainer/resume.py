@@ -1,4 +1,4 @@
-"""What a run that goes on may change, and where it goes on."""
+"""Resume: the checkpoint to continue from, and the configuration keys that may change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ _FREE += ("guard", "train.steps", "train.micro_batch", "data.path", "data.cache"
 
 
 def check_same_run(run: Path, config: RunConfig) -> None:
-    """A run folder goes on with the configuration it was started with."""
+    """Check that the run folder was started with this configuration.
+
+    Raises:
+        ConfigError: names the first key that differs, with both values.
+    """
     if not (run / layout.CONFIG).is_file():
         if (run / layout.CHECKPOINTS).exists():
             raise ConfigError(f"run={run}: has checkpoints but no {layout.CONFIG}; put it back or use another --run")
@@ -56,7 +60,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
 
 
 def position(config: RunConfig, step: int, stream: RowStream) -> dict[str, Any]:
-    """What decides, with the data set, which rows and which noise follow after ``step`` steps, on any layout.
+    """Position in the data: with the data set it decides the rows and noise after ``step`` steps, on any layout.
 
     ``data_positions`` is how many rows of each data set have been read.
     """

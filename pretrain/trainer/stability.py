@@ -1,4 +1,4 @@
-"""Steps that go wrong: a loss that is not finite, and a loss that jumps and stays up.
+"""Loss spikes and steps without a finite loss: skipped batches, and resumes from before a spike.
 
 Every rank has the same :class:`StabilityMonitor` and takes the same decisions, from losses and norms that are equal on
 all ranks. Its state after a resume follows from ``metrics.jsonl`` up to the step that the run resumes from, so a run
@@ -52,7 +52,7 @@ class Range:
 
 @dataclass(frozen=True)
 class History:
-    """What the records of a run say.
+    """State of the monitor, from the records of a run.
 
     Attributes:
         skipped: steps without an update.
@@ -85,7 +85,7 @@ class SpikeDetector:
         return (self.high[0], step) if len(self.high) >= self.config.spike_patience else None
 
     def limit(self) -> float | None:
-        """What the next loss must be above to be high; None while too few are known."""
+        """Threshold above which the next loss is high; None while too few are known."""
         if self.config.spike is None or len(self.losses) < self.config.spike_window:
             return None
         median = statistics.median(self.losses)
@@ -94,7 +94,7 @@ class SpikeDetector:
 
 
 class StabilityMonitor:
-    """What a run does about steps that go wrong. Every rank calls every method.
+    """Skips batches by hand and after loss spikes, and counts steps without a finite loss; every rank calls it.
 
     Args:
         batches: of the run; which rows a batch is made of.
@@ -107,20 +107,20 @@ class StabilityMonitor:
         self.spike: tuple[int, int] | None = None
 
     def resume(self, step: int) -> None:
-        """Know what there is to know after ``step`` steps, from the records of the run."""
+        """Restore the state after ``step`` steps from the records of the run."""
         history = on_rank_0(lambda: self._at(step))
         self.skipped, self.nonfinite, self.spike = history.skipped, history.nonfinite, None
         self._detector = SpikeDetector(self.options)
         for earlier, loss in history.losses:
             self._detector.observe(earlier, loss)
 
-    def leaves_out(self, step: int) -> bool:
-        """Whether the batch of step ``step`` (1 is the first) is not to be trained on."""
+    def skips(self, step: int) -> bool:
+        """True if the batch of step ``step`` (1 is the first) is to be skipped."""
         by_hand = any(first <= step <= last for first, last in self.options.ranges())
         return by_hand or any(found.first <= step <= found.last for found in self.ranges)
 
     def fields(self, result: StepResult | None) -> dict[str, Any]:
-        """What ``metrics.jsonl`` says of a step: of one that was left out (None) it has no gradient norm at all."""
+        """Fields of a step for ``metrics.jsonl``; a skipped batch (None) has no gradient norm."""
         if result is None:
             return {"loss": None, "skipped": 1}
         numbers = {"loss": result.loss, "grad_norm": result.grad_norm}
@@ -128,7 +128,7 @@ class StabilityMonitor:
         return values if result.applied else values | {"skipped": 1}
 
     def after(self, step: int, result: StepResult | None, lr: float) -> None:
-        """Count a step that was recorded; ``self.spike`` tells whether it completed one.
+        """Count a recorded step; sets ``self.spike`` if the step completes a loss spike.
 
         Raises:
             ConfigError: too many steps without a finite loss and gradient.
@@ -158,7 +158,7 @@ class StabilityMonitor:
             )
 
     def go_back(self) -> Checkpoint:
-        """Leave the batches around ``self.spike`` out from now on; the checkpoint from before them to go on from.
+        """Skip the batches around ``self.spike`` from now on; returns the newest checkpoint from before them.
 
         Raises:
             ConfigError: the run went back too often, or there is no checkpoint from before.
@@ -209,7 +209,7 @@ class StabilityMonitor:
         return read_history(self.run, step, self.options)
 
     def _write_batch(self, step: int, result: StepResult, nonfinite: Sequence[tuple[int, tuple[int, ...]]]) -> Path:
-        """Say which rows the global batch of a step was made of, and which of them are to blame where that is known."""
+        """Write the rows of a step's global batch; rows of micro-batches with a nonfinite loss are marked."""
         batches, train = self._batches, self.config.train
         stream, position = batches.stream, step - 1
         slots = stream.slots(position, batches.global_batch, 0, 1)
@@ -240,7 +240,7 @@ class StabilityMonitor:
 
 
 def read_history(run: Path, step: int, options: GuardConfig) -> History:
-    """What the records of a run's first ``step`` steps say."""
+    """History of a run's first ``step`` steps, from its records."""
     records = [r for r in read_metrics(run) if r["split"] == "train" and r["step"] <= step]
     nonfinite = [r["step"] for r in records if r.get("skipped") and "grad_norm" in r]
     last = (r for r in reversed(records) if not r.get("skipped"))
@@ -270,7 +270,7 @@ def read_ranges(run: Path) -> list[Range]:
 
 
 def undone(ranges: Sequence[Range], step: int, meta: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint has trained on what was left out later: it knows too few ranges for its step."""
+    """True for a checkpoint that has trained on batches skipped later: it lists too few ranges for its step."""
     return any(step >= found.first for found in ranges[meta.get("skips", 0) :])
 
 
