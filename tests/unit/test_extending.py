@@ -112,6 +112,18 @@ def test_a_run_is_estimated_and_evaluated(example, run, capsys) -> None:
     assert json.loads(capsys.readouterr().out)["nelbo"] > 0
 
 
+def test_a_sample_is_decoded_and_a_checkpoint_converted(example, run, tmp_path, capsys) -> None:
+    sample = ["sample", str(run), "--tokens", "7", "--no-stop", "--json", "--method", example["Decoding algorithm"]]
+    assert cli.main(sample) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["tokens"], found["nfe"]) == (7, 7)  # one call for each token
+    exported, imported = tmp_path / "exported", tmp_path / "imported"
+    assert cli.main(["convert", "export", str(run), str(exported), "--format", example["Checkpoint format"]]) == 0
+    assert json.loads((exported / "config.json").read_text())["model_type"] == "bd3_plain"
+    assert cli.main(["convert", "import", str(exported), str(imported)]) == 0
+    assert (imported / "config.yaml").is_file()
+
+
 def test_an_installed_package_adds_by_an_entry_point(tmp_path) -> None:
     text = sections()["Noise schedule"]
     ((name, code),) = FILE.findall(text)
