@@ -22,6 +22,7 @@ from data_prep.format.manifest import SPLITS, SplitName
 from data_prep.format.remote import fetch
 from data_prep.format.tokenizer import encode, load_tokenizer, special_ids, token_dtype, train_bpe
 from data_prep.sources import Document, Source, expand, read_part, split
+from data_prep.sources.kinds import get_kind
 
 SAMPLED_FILES = 16
 FETCHED_FILES = 2  # of those that lie elsewhere
@@ -175,10 +176,9 @@ def _read_beginning(config: PrepConfig, source: Source, path: Path, most: int, s
 
 def _stored(source: Source, path: Path, offset: int) -> float:
     """Stored bytes of a file's beginning that ends at ``offset``, as the documents of its kind count it."""
-    if source.kind == "parquet":
-        import pyarrow.parquet
-
-        return float(source.bytes * (offset + 1) / pyarrow.parquet.read_metadata(path).num_rows)
+    stored = get_kind(source.kind).stored_before(source, path, offset)
+    if stored is not None:
+        return stored
     if source.compression is None:
         return float(max(offset, 1))
     with path.open("rb") as file, _unpacked(source, file) as stream:

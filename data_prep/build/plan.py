@@ -1,12 +1,11 @@
-"""What ``bd3 prep`` is asked to do, and what of it decides the rows."""
+"""Options of ``bd3 prep``, and the recipe: those that decide the rows."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
@@ -16,41 +15,36 @@ from data_prep.format.tokenizer import SpecialIds, shared_tokenizer
 from data_prep.sources import Fields
 
 
-class PrepConfig(BaseModel):
-    """What ``bd3 prep`` is asked to do."""
+class PrepConfig(Fields):
+    """Options of ``bd3 prep``: inputs, output, and what decides the rows."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    inputs: tuple[str, ...] = Field(
-        min_length=1, description="JSONL, text, Parquet or text tars, plain, .gz or .zst; files, folders, globs or URLs"
-    )
+    inputs: tuple[str, ...] = Field(min_length=1, description="text to tokenize: files, folders, globs or URLs")
     out: str = Field(min_length=1, description="folder of the data set, created in one piece at the end")
-    length: int = Field(256, ge=4, description="tokens per row, L")
-    tokenizer: str = Field("bpe:4096", description="bpe:N trains one on the train split; else a tokenizer.json")
-    tokenizer_sample: float = Field(1.0, gt=0, le=1, description="share of documents that bpe:N is trained on")
-    packing: Packing = Field("wrap", description="wrap: each row is BOS, L-2 tokens, EOS; stream: rows cut anywhere")
-    documents: bool = Field(True, description="store where documents start, for masks and evaluation by document")
-    add_bos: bool = Field(True, description="BOS before each document (packing=stream)")
-    add_eos: bool = Field(True, description="EOS after each document (packing=stream)")
-    validation_fraction: float = Field(0.1, gt=0, lt=1, description="share of documents held out, by hash of id")
-    seed: int = Field(0, ge=0, description="seed of the split")
-    text_field: str = Field("text", description="JSON field or Parquet column that holds the text")
-    id_field: str = Field("id", description="field that names the document; may be absent")
-    text_documents: Literal["line", "file"] = Field("line", description="what one document is in a text file")
-    min_chars: int = Field(1, ge=1, description="shorter documents are left out")
-    max_chars: int | None = Field(None, ge=1, description="longer documents are left out; null: none is too long")
-    bos: str | None = Field(None, description="token that begins a row; null looks for the usual names")
-    eos: str | None = Field(None, description="token that ends a document; null looks for the usual names")
-    rows_per_member: int = Field(512, ge=1, description="rows in one sample of a tar")
-    rows_per_shard: int = Field(16384, ge=1, description="rows in one tar")
-    max_rejects: int = Field(100, ge=0, description="unreadable records quarantined at most; 0: the first one ends it")
-    workers: int | None = Field(None, ge=1, description="processes; null means one per core")
+    length: int = Field(default=256, ge=4, description="tokens per row, L")
+    tokenizer: str = Field(default="bpe:4096", description="bpe:N trains one on the train split; else a tokenizer.json")
+    tokenizer_sample: float = Field(default=1.0, gt=0, le=1, description="share of documents that bpe:N is trained on")
+    packing: Packing = Field(
+        default="wrap", description="wrap: rows are BOS, L-2 tokens, EOS; stream: rows cut anywhere"
+    )
+    documents: bool = Field(default=True, description="store document starts, for masks and evaluation by document")
+    add_bos: bool = Field(default=True, description="BOS before each document (packing=stream)")
+    add_eos: bool = Field(default=True, description="EOS after each document (packing=stream)")
+    validation_fraction: float = Field(default=0.1, gt=0, lt=1, description="documents held out, by hash of id")
+    seed: int = Field(default=0, ge=0, description="seed of the split")
+    bos: str | None = Field(default=None, description="token that begins a row; null looks for the usual names")
+    eos: str | None = Field(default=None, description="token that ends a document; null looks for the usual names")
+    rows_per_member: int = Field(default=512, ge=1, description="rows in one sample of a tar")
+    rows_per_shard: int = Field(default=16384, ge=1, description="rows in one tar")
+    max_rejects: int = Field(
+        default=100, ge=0, description="most unreadable records left out; 0: the first one ends it"
+    )
+    workers: int | None = Field(default=None, ge=1, description="processes; null means one per core")
     part: str | None = Field(
-        None,
+        default=None,
         description="take a share of the inputs: K/N (K from 0), or slurm for this task of an array; "
         "the last share to end writes the data set",
     )
-    overwrite: bool = Field(False, description="replace a data set that is already there")
+    overwrite: bool = Field(default=False, description="replace a data set that is already there")
 
     @model_validator(mode="after")
     def _fits_together(self) -> PrepConfig:
@@ -63,8 +57,6 @@ class PrepConfig(BaseModel):
         if self.packing == "wrap" and not (self.add_bos and self.add_eos):
             key = "add_eos" if self.add_bos else "add_bos"
             raise ValueError(f"{key}=false: rows of packing=wrap begin with BOS and end with EOS; use packing=stream")
-        if self.max_chars is not None and self.max_chars < self.min_chars:
-            raise ValueError(f"max_chars={self.max_chars}: below min_chars={self.min_chars}; exchange them")
         if self.part is not None and self.overwrite:
             raise ValueError(
                 f"overwrite=true: with part={self.part} each task would begin anew; remove {self.out} first"
@@ -93,7 +85,7 @@ class PrepConfig(BaseModel):
 
     @property
     def fields(self) -> Fields:
-        return Fields(**{name: getattr(self, name) for name in _FIELDS})
+        return Fields(**{name: getattr(self, name) for name in Fields.model_fields})
 
     def recipe(self) -> Recipe:
         """What decides the rows, apart from the text.
@@ -111,6 +103,3 @@ class PrepConfig(BaseModel):
 
     def rows(self, special: SpecialIds) -> RowFormat:
         return RowFormat(self.length, self.packing, special.bos, special.eos, self.add_bos, self.add_eos)
-
-
-_FIELDS = ("text_field", "id_field", "text_documents", "min_chars", "max_chars")

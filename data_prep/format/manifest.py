@@ -123,8 +123,8 @@ class Manifest(Record):
     tokenizer_sha256: Sha256
     recipe: Recipe
     sources: list[SourceFile]
-    rejects: Count = Field(0, description=f"records left out as unreadable, listed in {REJECTS}")
-    skipped: dict[str, Count] = Field({}, description="documents left out by length: short, long")
+    rejects: Count = Field(default=0, description=f"records left out as unreadable, listed in {REJECTS}")
+    skipped: dict[str, Count] = Field(default={}, description="documents left out by length: short, long")
     validation_unigram_nats: float = Field(
         description="cross-entropy per token of the validation rows under the train rows' counts plus one; "
         "position 0 of each row is left out of both"

@@ -1,8 +1,8 @@
-"""Documents of JSONL, text, Parquet and WebDataset text tars, streamed strictly.
+"""Documents of text files, streamed strictly.
 
 A bad record is handed to a callback and reading goes on; a file that cannot be read whole is an error, never a
 short read. :func:`expand` finds the files, :func:`split` cuts them into parts for parallel work, and
-:func:`read_part` streams the documents of one part.
+:func:`read_part` streams the documents of one part. Kinds of files are in :mod:`data_prep.sources.kinds`.
 """
 
 from __future__ import annotations
@@ -11,15 +11,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_prep.sources.find import expand
-from data_prep.sources.kinds import SUFFIXES, Document, Fields, Part, Source
-from data_prep.sources.parquet import read_parquet
-from data_prep.sources.parts import split
+from data_prep.sources.inputs import Document, Fields, Part, Source
+from data_prep.sources.kinds import get_kind
 from data_prep.sources.records import Intake
 from data_prep.sources.streams import sha256_source
-from data_prep.sources.tar import read_tar
-from data_prep.sources.text import read_jsonl, read_text
 
-__all__ = ["SUFFIXES", "Document", "Fields", "Part", "Source", "expand", "read_part", "sha256_source", "split"]
+__all__ = ["Document", "Fields", "Part", "Source", "expand", "read_part", "sha256_source", "split"]
+
+
+def split(source: Source, target_bytes: int = 64 << 20) -> list[Part]:
+    """Cut a file into parts of about ``target_bytes`` stored bytes each, without reading it.
+
+    Every document starts in exactly one part, and the parts in order give the documents in the order of the file. A
+    part of a remote file is read from a copy of the whole file.
+
+    Raises:
+        DataError: local Parquet whose footer cannot be read, or pyarrow is missing.
+    """
+    return get_kind(source.kind).parts(source, max(1, target_bytes))
 
 
 def read_part(
@@ -44,5 +53,4 @@ def read_part(
         DataError: the file cannot be read, is cut, corrupt or no longer what was listed; it is Parquet without
             the column; zstandard or pyarrow is needed and missing. Documents before the damage have been yielded.
     """
-    readers = {"jsonl": read_jsonl, "text": read_text, "tar": read_tar, "parquet": read_parquet}
-    return readers[part.source.kind](part, local, Intake(part.source.name, fields, reject, skipped))
+    return get_kind(part.source.kind).read(part, local, Intake(part.source.name, fields, reject, skipped))

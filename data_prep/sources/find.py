@@ -11,9 +11,8 @@ from urllib.parse import urlsplit
 
 from data_prep.errors import DataError
 from data_prep.format.remote import RemoteFile, is_remote, list_remote
-from data_prep.sources.kinds import Source, kind_of
-
-READABLE = "name files that end in .jsonl, .txt or .tar (plain, .gz or .zst) or in .parquet"
+from data_prep.sources.inputs import Source
+from data_prep.sources.kinds import kind_of, readable
 
 
 def expand(inputs: Sequence[str]) -> list[Source]:
@@ -31,7 +30,7 @@ def expand(inputs: Sequence[str]) -> list[Source]:
         given = given.removeprefix("file://")
         found = _elsewhere(given) if is_remote(given) else _here(given)
         if not found:
-            raise DataError(f"{given}: nothing here that can be read; {READABLE}")
+            raise DataError(f"{given}: nothing here that can be read; {readable()}")
         sources += found
     seen: set[str] = set()
     for source in sources:
@@ -111,7 +110,7 @@ def _url_name(url: str) -> str:
 def _source(path: str, name: str, size: int, stamp: str) -> Source:
     kind = kind_of(name)
     if kind is None:
-        raise DataError(f"{path}: not a file type that can be read; {READABLE}")
+        raise DataError(f"{path}: not a file type that can be read; {readable()}")
     try:
         name.encode()
     except UnicodeEncodeError:  # manifest and rejects are JSON, which has no such text

@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Callable, Iterable
 
-from data_prep.sources.kinds import Document, Fields
+from data_prep.sources.inputs import Document, Fields
 
 MAX_DOCUMENT = 64 << 20  # bytes of UTF-8 in one document: each process holds one, several times over
 MAX_LINE = MAX_DOCUMENT + (1 << 20)  # bytes held of one line or member, with room for what is around the text

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
-from data_prep.sources.kinds import EXTRA, Source
+from data_prep.sources.inputs import EXTRA, Source
 
 BUFFER = 1 << 20
 # What is given to zstd at once. One block of 128 KB can be packed into 4 bytes, so this bounds what comes back:

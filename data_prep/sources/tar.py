@@ -1,117 +1,21 @@
-"""Documents of WebDataset tars: neighbouring members with one key are one sample."""
+"""Members of tar streams, with an error for every damage that tarfile passes over."""
 
 from __future__ import annotations
 
-import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 from data_prep.errors import DataError
-from data_prep.sources import records
-from data_prep.sources.kinds import Document, Part
-from data_prep.sources.records import BOM, BadRecord, Intake, decode, encodable, id_of, parse_object, text_of, too_big
-from data_prep.sources.streams import open_stream
 
 BLOCK = 512
 MAX_HEADER = 1 << 20  # bytes of a long name or an extended header
-NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)  # key, then all extensions; no hidden files
 GNU_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 NO_PAYLOAD = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
 
 
-def read_tar(part: Part, local: Path, intake: Intake) -> Iterator[Document]:
-    """One document for each sample: its ``.txt`` member, or the text field of its ``.json`` member.
-
-    As in WebDataset a key is the name up to the first dot of the base name, and members without a dot or with a
-    hidden name belong to no sample. See :func:`data_prep.sources.read_part`.
-    """
-    with open_stream(part.source, local) as stream:
-        for sample in _samples(_Tar(stream, part.source.path)):
-            try:
-                document = _document(sample, intake)
-            except BadRecord as problem:
-                intake.reject(sample.offset, str(problem))
-                continue
-            if document is not None:
-                yield document
-
-
-@dataclass
-class _Sample:
-    """What is needed of the members of one key."""
-
-    key: str
-    offset: int  # of its text; of its first member while there is none
-    problem: str | None = None
-    text: bytes | None = None
-    meta: bytes | None = None
-    meta_offset: int = 0
-
-
-def _document(sample: _Sample, intake: Intake) -> Document | None:
-    fields = intake.fields
-    if sample.problem is not None:
-        raise BadRecord(sample.problem)
-    if sample.text is None and sample.meta is None:
-        raise BadRecord(f"sample {sample.key!r} has neither a .txt nor a .json member; add one")
-    record = {}
-    if sample.meta is not None:
-        bom = len(BOM) if sample.meta.startswith(BOM) else 0
-        record = parse_object(sample.meta[bom:], sample.meta_offset + bom, fields.text_field)
-    identity = id_of(record, fields)
-    if not identity:
-        identity = sample.key
-        encodable(identity, "the name of the member")
-    if sample.text is None:
-        return intake.document(sample.offset, identity, text_of(record, fields))
-    bom = len(BOM) if sample.text.startswith(BOM) else 0
-    return intake.document(sample.offset, identity, decode(sample.text[bom:], sample.offset + bom))
-
-
-def _samples(tar: _Tar) -> Iterator[_Sample]:
-    """Samples in order; the keys seen are kept, to find one that comes back."""
-    seen: set[str] = set()
-    sample: _Sample | None = None
-    for member in tar:
-        match = NAME.fullmatch(member.name)
-        if match is None or member.isdir():
-            continue
-        key, extension = match[1], match[2].lower()
-        if sample is None or sample.key != key:
-            if sample is not None:
-                yield sample
-            sample = _Sample(key, member.offset_data)
-            if key in seen:
-                sample.problem = f"a second sample with the key {key!r}; rename it"
-            seen.add(key)
-        if extension in ("txt", "json") and sample.problem is None:
-            sample.problem = _take(sample, member, extension, tar)
-    if sample is not None:
-        yield sample
-
-
-def _take(sample: _Sample, member: tarfile.TarInfo, extension: str, tar: _Tar) -> str | None:
-    """Put the payload of a member into its sample; returns what is wrong with it, if anything."""
-    if not member.isreg():
-        return f"member {member.name!r} is a link or device, not a file; store the file itself"
-    if (sample.text if extension == "txt" else sample.meta) is not None:
-        return f"a second .{extension} member of the key {sample.key!r}; rename it"
-    if member.size > records.MAX_LINE:
-        return too_big(member.size, "member")
-    if extension == "txt":
-        sample.text, sample.offset = tar.payload(), member.offset_data
-    else:
-        sample.meta, sample.meta_offset = tar.payload(), member.offset_data
-        if sample.text is None:
-            sample.offset = member.offset_data
-    return None
-
-
-class _Tar:
+class TarMembers:
     """Members of a tar stream, in order.
 
     Headers are parsed by :mod:`tarfile`, but it is not used to walk through the archive: it takes a damaged header,

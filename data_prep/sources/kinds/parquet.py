@@ -1,20 +1,73 @@
-"""Documents of Parquet files, one a row."""
+"""Parquet, one document a row: `--text-field`, `--id-field`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from data_prep.errors import DataError
-from data_prep.sources.kinds import EXTRA, Document, Fields, Part, Source
+from data_prep.sources.inputs import EXTRA, Document, Fields, Part, Source
+from data_prep.sources.kinds import InputKind
 from data_prep.sources.records import BadRecord, Intake, decode, listed, text_remedy
 from data_prep.sources.streams import check_size, open_checked
 
 BATCH_BYTES = 16 << 20  # unpacked text of one batch, by the average row of its group
 BATCH_ROWS = 4096
 Cell = str | bytes | int | None
+
+
+class Parquet(InputKind):
+    """Parquet, one document a row. An offset is the row."""
+
+    suffixes = (".parquet",)
+    compressions = ()  # it packs its columns itself
+
+    def parts(self, source: Source, target_bytes: int) -> list[Part]:
+        """Neighbouring row groups up to the target, from the footer; a remote file is one part.
+
+        The stored size of a group is taken by proportion.
+
+        Raises:
+            DataError: the footer cannot be read, or pyarrow is missing.
+        """
+        if source.remote:
+            return [Part(source, 0, source.bytes)]
+        edges = [0, *accumulate(group_sizes(source, Path(source.path)))]
+        stored = [source.bytes * edge // (edges[-1] or 1) for edge in edges]
+        parts, begin, last = [], 0, len(edges) - 1
+        for end in range(1, last + 1):
+            if stored[end] - stored[begin] >= target_bytes or end == last:
+                parts.append(Part(source, begin, end, stored=stored[end] - stored[begin]))
+                begin = end
+        return parts or [Part(source, 0, 0, stored=source.bytes)]
+
+    def stored_before(self, source: Source, local: Path, offset: int) -> float:
+        """By proportion of the rows."""
+        import pyarrow.parquet
+
+        return float(source.bytes * (offset + 1) / pyarrow.parquet.read_metadata(local).num_rows)
+
+    def read(self, part: Part, local: Path, intake: Intake) -> Iterator[Document]:
+        """One document a row."""
+        source, fields = part.source, intake.fields
+        with open_checked(source, local) as file, _opened(source, file) as parquet:
+            with _failures(source, file):
+                schema = parquet.schema_arrow
+            text_column, id_column = _columns(source, schema, fields)
+            groups = range(parquet.metadata.num_row_groups)
+            if not source.remote:
+                groups = groups[part.begin : part.end]
+            row = sum(parquet.metadata.row_group(i).num_rows for i in range(groups.start))
+            for group in groups:
+                for texts, ids in _batches(source, file, parquet, group, text_column, id_column):
+                    for text, identity in zip(texts, ids):
+                        document = _document(row, text, identity, intake)
+                        row += 1
+                        if document is not None:
+                            yield document
 
 
 def group_sizes(source: Source, local: Path) -> list[int]:
@@ -27,26 +80,6 @@ def group_sizes(source: Source, local: Path) -> list[int]:
         # Not the packed sizes, which the columns hold: to look at a damaged column ends the whole process (pyarrow 26).
         groups = map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups))
         return [max(0, group.total_byte_size) for group in groups]
-
-
-def read_parquet(part: Part, local: Path, intake: Intake) -> Iterator[Document]:
-    """One document for each row; an offset is a row of the file. See :func:`data_prep.sources.read_part`."""
-    source, fields = part.source, intake.fields
-    with open_checked(source, local) as file, _opened(source, file) as parquet:
-        with _failures(source, file):
-            schema = parquet.schema_arrow
-        text_column, id_column = _columns(source, schema, fields)
-        groups = range(parquet.metadata.num_row_groups)
-        if not source.remote:
-            groups = groups[part.begin : part.end]
-        row = sum(parquet.metadata.row_group(i).num_rows for i in range(groups.start))
-        for group in groups:
-            for texts, ids in _batches(source, file, parquet, group, text_column, id_column):
-                for text, identity in zip(texts, ids):
-                    document = _document(row, text, identity, intake)
-                    row += 1
-                    if document is not None:
-                        yield document
 
 
 def _document(row: int, text: Cell, identity: Cell, intake: Intake) -> Document | None:

@@ -1,26 +1,15 @@
-"""What is read: the kinds of files, their parts, and the document that comes out."""
+"""Input files as they were listed, their parts, and the documents that come out."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_prep.format.remote import is_remote
 
-Kind = Literal["jsonl", "text", "parquet", "tar"]
 Compression = Literal["gz", "zst"]
-KINDS: dict[str, Kind] = {".jsonl": "jsonl", ".txt": "text", ".parquet": "parquet", ".tar": "tar"}
-SUFFIXES: dict[str, tuple[Kind, Compression | None]] = {
-    **{suffix: (kind, None) for suffix, kind in KINDS.items()},
-    **{
-        f"{suffix}.{packed}": (kind, packed)
-        for suffix, kind in KINDS.items()
-        for packed in get_args(Compression)
-        if kind != "parquet"  # it packs its columns itself
-    },
-}
 EXTRA = "pip install 'bd3-megatron[data]'"
 
 
@@ -29,11 +18,15 @@ class Fields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text_field: str = Field("text", description="JSON field or Parquet column that holds the text")
-    id_field: str = Field("id", description="JSON field or Parquet column that names the document; may be absent")
-    text_documents: Literal["line", "file"] = Field("line", description="what one document of a .txt file is")
-    min_chars: int = Field(1, ge=1, description="documents with fewer characters are left out, white space trimmed")
-    max_chars: int | None = Field(None, ge=1, description="documents with more characters are left out; null: none")
+    text_field: str = Field(default="text", description="JSON field or Parquet column that holds the text")
+    id_field: str = Field(default="id", description="field that names the document; may be absent")
+    text_documents: Literal["line", "file"] = Field(default="line", description="what one document of a .txt file is")
+    min_chars: int = Field(
+        default=1, ge=1, description="shorter documents are left out: characters, white space trimmed"
+    )
+    max_chars: int | None = Field(
+        default=None, ge=1, description="longer documents are left out; null: none is too long"
+    )
 
     @model_validator(mode="after")
     def _something_is_kept(self) -> Fields:
@@ -59,7 +52,7 @@ class Source:
 
     path: str  # local path or URL
     name: str  # base name
-    kind: Kind
+    kind: str  # name in INPUT_KINDS
     compression: Compression | None
     bytes: int  # as stored
     stamp: str  # changes when the file does: mtime_ns locally, what the store offers (an ETag, a date) elsewhere
@@ -72,10 +65,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Part:
-    """What one task reads of a source.
+    """A share of a source that one job reads: units ``begin`` to ``end - 1``, which the input kind counts.
 
-    Plain JSONL and text: the lines that start at bytes ``begin`` to ``end - 1``. Local Parquet: the row groups
-    ``begin`` to ``end - 1``. Everything else: the whole file, written as ``(0, source.bytes)``.
+    Plain JSONL and text: the lines that start at these bytes. Local Parquet: row groups. The whole of any file is
+    ``(0, source.bytes)``.
     """
 
     source: Source
@@ -87,8 +80,3 @@ class Part:
     def weight(self) -> int:
         """Stored bytes this part stands for; the weights of all parts add up to ``source.bytes``."""
         return self.end - self.begin if self.stored is None else self.stored
-
-
-def kind_of(name: str) -> tuple[Kind, Compression | None] | None:
-    """Kind and compression that a file name tells, or None if it is none that can be read."""
-    return next((kind for suffix, kind in SUFFIXES.items() if name.endswith(suffix)), None)

@@ -1,0 +1,35 @@
+"""Files of lines: cut into parts by size, read line by line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+from data_prep.sources import records
+from data_prep.sources.inputs import Part, Source
+from data_prep.sources.records import BOM, Intake, too_big
+from data_prep.sources.streams import WHOLE, open_stream, read_lines
+
+
+def line_parts(source: Source, target_bytes: int) -> list[Part]:
+    """Parts of about ``target_bytes``: the lines that start in a stretch of bytes. A packed file is one part."""
+    if source.compression is not None:
+        return [Part(source, 0, source.bytes)]
+    count = max(1, round(source.bytes / target_bytes))
+    edges = [source.bytes * i // count for i in range(count + 1)]
+    return [Part(source, begin, end) for begin, end in pairwise(edges)]
+
+
+def part_lines(part: Part, local: Path, intake: Intake) -> Iterator[tuple[int, bytes, int]]:
+    """(offset, line, byte at which what is left of it begins) without a BOM; lines that are too long are rejected."""
+    source = part.source
+    end = part.end if source.compression is None else WHOLE
+    with open_stream(source, local, max(0, part.begin - 1)) as stream:
+        for offset, line in read_lines(stream, part.begin, end, records.MAX_LINE):
+            if line is None:
+                intake.reject(offset, too_big(records.MAX_LINE, "line", at_least=True))
+            elif offset == 0 and line.startswith(BOM):
+                yield offset, line[len(BOM) :], len(BOM)
+            else:
+                yield offset, line, offset
