@@ -43,6 +43,7 @@ from pretrain.commands import estimate
 from pretrain.config.resolve import presets, resolve
 from pretrain.config.schema import RunConfig
 from pretrain.estimate import cpu_peak as footprint
+from pretrain.estimate import report
 from pretrain.estimate.devices import DEVICES
 from pretrain.estimate.prediction import Prediction, in_flight
 from tests.unit import tiny
@@ -300,10 +301,10 @@ def test_zero_and_offload():
 def test_every_preset_has_a_prediction_in_finite_numbers(preset, device, monkeypatch):
     monkeypatch.setattr(estimate, "this_cpu", lambda: estimate.Device("CPU", 1e11, None, 1e11, 2e10, 1e10, 1e10, 1e10))
     found = predicted("--preset", preset, "--model.vocab-size", 50258, "--device", device)
-    text = "\n".join(estimate.report(found))
+    text = "\n".join(report.report_lines(found))
     assert f"{found.parameters:,}" in text
     assert ("peak of the process" in text) == (device == "cpu")
-    values = json.loads(json.dumps(estimate.record(found), allow_nan=False))
+    values = json.loads(json.dumps(report.record(found), allow_nan=False))
     assert values["step_seconds"] == pytest.approx(sum(values["seconds"].values()))
     parts = values["stages"][0]["memory"]
     assert sum(parts.values()) == pytest.approx(values["stages"][0]["total_bytes"])
@@ -311,9 +312,9 @@ def test_every_preset_has_a_prediction_in_finite_numbers(preset, device, monkeyp
 
 def test_what_is_not_counted_is_said():
     args = ("--preset", "125m", "--model.vocab-size", 50258)
-    assert not any("not counted" in line for line in estimate.report(predicted(*args)))
+    assert not any("not counted" in line for line in report.report_lines(predicted(*args)))
     for more in (["--data.document-mask"], ["--kernels.attention", "reference"]):
-        assert sum("not counted" in line for line in estimate.report(predicted(*args, *more))) == 1
+        assert sum("not counted" in line for line in report.report_lines(predicted(*args, *more))) == 1
 
 
 # ---- the command ----
@@ -334,7 +335,7 @@ def test_the_command_says_what_does_not_fit(capsys):
 
 def test_fp8_asks_for_a_device_that_has_it_and_is_said_not_to_count():
     args = ("--preset", "1b", "--model.vocab-size", 50258, "--fp8.enabled", "--kernels.layers", "te")
-    lines = estimate.report(predicted(*args))
+    lines = report.report_lines(predicted(*args))
     assert [line for line in lines if "not counted" in line] == [
         "  fp8.enabled=true: memory and time are those of bf16; FP8 copies and faster products are not counted"
     ]
