@@ -172,7 +172,7 @@ class Choice:
         """The entries with their summaries, for help texts; empty unless ``summaries``."""
         if not self.summaries:
             return ""
-        return "; ".join(f"{e.name}: {e.summary}" if e.summary else e.name for e in self.registry.entries())
+        return "; ".join(f"{e.name}: {e.summary}" if e.summary else e.name for e in self._found().entries())
 
     def names(self) -> list[str]:
         """What the field takes, words of ``also`` first."""

@@ -243,7 +243,7 @@ class KernelConfig(Section):
 
 # Switches that skip unused work. The plain path, which tests and benchmarks compare with, does all of it.
 SAVINGS = ("masked_rows_only", "chunked_cross_entropy", "skip_last_clean_queries", "skip_last_clean_block")
-PLAIN = KernelConfig(attention="reference", **dict.fromkeys(SAVINGS, False))
+PLAIN = KernelConfig.model_validate({"attention": "reference"} | dict.fromkeys(SAVINGS, False))
 
 
 class Fp8Config(Section):

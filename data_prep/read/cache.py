@@ -51,8 +51,8 @@ class ShardCache:
     def __init__(self, folder: str | Path, limit_bytes: int, attempts: int = 5):
         self.folder, self.limit, self.attempts = Path(folder).expanduser(), int(limit_bytes), attempts
         self._checked: set[str] = set()
-        self._coming: dict[str, Future] = {}
-        self._asked: queue.SimpleQueue[tuple[RemoteShard, Future]] = queue.SimpleQueue()
+        self._coming: dict[str, Future[Path]] = {}
+        self._asked: queue.SimpleQueue[tuple[RemoteShard, Future[Path]]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ class ShardCache:
                 continue  # on its way, or failed and not told yet
             if shard.sha256 in self._checked and path.exists():
                 continue
-            future: Future = Future()
+            future: Future[Path] = Future()
             self._coming[shard.sha256] = future
             self._asked.put((shard, future))
             if len(self._threads) < FETCHERS:

@@ -73,7 +73,7 @@ class ShardFile:
 
 def bytes_of(array: NDArray[Any]) -> memoryview:
     """The memory of a contiguous array, as bytes to read into."""
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 class OpenFiles:

@@ -102,7 +102,8 @@ def _feistel(value: np.ndarray, a: np.ndarray, b: np.ndarray, keys: np.ndarray) 
         moved = left + step
         left, right = right, np.where(moved < a, moved, moved - a)
         a, b = b, a
-    return left + right * a
+    permuted: np.ndarray = left + right * a
+    return permuted
 
 
 class LaneOrder:
@@ -163,7 +164,8 @@ class LaneOrder:
         size = np.minimum(ends[place], stop) - first
         keys = round_keys(self.seed, np.full_like(first, epoch), first)
         moved = first + permute(start + line - first, size, keys)
-        return self._shard_rows_before[shards[place]] + moved - before
+        rows: np.ndarray = self._shard_rows_before[shards[place]] + moved - before
+        return rows
 
     def _build_axis(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """(shards in the epoch's order, end of each on the axis of rows)."""
@@ -177,4 +179,4 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x = x + GOLDEN
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return np.asarray(x ^ (x >> np.uint64(31)))

@@ -43,19 +43,20 @@ class RowReader:
     def __init__(self, folder: str | Path, split: SplitName, cache: ShardCache | None = None):
         self.remote = is_remote(folder)
         self.folder = str(folder).rstrip("/") if self.remote else Path(folder)
+        self._root = Path(folder)  # of a local data set
         self.split, self.cache = split, cache
         if self.remote and cache is None:
             raise DataError(f"{folder}: a data set elsewhere needs a cache for its shards; give a ShardCache")
-        self.manifest = _remote_manifest(self.folder) if self.remote else load_manifest(folder)
+        self.manifest = _remote_manifest(str(self.folder)) if self.remote else load_manifest(folder)
         if split not in self.manifest.splits:
             raise DataError(f"{folder}: no split {split!r}; it has {', '.join(self.manifest.splits)}")
         if not self.remote:
-            self._files = OpenFiles(self._path, check_files(self.folder, self.manifest, (split,)), MEND)
+            self._files = OpenFiles(self._path, check_files(self._root, self.manifest, (split,)), MEND)
         self.length = self.manifest.length
         self.dtype = np.dtype(self.manifest.dtype)
         self.shards = self.manifest.splits[split].shards
         largest = max((shard.bytes for shard in self.shards), default=0)
-        if self.remote and largest > cache.limit:
+        if cache is not None and self.remote and largest > cache.limit:
             raise DataError(
                 f"{folder}: its largest shard has {largest} bytes, more than the cache {cache.folder} may hold "
                 f"({cache.limit}); raise its limit (data.cache_gb)"
@@ -114,7 +115,7 @@ class RowReader:
         if self.remote:
             member, _ = self._locate(indices)
             shards = dict.fromkeys(self._shard[member].tolist())
-            self.cache.prefetch([self._remote_shard(number) for number in shards])
+            self._shard_cache.prefetch([self._remote_shard(number) for number in shards])
 
     def copy_tokenizer(self, to: Path) -> None:
         """Write the data set's ``tokenizer.json`` to ``to``.
@@ -127,8 +128,8 @@ class RowReader:
         if self.remote:
             fetch(f"{self.folder}/{name}", to, sha256=self.manifest.tokenizer_sha256)
         else:
-            self._check_digest(self.folder / name, self.manifest.tokenizer_sha256)
-            shutil.copyfile(self.folder / name, to)
+            self._check_digest(self._root / name, self.manifest.tokenizer_sha256)
+            shutil.copyfile(self._root / name, to)
 
     @property
     def bytes(self) -> int:
@@ -151,11 +152,11 @@ class RowReader:
                 with tempfile.TemporaryDirectory() as folder:
                     self.copy_tokenizer(Path(folder) / self.manifest.tokenizer)
             for number in range(share, len(self.shards), shares):
-                self.cache.ensure(self._remote_shard(number))
+                self._shard_cache.ensure(self._remote_shard(number))
             return
-        expected = {self.folder / self.split / shard.name: shard.sha256 for shard in self.shards[share::shares]}
+        expected = {self._root / self.split / shard.name: shard.sha256 for shard in self.shards[share::shares]}
         if share == 0:
-            expected[self.folder / self.manifest.tokenizer] = self.manifest.tokenizer_sha256
+            expected[self._root / self.manifest.tokenizer] = self.manifest.tokenizer_sha256
         for path, digest in expected.items():
             self._check_digest(path, digest)
 
@@ -206,10 +207,15 @@ class RowReader:
 
     def _file(self, number: int) -> AbstractContextManager[ShardFile]:
         # A cached shard is open for this one read only: evicted, it takes disk space until it is closed.
-        return self.cache.opened(self._remote_shard(number)) if self.remote else self._files.file(number)
+        return self._shard_cache.opened(self._remote_shard(number)) if self.remote else self._files.file(number)
+
+    @property
+    def _shard_cache(self) -> ShardCache:
+        assert self.cache is not None  # a remote data set has one
+        return self.cache
 
     def _path(self, number: int) -> Path:
-        return self.folder / self.split / self.shards[number].name
+        return self._root / self.split / self.shards[number].name
 
     def _remote_shard(self, number: int) -> RemoteShard:
         shard = self.shards[number]

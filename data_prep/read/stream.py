@@ -7,13 +7,14 @@ another number of processes, or be looked at anywhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 
 from data_prep.errors import DataError
+from data_prep.format.manifest import Manifest
 from data_prep.read.order import ROUNDS, LaneOrder, RowOrder, check_positions, derive_seed, permute, round_keys
 from data_prep.read.reader import RowReader
 
@@ -106,6 +107,7 @@ class RowStream:
         self.mix = Mix(weights, seed) if len(readers) > 1 else None
         self.length, self.dtype, self.remote = readers[0].length, readers[0].dtype, any(r.remote for r in readers)
         seeds = [derive_seed(seed, number) for number in range(len(readers))]
+        self.orders: list[LaneOrder] | list[RowOrder]
         if order == "lanes":
             self.orders = [LaneOrder(r.shard_rows(), own, lanes) for r, own in zip(readers, seeds)]
         else:
@@ -118,7 +120,7 @@ class RowStream:
         return int(self._first[-1])
 
     @property
-    def manifests(self) -> list:
+    def manifests(self) -> list[Manifest]:
         """The manifest of each data set."""
         return [reader.manifest for reader in self.readers]
 
@@ -217,7 +219,7 @@ class RowStream:
                 if reader.remote and here.any():
                     reader.prefetch(own)
 
-    def _owners(self, numbers: np.ndarray):
+    def _owners(self, numbers: np.ndarray) -> Iterator[tuple[RowReader, np.ndarray, np.ndarray]]:
         """For each data set: its reader, which of the rows are its own, and their numbers there."""
         numbers = np.asarray(numbers)
         outside = numbers[(numbers < 0) | (numbers >= len(self))]
@@ -228,7 +230,7 @@ class RowStream:
             here = owner == number
             yield reader, here, numbers[here] - self._first[number]
 
-    def _split(self, positions: np.ndarray):
+    def _split(self, positions: np.ndarray) -> Iterator[tuple[int, slice | np.ndarray, np.ndarray]]:
         """For each data set: its number, which of the positions are its own, and which of its own they are."""
         positions = check_positions(positions)
         if self.mix is None:
@@ -244,7 +246,7 @@ def _shares(weights: np.ndarray) -> np.ndarray:
     """Integers proportional to the weights, at least 1 each, that add up to ``PERIOD``."""
     exact = weights / weights.max()
     exact = exact / exact.sum() * PERIOD
-    counts = np.maximum(np.floor(exact).astype(np.int64), 1)
+    counts: np.ndarray = np.maximum(np.floor(exact).astype(np.int64), 1)
     # The largest remainders get what is missing. What the minimum of 1 adds too much, others give.
     missing = PERIOD - int(counts.sum())
     if missing > 0:

@@ -40,7 +40,8 @@ def row_hashes(rows: np.ndarray) -> np.ndarray:
     words ^= words >> np.uint64(29)
     keys = np.random.Generator(np.random.Philox(_KEY)).integers(0, 2**64, words.shape[1], np.uint64) | np.uint64(1)
     hashes: np.ndarray = words @ keys
-    return np.bitwise_xor(hashes, hashes >> np.uint64(31))
+    hashes ^= hashes >> np.uint64(31)
+    return hashes
 
 
 def find_duplicates(hashes: np.ndarray, read: Callable[[np.ndarray], np.ndarray]) -> Duplicates:

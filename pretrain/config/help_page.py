@@ -46,7 +46,7 @@ def _dataclass(cls: type[BaseModel], defaults: BaseModel | None, plugin: bool = 
             continue
         kind = _kind(field)
         if is_positional(field):
-            kind = tyro.conf.Positional[kind]
+            kind = tyro.conf.Positional[kind]  # type: ignore[misc, valid-type]
         required = field.is_required() and defaults is None
         described = tyro.conf.arg(
             name=name.rstrip("_").replace("_", "-"),
@@ -76,7 +76,7 @@ def _choice(field: FieldInfo) -> Choice | None:
 def _description(field: FieldInfo) -> str:
     """A field's help text, with the summaries of a registry's entries where the field asks for them."""
     choice = _choice(field)
-    return ". ".join(filter(None, (field.description, choice and choice.description())))
+    return ". ".join(filter(None, (field.description, choice.description() if choice else None)))
 
 
 def _kind(field: FieldInfo) -> Any:

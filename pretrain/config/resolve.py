@@ -69,7 +69,7 @@ def save_config(config: RunConfig, path: Path) -> None:
     folder. URLs are stored as they are.
     """
     data = config.data
-    found = {"path": data.path and _absolute(data.path), "cache": data.cache and _absolute(data.cache)}
+    found: dict[str, Any] = {"path": data.path and _absolute(data.path), "cache": data.cache and _absolute(data.cache)}
     if data.mix is not None:
         found["mix"] = {_absolute(path): weight for path, weight in data.mix.items()}
     config = config.model_copy(update={"data": data.model_copy(update=found)})

@@ -155,8 +155,8 @@ class GuardConfig(Section):
 
     def ranges(self) -> list[tuple[int, int]]:
         """First and last step of each range of ``skip``."""
-        found = [_RANGE.fullmatch(text) for text in self.skip]
-        return [(int(match[1]), int(match[2] or match[1])) for match in found]
+        found = map(_RANGE.fullmatch, self.skip)
+        return [(int(match[1]), int(match[2] or match[1])) for match in found if match is not None]
 
 
 class LogConfig(Section):
