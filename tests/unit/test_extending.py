@@ -124,6 +124,23 @@ def test_a_sample_is_decoded_and_a_checkpoint_converted(example, run, tmp_path, 
     assert (imported / "config.yaml").is_file()
 
 
+def test_texts_are_prepared_by_worker_processes(example, corpus, tmp_path, capsys) -> None:
+    records = [json.loads(line) for line in corpus.read_text("utf-8").splitlines()]
+    for number in range(2):
+        lines = [f"{record['id']}\t{' '.join(record['text'].split())}\n" for record in records[number::2]]
+        (tmp_path / f"{number}.tsv").write_text("".join(lines), "utf-8")
+    out = tmp_path / "rows"
+    args = ["prep", str(tmp_path / "0.tsv"), str(tmp_path / "1.tsv"), "--out", str(out), "--length", "32"]
+    assert cli.main([*args, "--tokenizer", "bpe:300", "--workers", "2", "--validation-fraction", "0.3"]) == 0
+    assert cli.main(["check", str(out), "--json", "--workers", "1"]) == 0
+    splits = json.loads(capsys.readouterr().out.splitlines()[-1])["splits"]
+    assert sum(split["documents"] for split in splits.values()) == len(records)
+
+
+def test_all_kinds_have_an_example() -> None:
+    assert len(sections()) == 7
+
+
 def test_an_installed_package_adds_by_an_entry_point(tmp_path) -> None:
     text = sections()["Noise schedule"]
     ((name, code),) = FILE.findall(text)
