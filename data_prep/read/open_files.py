@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,7 +87,8 @@ class OpenFiles:
         paths: path of file ``n``.
         identities: identity of each file when the data set was opened.
         remedy: end of an error's line.
-        limit: most files open at a time; by default half of what the process may open, and at most MOST_OPEN.
+        limit: most files that all objects of this class in the process keep open; by default half of what the process
+            may open, and at most MOST_OPEN.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class OpenFiles:
         self._limit = default_limit() if limit is None else limit
         self._files: OrderedDict[int, ShardFile] = OrderedDict()
         self._lock = threading.RLock()
+        _READERS.add(self)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -122,7 +125,8 @@ class OpenFiles:
                 self._files.popitem()[1].close()
 
     def _open(self, number: int) -> ShardFile:
-        while len(self._files) >= self._limit:
+        # The limit is the process's: train and validation split and all data sets of a mix share it.
+        while len(self._files) >= max(1, self._limit // len(_READERS)):
             self._files.popitem(last=False)[1].close()
         _, _, size, _ = self._identities[number]
         found = ShardFile(self._paths(number), size, self._remedy)
@@ -137,6 +141,9 @@ class OpenFiles:
 
     def __del__(self) -> None:
         self.close()
+
+
+_READERS: weakref.WeakSet[OpenFiles] = weakref.WeakSet()
 
 
 def default_limit() -> int:
