@@ -1,4 +1,4 @@
-"""What every room stands on: errors and exit codes, atomic writes, registries, plugins and log messages."""
+"""The bottom room: errors and exit codes, atomic writes, registries, plugins and log messages."""
 
 from pathlib import Path
 

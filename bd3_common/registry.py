@@ -88,7 +88,7 @@ class Registry(Generic[T]):
         return name
 
     def remedy(self, name: str, also: tuple[str, ...] = ()) -> str:
-        """What is wrong with an unknown name and what to use instead, for error messages."""
+        """The mistake in an unknown name and its remedy, for error messages."""
         known = [*also, *self.names()]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -175,7 +175,7 @@ class Choice:
         return "; ".join(f"{e.name}: {e.summary}" if e.summary else e.name for e in self._found().entries())
 
     def names(self) -> list[str]:
-        """What the field takes, words of ``also`` first."""
+        """Values of the field, words of ``also`` first."""
         return [*self.also, *self._found().names()]
 
     def _found(self) -> Registry[Any]:

@@ -112,12 +112,12 @@ def option_values(cls: type[BaseModel], given: Mapping[str, list[str]]) -> dict[
 
 
 def is_positional(field: FieldInfo) -> bool:
-    """Whether the field takes words without a flag."""
+    """True if the field takes words without a flag."""
     return _POSITIONAL in field.metadata
 
 
 def is_switch(field: FieldInfo) -> bool:
-    """Whether the field is a flag that needs no value: ``--x`` and ``--no-x``."""
+    """True if the field is a flag that needs no value: ``--x`` and ``--no-x``."""
     return field.annotation is bool
 
 
@@ -130,7 +130,7 @@ def container(field: FieldInfo) -> Any:
 
 
 def takes_null(field: FieldInfo) -> bool:
-    """Whether the field may be null."""
+    """True if the field may be null."""
     return get_origin(field.annotation) is not typing.Literal and type(None) in get_args(field.annotation)
 
 

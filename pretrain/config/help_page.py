@@ -100,7 +100,7 @@ def _with_names(kind: Any) -> Any:
 
 
 def _metavar(kind: Any) -> str | None:
-    """How a nullable value is written: as if null were not allowed, because the description says what null means."""
+    """Placeholder of a nullable value, without null: the description says what null means."""
     if get_origin(kind) is Annotated or get_origin(kind) not in (types.UnionType, typing.Union):
         return None
     kinds = [each for each in get_args(kind) if each is not type(None)]

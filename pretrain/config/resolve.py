@@ -1,4 +1,4 @@
-"""Where a run's configuration comes from: defaults < preset < file < flags; `bd3 config` shows it."""
+"""Sources of a run's configuration: defaults < preset < file < flags; `bd3 config` shows it."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def _mistake(path: str, value: Any, remedy: str, sources: Mapping[str, str]) -> 
 
 
 def _remedy(error: Mapping[str, Any]) -> str:
-    """What is wrong with one value, from a pydantic error record."""
+    """The mistake in one value, from a pydantic error record."""
     kind, context = error["type"], error.get("ctx", {})
     sentences = {
         "greater_than_equal": "use {ge:g} or more",

@@ -1,4 +1,4 @@
-"""What a run will need and how long it will take, from its configuration alone: the numbers of `bd3 estimate`."""
+"""Prediction of a run's memory, traffic and time from its configuration alone: the numbers of `bd3 estimate`."""
 
 from __future__ import annotations
 

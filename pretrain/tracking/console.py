@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a bar on a terminal, plain lines in a log file."""
+"""Progress of a run for people: a bar on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 

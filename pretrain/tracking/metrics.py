@@ -43,7 +43,7 @@ class MetricsWriter:
             raise
 
     def has(self, split: str, step: int) -> bool:
-        """Whether the run had a record of this split and step when it was opened."""
+        """True if the run had a record of this split and step when it was opened."""
         return self._record_file.has(split, step)
 
     def train(self, step: int, fields: Mapping[str, Any]) -> None:

@@ -47,7 +47,7 @@ def plot_curves(run_dir: Path, out: str = CURVES, reference: Mapping[str, float]
 
 
 def finish(axes: Axes) -> None:
-    """What all plots have in common."""
+    """Style a finished plot: grid, spines and legend."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:

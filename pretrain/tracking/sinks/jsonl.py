@@ -40,7 +40,7 @@ class Jsonl(MetricSink):
         self._metrics, self._throughput = (path.open("ab", buffering=0) for path in paths)
 
     def has(self, split: str, step: int) -> bool:
-        """Whether the run had a record of this split and step when it was opened."""
+        """True if the run had a record of this split and step when it was opened."""
         return any(record["split"] == split and record["step"] == step for record in self._newest)
 
     def record(self, split: str, step: int, values: Mapping[str, int | float | None]) -> None:
