@@ -37,16 +37,16 @@ class Registry(Generic[T]):
     """Names of one kind, for example of noise schedules, and the classes they stand for.
 
     Args:
+        base: class that every entry's class derives from, defined in the ``__init__`` of the package whose modules
+            are the built-in entries. A module's name is the entry's name; names that begin with ``_`` are no entries.
         kind: what one entry is called in messages, for example ``noise schedule``.
         key: the configuration key or option that takes a name, for example ``diffusion.schedule``.
-        package: package whose modules are the built-in entries; modules whose name begins with ``_`` and the package
-            itself are not. A module's name is the entry's name.
         group: group of entry points of other distributions, for example ``bd3_megatron.schedules``.
-        base: ``module:Class`` that every entry's class derives from.
     """
 
-    def __init__(self, kind: str, key: str, package: str, group: str, base: str):
-        self.kind, self.key, self.package, self.group, self.base = kind, key, package, group, base
+    def __init__(self, base: type[T], kind: str, key: str, group: str):
+        self.base, self.kind, self.key, self.group = base, kind, key, group
+        self._instances: dict[str, T] = {}
         self._added: dict[str, tuple[Entry, type[T] | None]] = {}
         self._found: dict[str, Entry] | None = None
         self._installed: dict[str, Entry] | None = None
@@ -108,9 +108,23 @@ class Registry(Generic[T]):
             found = added[1]
         else:
             found = self._import(self._entries()[name])
-        if not (isinstance(found, type) and issubclass(found, self._base())):
-            raise ConfigError(f"{self.kind} {name}: {found!r} does not derive from {self.base}")
+        if not (isinstance(found, type) and issubclass(found, self.base)):
+            raise ConfigError(f"{self.kind} {name}: {found!r} does not derive from {self._base_name}")
         return found
+
+    def instance(self, name: str) -> T:
+        """The one instance of an entry whose class takes no arguments.
+
+        Raises:
+            ConfigError: as :meth:`load`.
+        """
+        if name not in self._instances:
+            self._instances[name] = self.load(name)()
+        return self._instances[name]
+
+    @property
+    def _base_name(self) -> str:
+        return f"{self.base.__module__}:{self.base.__qualname__}"
 
     def _entries(self) -> dict[str, Entry]:
         plugins.load()
@@ -121,13 +135,8 @@ class Registry(Generic[T]):
 
     def _built_in(self) -> dict[str, Entry]:
         if self._found is None:
-            self._found = {entry.name: entry for entry in _modules(self.package)}
+            self._found = {entry.name: entry for entry in _modules(self.base.__module__)}
         return self._found
-
-    def _base(self) -> type[T]:
-        module, _, name = self.base.partition(":")
-        base: type[T] = getattr(importlib.import_module(module), name)
-        return base
 
     def _import(self, entry: Entry) -> Any:
         module_name, _, name = entry.target.partition(":")
@@ -140,17 +149,16 @@ class Registry(Generic[T]):
                 return getattr(module, name)
             except AttributeError:
                 raise ConfigError(f"{self.kind} {entry.name}: {module_name} has no {name}") from None
-        base = self._base()
         classes = [
             value
             for value in vars(module).values()
             if isinstance(value, type)
-            and issubclass(value, base)
+            and issubclass(value, self.base)
             and value.__module__ == module_name
             and not value.__name__.startswith("_")
         ]
         if len(classes) != 1:
-            raise TypeError(f"{module_name} must hold one public subclass of {self.base}; it has {len(classes)}")
+            raise TypeError(f"{module_name} must hold one public subclass of {self._base_name}; it has {len(classes)}")
         return classes[0]
 
 

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bd3_common.registry import Choice
 from bd3_megatron.attention.backends import ATTENTION_BACKENDS, AUTO
-from bd3_megatron.backbones import BACKBONES, Backbone, Traits, get_backbone
-from bd3_megatron.diffusion.schedules import SCHEDULES, get_schedule
+from bd3_megatron.backbones import BACKBONES, Backbone, Traits
+from bd3_megatron.diffusion.schedules import SCHEDULES
 
 # The range that Philox, torch's generators and JSON share.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -106,7 +106,7 @@ class ModelConfig(Section):
     @property
     def family(self) -> Backbone:
         """The backbone itself."""
-        return get_backbone(self.backbone)
+        return BACKBONES.instance(self.backbone)
 
     @property
     def traits(self) -> Traits:
@@ -207,7 +207,7 @@ class DiffusionConfig(Section):
     @property
     def _mirrored(self) -> bool:
         """True if a block inside the interval has its complement inside it too, as resampling of pairs needs."""
-        return get_schedule(self.schedule).linear and abs(self.beta + self.omega - 1) < 1e-9
+        return SCHEDULES.instance(self.schedule).linear and abs(self.beta + self.omega - 1) < 1e-9
 
     @property
     def full_interval(self) -> bool:

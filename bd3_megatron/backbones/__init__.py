@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from bd3_common.registry import Registry
@@ -141,20 +140,4 @@ class Backbone:
             yield Parameter(f"{ours}.{part}", {f"{theirs}.{part}": (width,)})
 
 
-BACKBONES: Registry[Backbone] = Registry(
-    kind="backbone",
-    key="model.backbone",
-    package=__name__,
-    group="bd3_megatron.backbones",
-    base=f"{__name__}:Backbone",
-)
-
-
-@cache
-def get_backbone(name: str) -> Backbone:
-    """The backbone of a name.
-
-    Raises:
-        ConfigError: unknown name.
-    """
-    return BACKBONES.load(name)()
+BACKBONES = Registry(Backbone, "backbone", "model.backbone", "bd3_megatron.backbones")

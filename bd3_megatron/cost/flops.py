@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bd3_megatron.config import DiffusionConfig, ModelConfig
-from bd3_megatron.diffusion.schedules import get_schedule
+from bd3_megatron.diffusion.schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def forward_flops(model: ModelConfig, diffusion: DiffusionConfig, mask_rate: flo
         mask_rate: fraction of tokens masked; None takes the mean of the configured schedule and interval.
     """
     if mask_rate is None:
-        mask_rate = get_schedule(diffusion.schedule).mean_mask_probability(diffusion.beta, diffusion.omega)
+        mask_rate = SCHEDULES.instance(diffusion.schedule).mean_mask_probability(diffusion.beta, diffusion.omega)
     weights = layer_parameters(model)
     per_stream = 2 * sum(weights.values())
     pair = 4 * model.heads * model.width_per_head  # two products per admitted pair, over all heads

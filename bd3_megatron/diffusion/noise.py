@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import DiffusionConfig
-from bd3_megatron.diffusion.schedules import get_schedule
+from bd3_megatron.diffusion.schedules import SCHEDULES
 
 # Without a limit, a clip interval that blocks practically never meet would redraw forever.
 _MAX_REDRAWS = 10_000
@@ -122,7 +122,7 @@ def draw_noise(
             levels[place, n] = diffusion.beta + mirrored * (diffusion.omega - diffusion.beta)
             masked[place, n] = _draw_masks(diffusion, levels[place, n], streams)
     masked[:, :, 0] = False
-    weight = get_schedule(diffusion.schedule).loss_weight(levels)
+    weight = SCHEDULES.instance(diffusion.schedule).loss_weight(levels)
     weight = np.repeat(weight, diffusion.block_size, axis=-1).astype(np.float32)
     return Noise(levels, masked, np.where(masked, weight, np.float32(0)))
 
@@ -137,7 +137,7 @@ def _draw_masks(diffusion: DiffusionConfig, t: NDArray[np.float64], streams: lis
 def _draw_mask(diffusion: DiffusionConfig, t: NDArray[np.float64], uniforms: _Uniforms) -> NDArray[np.bool_]:
     """Mask bits ``[L]`` of one row, redrawn per block while a clipped interval is missed (objective, steps 2 and 7)."""
     size = diffusion.block_size
-    p = get_schedule(diffusion.schedule).mask_probability(t)[:, None]
+    p = SCHEDULES.instance(diffusion.schedule).mask_probability(t)[:, None]
     bits = uniforms(t.size * size).reshape(-1, size) <= p
     if not _redrawn(diffusion):
         return bits.reshape(-1)
@@ -156,7 +156,7 @@ def _draw_complements(diffusion: DiffusionConfig, t: NDArray[np.float64], unifor
     The mirrored uniform is ``1 - 2^-53 - r``: exact, and on the grid of r, so that both have the same distribution.
     """
     size = diffusion.block_size
-    p = get_schedule(diffusion.schedule).mask_probability(t)[:, :, None]
+    p = SCHEDULES.instance(diffusion.schedule).mask_probability(t)[:, :, None]
 
     def draw() -> NDArray[np.bool_]:
         r = uniforms(t.shape[1] * size).reshape(-1, size)

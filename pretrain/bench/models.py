@@ -12,7 +12,7 @@ import torch
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.backbones import get_backbone
+from bd3_megatron.backbones import BACKBONES
 from bd3_megatron.config import DiffusionConfig, EngineConfig, ModelConfig
 from bd3_megatron.diffusion.batches import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
@@ -35,7 +35,7 @@ def model_of(options: ModelOptions, length: int) -> tuple[ModelConfig, Diffusion
     # A gated MLP has three matrices, an ungated one two.
     gated = -(-8 * hidden // 3 // 16) * 16
     values = {name: getattr(options, name) for name in ("backbone", "layers", "hidden", "heads", "vocab_size")}
-    more = {"ffn_hidden": gated if get_backbone(options.backbone).traits.gated else 4 * hidden, "length": length}
+    more = {"ffn_hidden": gated if BACKBONES.instance(options.backbone).traits.gated else 4 * hidden, "length": length}
     model = validate(ModelConfig, values | more | {"mask_id": options.vocab_size - 1})
     diffusion = DiffusionConfig(block_size=options.block_size)
     check_layout(EngineConfig(model=model, diffusion=diffusion), world_size=1)

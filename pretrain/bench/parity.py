@@ -21,7 +21,7 @@ import torch.distributed as dist
 from bd3_common.errors import ConfigError
 from bd3_megatron import parallel
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.backbones import get_backbone
+from bd3_megatron.backbones import BACKBONES
 from bd3_megatron.config import (
     DiffusionConfig,
     Fp8Config,
@@ -293,7 +293,7 @@ def bench_parity(options: ParityOptions) -> int:
 
 
 def _task(options: ParityOptions) -> Task:
-    grouped = options.heads // 2 if get_backbone(options.backbone).grouped_queries else options.heads
+    grouped = options.heads // 2 if BACKBONES.instance(options.backbone).grouped_queries else options.heads
     model = validate(
         ModelConfig,
         {

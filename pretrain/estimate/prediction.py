@@ -10,7 +10,7 @@ from bd3_megatron.cost import flops, memory, traffic
 from bd3_megatron.cost.activations import Activations, Counter
 from bd3_megatron.cost.memory import State, heaviest
 from bd3_megatron.cost.partition import Chunk, parameter_count, stage_chunks
-from bd3_megatron.diffusion.schedules import get_schedule
+from bd3_megatron.diffusion.schedules import SCHEDULES
 from pretrain.config.schema import RunConfig
 from pretrain.estimate.devices import Device
 
@@ -110,7 +110,7 @@ class Prediction:
     @property
     def mask_rate(self) -> float:
         diffusion = self.config.diffusion
-        return get_schedule(diffusion.schedule).mean_mask_probability(diffusion.beta, diffusion.omega)
+        return SCHEDULES.instance(diffusion.schedule).mean_mask_probability(diffusion.beta, diffusion.omega)
 
     @property
     def peak_flops(self) -> float:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bd3_megatron import backbones
 from bd3_megatron.attention.mask import Streams
-from bd3_megatron.backbones import get_backbone
 from bd3_megatron.config import DiffusionConfig, EngineConfig, KernelConfig, ModelConfig, OptimizationConfig, Section
 from bd3_megatron.diffusion.batches import Batch, causal_batch, diffusion_batch
 from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
@@ -28,7 +28,7 @@ BACKBONES = ("qwen3", "dit")
 
 def shape(backbone: str = "qwen3", **changes) -> ModelConfig:
     """Two layers of 32 over rows of 16 tokens; grouped queries where the backbone has them."""
-    grouped = {"kv_heads": 2} if get_backbone(backbone).grouped_queries else {}
+    grouped = {"kv_heads": 2} if backbones.BACKBONES.instance(backbone).grouped_queries else {}
     sizes = {"layers": 2, "hidden": 32, "heads": 4, "length": 16, "vocab_size": VOCABULARY}
     ids = {"mask_id": MASK, "bos_id": BOS, "eos_id": EOS}
     return ModelConfig(**{"backbone": backbone, **sizes, **ids, **grouped, **changes})

@@ -203,12 +203,8 @@ class AttentionBackend(ABC):
         return elements * sizes.element + sizes.queries * sizes.heads * _FP32
 
 
-ATTENTION_BACKENDS: Registry[AttentionBackend] = Registry(
-    "attention backend",
-    "kernels.attention",
-    __name__,
-    "bd3_megatron.attention_backends",
-    f"{__name__}:AttentionBackend",
+ATTENTION_BACKENDS = Registry(
+    AttentionBackend, kind="attention backend", key="kernels.attention", group="bd3_megatron.attention_backends"
 )
 
 

@@ -7,7 +7,6 @@ log-likelihood of the row: ``E_t[w(t) sum over masked positions of nll]``.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import cache
 from typing import TYPE_CHECKING, ClassVar
 
 from bd3_common.registry import Registry
@@ -40,20 +39,4 @@ class Schedule(ABC):
         return float(self.mask_probability(np.linspace(beta, omega, 1001)).mean())
 
 
-SCHEDULES: Registry[Schedule] = Registry(
-    kind="noise schedule",
-    key="diffusion.schedule",
-    package=__name__,
-    group="bd3_megatron.schedules",
-    base=f"{__name__}:Schedule",
-)
-
-
-@cache
-def get_schedule(name: str) -> Schedule:
-    """The schedule of a name.
-
-    Raises:
-        ConfigError: unknown name.
-    """
-    return SCHEDULES.load(name)()
+SCHEDULES = Registry(Schedule, "noise schedule", "diffusion.schedule", "bd3_megatron.schedules")

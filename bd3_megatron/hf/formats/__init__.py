@@ -110,10 +110,4 @@ def check_keys(source: Source, keys: Iterable[str]) -> None:
         raise ConfigError(f"{source.config_file}: no {missing[0]}; export the checkpoint again")
 
 
-FORMATS: Registry[CheckpointFormat] = Registry(
-    kind="checkpoint format",
-    key="format",
-    package=__name__,
-    group="bd3_megatron.formats",
-    base=f"{__name__}:CheckpointFormat",
-)
+FORMATS = Registry(CheckpointFormat, "checkpoint format", "format", "bd3_megatron.formats")

@@ -49,10 +49,6 @@ class DecodingAlgorithm(ABC):
             block.steps_taken += 1
 
 
-DECODING_ALGORITHMS: Registry[DecodingAlgorithm] = Registry(
-    kind="decoding algorithm",
-    key="method",
-    package=__name__,
-    group="bd3_megatron.decoding_algorithms",
-    base=f"{__name__}:DecodingAlgorithm",
+DECODING_ALGORITHMS = Registry(
+    DecodingAlgorithm, kind="decoding algorithm", key="method", group="bd3_megatron.decoding_algorithms"
 )

@@ -69,10 +69,4 @@ class MetricSink(ABC):
             ) from error
 
 
-METRIC_SINKS: Registry[MetricSink] = Registry(
-    kind="metric sink",
-    key="log.sinks",
-    package=__name__,
-    group="bd3_megatron.metric_sinks",
-    base=f"{__name__}:MetricSink",
-)
+METRIC_SINKS = Registry(MetricSink, "metric sink", "log.sinks", "bd3_megatron.metric_sinks")

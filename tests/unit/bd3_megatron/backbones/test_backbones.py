@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForMaskedLM, dynamic_module_utils
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.backbones import BACKBONES, Backbone, Traits, get_backbone
+from bd3_megatron.backbones import BACKBONES, Backbone, Traits
 from bd3_megatron.config import DiffusionConfig
 from bd3_megatron.cost.partition import parameter_shapes, stage_chunks
 from bd3_megatron.engine.stage import build_stage, named_parameters
@@ -48,7 +48,7 @@ def backbone(request, monkeypatch):
         monkeypatch.setattr(BACKBONES, "_added", {})
         BACKBONES.add(name, request.param)
     yield name
-    get_backbone.cache_clear()
+    BACKBONES._instances.clear()
 
 
 def test_the_table_is_the_model_that_is_built(world, backbone):
@@ -97,7 +97,7 @@ def test_an_export_carries_the_traits_and_reads_back(backbone, tmp_path, monkeyp
 def test_exports_without_traits_load_as_before(tmp_path):
     """Older exports name their backbone alone."""
     for name, traits in TRAITS.items():
-        assert traits == asdict(get_backbone(name).traits)
+        assert traits == asdict(BACKBONES.instance(name).traits)
         model, out = tiny.shape(name), tmp_path / name
         export(tiny.weights_of(model), model, DIFFUSION, TOKENS, None, out)
         config = json.loads((out / "config.json").read_text())

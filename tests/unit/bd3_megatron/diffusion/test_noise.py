@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import DiffusionConfig
 from bd3_megatron.diffusion.noise import Noise, Purpose, SampleKeys, draw_noise
-from bd3_megatron.diffusion.schedules import SCHEDULES, get_schedule
+from bd3_megatron.diffusion.schedules import SCHEDULES
 from pretrain.config.values import validate
 
 
@@ -115,7 +115,7 @@ def test_an_interval_that_no_block_meets_is_refused():
 def test_weight_is_the_logarithmic_derivative_of_the_mask_probability(schedule):
     t = np.linspace(0.2, 0.99, 50)
     step = 1e-6
-    made = get_schedule(schedule)
+    made = SCHEDULES.instance(schedule)
     p, w = made.mask_probability(t), made.loss_weight(t)
     above, below = (made.mask_probability(t + s) for s in (step, -step))
     slope = (above - below) / (2 * step)

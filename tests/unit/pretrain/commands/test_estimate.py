@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.backbones import get_backbone
+from bd3_megatron.backbones import BACKBONES
 from bd3_megatron.config import (
     DiffusionConfig,
     EngineConfig,
@@ -53,7 +53,7 @@ ALONE = ParallelConfig()
 
 
 def model(backbone: str = "qwen3", **changes) -> ModelConfig:
-    grouped = {"kv_heads": 2} if get_backbone(backbone).grouped_queries else {}
+    grouped = {"kv_heads": 2} if BACKBONES.instance(backbone).grouped_queries else {}
     sizes = {"layers": 3, "hidden": 64, "heads": 4, "length": 128, "vocab_size": 500, "mask_id": 499}
     return ModelConfig(**{"backbone": backbone, **sizes, **grouped, "ffn_hidden": 192, **changes})
 
