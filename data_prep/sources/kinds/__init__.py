@@ -49,13 +49,7 @@ class InputKind(ABC):
         return None
 
 
-INPUT_KINDS: Registry[InputKind] = Registry(
-    kind="input kind",
-    key="inputs",
-    package=__name__,
-    group="bd3_megatron.input_kinds",
-    base=f"{__name__}:InputKind",
-)
+INPUT_KINDS = Registry(InputKind, "input kind", "inputs", "bd3_megatron.input_kinds")
 
 
 def get_kind(name: str) -> InputKind:
