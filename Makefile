@@ -13,8 +13,7 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 MEGATRON ?= $(shell grep '^megatron-core==' constraints.txt)
 PYTEST_ARGS ?=
 # Strict rooms: no errors under mypy --strict.
-STRICT := -p bd3_common -p data_prep.build -p data_prep.format -p data_prep.read -p data_prep.verify \
-	-p pretrain.config -p bd3_megatron.diffusion -m bd3_megatron.config
+STRICT := -p bd3_common -p data_prep -p pretrain.config -p bd3_megatron.diffusion -m bd3_megatron.config
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt

@@ -22,7 +22,7 @@ from data_prep.format.manifest import SPLITS, SplitName
 from data_prep.format.remote import fetch
 from data_prep.format.tokenizer import encode, load_tokenizer, special_ids, token_dtype, train_bpe
 from data_prep.sources import Document, Source, expand, read_part, split
-from data_prep.sources.kinds import get_kind
+from data_prep.sources.kinds import INPUT_KINDS
 
 SAMPLED_FILES = 16
 FETCHED_FILES = 2  # of those that lie elsewhere
@@ -176,7 +176,7 @@ def _read_beginning(config: PrepConfig, source: Source, path: Path, most: int, s
 
 def _stored(source: Source, path: Path, offset: int) -> float:
     """Stored bytes of a file's beginning that ends at ``offset``, as the documents of its kind count it."""
-    stored = get_kind(source.kind).stored_before(source, path, offset)
+    stored = INPUT_KINDS.instance(source.kind).stored_before(source, path, offset)
     if stored is not None:
         return stored
     if source.compression is None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_prep.sources.find import expand
 from data_prep.sources.inputs import Document, Fields, Part, Source
-from data_prep.sources.kinds import get_kind
+from data_prep.sources.kinds import INPUT_KINDS
 from data_prep.sources.records import Intake
 from data_prep.sources.streams import sha256_source
 
@@ -28,7 +28,7 @@ def split(source: Source, target_bytes: int = 64 << 20) -> list[Part]:
     Raises:
         DataError: local Parquet whose footer cannot be read, or pyarrow is missing.
     """
-    return get_kind(source.kind).parts(source, max(1, target_bytes))
+    return INPUT_KINDS.instance(source.kind).parts(source, max(1, target_bytes))
 
 
 def read_part(
@@ -53,4 +53,4 @@ def read_part(
         DataError: the file cannot be read, is cut, corrupt or no longer what was listed; it is Parquet without
             the column; zstandard or pyarrow is needed and missing. Documents before the damage have been yielded.
     """
-    return get_kind(part.source.kind).read(part, local, Intake(part.source.name, fields, reject, skipped))
+    return INPUT_KINDS.instance(part.source.kind).read(part, local, Intake(part.source.name, fields, reject, skipped))

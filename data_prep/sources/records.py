@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from data_prep.sources.inputs import Document, Fields
 
@@ -80,7 +81,7 @@ def decode(data: bytes, at: int, place: str = "byte") -> str:
         ) from None
 
 
-def parse_object(data: bytes, at: int, text_field: str) -> dict:
+def parse_object(data: bytes, at: int, text_field: str) -> dict[str, Any]:
     """The JSON object in ``data``, which begins at byte ``at`` of the file.
 
     Raises:
@@ -97,7 +98,7 @@ def parse_object(data: bytes, at: int, text_field: str) -> dict:
     return record
 
 
-def text_of(record: dict, fields: Fields) -> str:
+def text_of(record: dict[str, Any], fields: Fields) -> str:
     """The text of a JSON object.
 
     Raises:
@@ -113,7 +114,7 @@ def text_of(record: dict, fields: Fields) -> str:
     raise BadRecord(f"no field {fields.text_field!r} among {listed(record)}; {remedy}")
 
 
-def id_of(record: dict, fields: Fields) -> str:
+def id_of(record: dict[str, Any], fields: Fields) -> str:
     """The id of a JSON object, empty if it has none.
 
     Raises:

@@ -11,11 +11,15 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
 from data_prep.sources.inputs import EXTRA, Source
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+    from zstandard import ZstdDecompressionObj
 
 BUFFER = 1 << 20
 # What is given to zstd at once. One block of 128 KB can be packed into 4 bytes, so this bounds what comes back:
@@ -27,7 +31,7 @@ WHOLE = sys.maxsize  # an end for what is read until there is no more
 
 
 @contextmanager
-def open_checked(source: Source, local: Path) -> Iterator[BinaryIO]:
+def open_checked(source: Source, local: Path) -> Iterator[io.FileIO]:
     """The stored bytes of ``source`` from its copy at ``local``, after a look at its type and size.
 
     Raises:
@@ -44,7 +48,7 @@ def open_checked(source: Source, local: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def check_size(source: Source, file: BinaryIO) -> None:
+def check_size(source: Source, file: io.FileIO) -> None:
     """Raise DataError if the open file is not as long as it was when it was listed."""
     size = os.fstat(file.fileno()).st_size
     if size != source.bytes:
@@ -55,7 +59,7 @@ def check_size(source: Source, file: BinaryIO) -> None:
 
 
 @contextmanager
-def open_stream(source: Source, local: Path, begin: int = 0) -> Iterator[io.BufferedReader]:
+def open_stream(source: Source, local: Path, begin: int = 0) -> Iterator[BinaryIO]:
     """The unpacked bytes of ``source`` from byte ``begin`` of the file (packed: 0), to be read forwards.
 
     Raises:
@@ -66,7 +70,7 @@ def open_stream(source: Source, local: Path, begin: int = 0) -> Iterator[io.Buff
         if source.compression and not source.bytes:
             raise DataError(f"{source.path}: 0 bytes, so the {source.compression} file is cut; fetch it again")
         if source.compression == "gz":
-            unpacked: io.RawIOBase | gzip.GzipFile = gzip.GzipFile(fileobj=io.BufferedReader(file, BUFFER))
+            unpacked: _Readable = gzip.GzipFile(fileobj=io.BufferedReader(file, BUFFER))
         elif source.compression == "zst":
             unpacked = _ZstReader(source, file)
         else:
@@ -76,18 +80,22 @@ def open_stream(source: Source, local: Path, begin: int = 0) -> Iterator[io.Buff
             yield stream
 
 
+class _Readable(Protocol):
+    def readinto(self, buffer: WriteableBuffer, /) -> int | None: ...
+
+
 class _Checked(io.RawIOBase):
     """Turns every failure of ``unpacked`` into a DataError, and looks at the size once more at the end."""
 
-    def __init__(self, source: Source, file: BinaryIO, unpacked):
+    def __init__(self, source: Source, file: io.FileIO, unpacked: _Readable):
         self._source, self._file, self._unpacked, self._done = source, file, unpacked, 0
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         try:
-            count = self._unpacked.readinto(buffer)
+            count = self._unpacked.readinto(buffer) or 0
         except EOFError:
             check_size(self._source, self._file)
             raise DataError(
@@ -115,7 +123,7 @@ class _CorruptZst(Exception):
 class _ZstReader(io.RawIOBase):
     """Frames of zstd one after another. zstandard's own reader takes a frame that is cut for its end."""
 
-    def __init__(self, source: Source, file: BinaryIO):
+    def __init__(self, source: Source, file: io.FileIO):
         try:
             import zstandard
         except ImportError:
@@ -123,14 +131,15 @@ class _ZstReader(io.RawIOBase):
         self._file = io.BufferedReader(file, BUFFER)
         self._error = zstandard.ZstdError
         self._frames = zstandard.ZstdDecompressor(max_window_size=ZST_WINDOW)
-        self._frame = None  # the one being unpacked
+        self._frame: ZstdDecompressionObj | None = None  # the one being unpacked
         self._packed = b""  # read and not yet unpacked
         self._text = memoryview(b"")  # unpacked and not yet handed out
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        target = memoryview(buffer)
         while not self._text:
             self._packed = self._packed or self._file.read(ZST_PIECE)
             if not self._packed:
@@ -138,19 +147,19 @@ class _ZstReader(io.RawIOBase):
                     raise EOFError
                 return 0
             self._unpack()
-        count = min(len(buffer), len(self._text))
-        buffer[:count] = self._text[:count]
+        count = min(len(target), len(self._text))
+        target[:count] = self._text[:count]
         self._text = self._text[count:]
         return count
 
     def _unpack(self) -> None:
-        self._frame = self._frame or self._frames.decompressobj()
+        frame = self._frame = self._frame or self._frames.decompressobj()
         try:
-            self._text = memoryview(self._frame.decompress(self._packed))
+            self._text = memoryview(frame.decompress(self._packed))
         except self._error as error:
             raise _CorruptZst(str(error)) from None
-        if self._frame.eof:
-            self._packed, self._frame = self._frame.unused_data, None
+        if frame.eof:
+            self._packed, self._frame = frame.unused_data, None
         else:
             self._packed = b""
 

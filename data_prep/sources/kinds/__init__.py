@@ -52,15 +52,6 @@ class InputKind(ABC):
 INPUT_KINDS = Registry(InputKind, "input kind", "inputs", "bd3_megatron.input_kinds")
 
 
-def get_kind(name: str) -> InputKind:
-    """The kind of a name.
-
-    Raises:
-        ConfigError: unknown name.
-    """
-    return INPUT_KINDS.load(name)()
-
-
 def kind_of(file_name: str) -> tuple[str, Compression | None] | None:
     """Name of the kind and compression of a file, by the longest suffix that fits; None: no kind takes it."""
     fitting = [(suffix, found) for suffix, found in suffixes().items() if file_name.endswith(suffix)]

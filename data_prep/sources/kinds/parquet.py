@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from data_prep.errors import DataError
 from data_prep.sources.inputs import EXTRA, Document, Fields, Part, Source
@@ -16,7 +17,8 @@ from data_prep.sources.streams import check_size, open_checked
 
 BATCH_BYTES = 16 << 20  # unpacked text of one batch, by the average row of its group
 BATCH_ROWS = 4096
-Cell = str | bytes | int | None
+Text = bytes | None
+Id = bytes | int | None
 
 
 class Parquet(InputKind):
@@ -82,13 +84,14 @@ def group_sizes(source: Source, local: Path) -> list[int]:
         return [max(0, group.total_byte_size) for group in groups]
 
 
-def _document(row: int, text: Cell, identity: Cell, intake: Intake) -> Document | None:
+def _document(row: int, text: Text, identity: Id, intake: Intake) -> Document | None:
     try:
         if text is None:
             raise BadRecord(f"null in column {intake.fields.text_field!r}; give every document a text")
         if isinstance(identity, bytes):
-            identity = decode(identity, 0, "byte of the id")
-        name = "" if identity is None else str(identity)
+            name = decode(identity, 0, "byte of the id")
+        else:
+            name = "" if identity is None else str(identity)
         return intake.document(row, name, decode(text, 0, "byte of the text"))
     except BadRecord as problem:
         intake.reject(row, str(problem))
@@ -96,8 +99,8 @@ def _document(row: int, text: Cell, identity: Cell, intake: Intake) -> Document 
 
 
 def _batches(
-    source: Source, file: BinaryIO, parquet, group: int, text_column: str, id_column: str | None
-) -> Iterator[tuple[list[Cell], list[Cell]]]:
+    source: Source, file: io.FileIO, parquet: Any, group: int, text_column: str, id_column: str | None
+) -> Iterator[tuple[list[Text], list[Id]]]:
     """(texts, ids) of a row group, a bounded number of bytes at a time; strings as bytes, UTF-8 or not."""
     metadata = parquet.metadata.row_group(group)
     mean = max(1, metadata.total_byte_size // max(1, metadata.num_rows))
@@ -112,14 +115,14 @@ def _batches(
             if batch is None:
                 break
             found += len(batch)
-            texts = _cells(batch.column(text_column))
-            ids = _cells(batch.column(id_column)) if id_column is not None else [None] * len(texts)
+            texts: list[Text] = _cells(batch.column(text_column))
+            ids: list[Id] = _cells(batch.column(id_column)) if id_column is not None else [None] * len(texts)
         yield texts, ids
     if found != metadata.num_rows:
         raise DataError(f"{source.path}: row group {group} has {found} rows, not {metadata.num_rows}; fetch it again")
 
 
-def _cells(column) -> list[Cell]:
+def _cells(column: Any) -> list[Any]:
     """Values of an Arrow array. Parquet does not check that its strings are UTF-8, so they come as bytes."""
     import pyarrow as pa
 
@@ -129,10 +132,11 @@ def _cells(column) -> list[Cell]:
         column = column.cast(pa.large_binary())
     elif pa.types.is_string(column.type) or pa.types.is_string_view(column.type):
         column = column.cast(pa.binary())
-    return column.to_pylist()
+    cells: list[Any] = column.to_pylist()
+    return cells
 
 
-def _columns(source: Source, schema, fields: Fields) -> tuple[str, str | None]:
+def _columns(source: Source, schema: Any, fields: Fields) -> tuple[str, str | None]:
     """Names of the text column and of the id column, None if there is none of ids.
 
     Raises:
@@ -140,15 +144,15 @@ def _columns(source: Source, schema, fields: Fields) -> tuple[str, str | None]:
     """
     import pyarrow as pa
 
-    def value_type(arrow):
+    def value_type(arrow: Any) -> Any:
         return arrow.value_type if pa.types.is_dictionary(arrow) else arrow
 
-    def is_text(arrow) -> bool:
-        tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-        tests += (pa.types.is_binary, pa.types.is_large_binary)  # written without the mark that it is text
+    def is_text(arrow: Any) -> bool:
+        marked = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        tests = (*marked, pa.types.is_binary, pa.types.is_large_binary)  # some writers do not mark text as such
         return any(test(value_type(arrow)) for test in tests)
 
-    def is_id(arrow) -> bool:
+    def is_id(arrow: Any) -> bool:
         return is_text(arrow) or pa.types.is_integer(value_type(arrow))
 
     types = {field.name: field.type for field in schema}
@@ -165,14 +169,14 @@ def _columns(source: Source, schema, fields: Fields) -> tuple[str, str | None]:
     return fields.text_field, fields.id_field
 
 
-def _demand(source: Source, name: str, arrow, test: Callable[..., bool], wanted: str) -> None:
+def _demand(source: Source, name: str, arrow: Any, test: Callable[..., bool], wanted: str) -> None:
     if not test(arrow):
         kind = " ".join(str(arrow).split())[:80]
         raise DataError(f"{source.path}: column {name!r} holds {kind}, not {wanted}")
 
 
 @contextmanager
-def _opened(source: Source, file: BinaryIO) -> Iterator:
+def _opened(source: Source, file: io.FileIO) -> Iterator[Any]:
     """The file as pyarrow sees it."""
     try:
         import pyarrow.parquet as pq
@@ -186,7 +190,7 @@ def _opened(source: Source, file: BinaryIO) -> Iterator:
 
 
 @contextmanager
-def _failures(source: Source, file: BinaryIO) -> Iterator[None]:
+def _failures(source: Source, file: io.FileIO) -> Iterator[None]:
     """Whatever pyarrow raises, as a DataError."""
     import pyarrow as pa
 
@@ -196,7 +200,7 @@ def _failures(source: Source, file: BinaryIO) -> Iterator[None]:
         _broken(source, file, error)
 
 
-def _broken(source: Source, file: BinaryIO, error: Exception) -> NoReturn:
+def _broken(source: Source, file: io.FileIO, error: Exception) -> NoReturn:
     check_size(source, file)
     raise DataError(
         f"{source.path}: cut or corrupt Parquet ({' '.join(str(error).split())[:200]}); fetch the file again"

@@ -5,7 +5,7 @@ import pytest
 
 from bd3_common.errors import ConfigError
 from data_prep.read.reader import RowReader
-from data_prep.sources.kinds import INPUT_KINDS, InputKind, get_kind, kind_of, readable
+from data_prep.sources.kinds import INPUT_KINDS, InputKind, kind_of, readable
 from tests.unit.commands import bd3
 
 PLUGIN = '''
@@ -45,11 +45,11 @@ def test_names_tell_the_kind():
     }.items():
         assert kind_of(name) == expected, name
     for name in INPUT_KINDS.names():
-        kind = get_kind(name)
+        kind = INPUT_KINDS.instance(name)
         assert isinstance(kind, InputKind)
         assert all(suffix in readable() for suffix in kind.suffixes)
     with pytest.raises(ConfigError, match="unknown input kind"):
-        get_kind("csv")
+        INPUT_KINDS.instance("csv")
 
 
 def test_a_kind_from_a_plugin_works_in_all_processes(tmp_path):
