@@ -20,7 +20,8 @@ from bd3_megatron.config import (
 from bd3_megatron.engine.megatron import MegatronEngine
 from pretrain.bench.models import model_of, random_batch
 from pretrain.bench.options import CheckpointOptions
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import find_checkpoint, restore
+from pretrain.checkpoint.writer import CheckpointWriter, Written
 
 
 def bench_checkpoint(options: CheckpointOptions) -> None:
@@ -58,9 +59,9 @@ def _measure(engine: MegatronEngine, step: Callable[[], object], folder: Path, r
     step()  # warm up
     alone = statistics.median(_seconds(step) for _ in range(2 * repeats))
     values: dict[str, list[float]] = {}
-    written: list[checkpoint.Written] = []
+    written: list[Written] = []
     kinds = {
-        prefix: checkpoint.CheckpointWriter(folder, engine, 1, asynchronous=prefix == "", report=written.append)
+        prefix: CheckpointWriter(folder, engine, 1, asynchronous=prefix == "", report=written.append)
         for prefix in ("", "waited_")
     }
     for turn in range(repeats + 1):
@@ -80,9 +81,9 @@ def _measure(engine: MegatronEngine, step: Callable[[], object], folder: Path, r
     for writer in kinds.values():
         writer.close()
     for _ in range(repeats):
-        values.setdefault("find_seconds", []).append(_seconds(lambda: checkpoint.find(folder)))
-        found = checkpoint.find(folder)
-        values.setdefault("load_seconds", []).append(_seconds(lambda: checkpoint.restore(found, engine)))  # noqa: B023
+        values.setdefault("find_seconds", []).append(_seconds(lambda: find_checkpoint(folder)))
+        found = find_checkpoint(folder)
+        values.setdefault("load_seconds", []).append(_seconds(lambda: restore(found, engine)))  # noqa: B023
     size = sum(file.stat().st_size for file in found.path.iterdir())
     return {"bytes": size, "step_seconds": alone} | {name: statistics.median(x) for name, x in values.items()}
 

@@ -22,8 +22,7 @@ from data_prep.read.stream import RowStream
 from pretrain.bench.options import SCATTER_GROUPS, DrawsOptions
 from pretrain.checkpoint.loaded_run import LoadedRun, load_chosen
 from pretrain.config.values import validate
-from pretrain.run_folder import data as run_data
-from pretrain.run_folder.data import order_seed
+from pretrain.run_folder.data import open_stream, order_seed
 from pretrain.trainer.batches import make_batch
 
 Over = Literal["noise", "rows and noise"]
@@ -72,7 +71,7 @@ def bench_draws(options: DrawsOptions) -> None:
     data = config.data
     if options.data is not None:
         data = data.model_copy(update={"path": options.data, "mix": None})
-    stream = run_data.open_stream(data, "train", config.model, order_seed(config))
+    stream = open_stream(data, "train", config.model, order_seed(config))
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     for over in ("noise", "rows and noise")[: 1 + options.fresh_rows]:

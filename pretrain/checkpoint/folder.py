@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: their names, their list of files, and whether they match it."""
+"""Checkpoint folders on disk: names, lists of files, and checks of files against their list."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Checkpoint:
 
 
 def folder_of(run: Path, step: int) -> Path:
-    """Where the checkpoint of ``step`` lies."""
+    """Folder of the checkpoint of ``step``."""
     return run / layout.CHECKPOINTS / layout.checkpoint_name(step)
 
 
 def partial_of(run: Path, step: int, writer: str) -> Path:
-    """Where ``writer`` prepares it; every job has another name, because ranks of a dying job may still write."""
+    """Folder in which ``writer`` prepares it. Each job has its own: ranks of a dying job may still write."""
     return run / layout.CHECKPOINTS / layout.partial_checkpoint_name(step, writer)
 
 
@@ -42,12 +42,12 @@ def folders(run: Path) -> list[Path]:
 
 
 def newest_complete(run: Path) -> Path | None:
-    """Folder of the newest checkpoint that was written to its end; whether its files are whole is not looked at."""
+    """Folder of the newest complete checkpoint, without a look at its files; None if there is none."""
     return next((path for path in reversed(folders(run)) if (path / COMPLETE).is_file()), None)
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint folder's name."""
+    """Step in a checkpoint folder's name."""
     step = layout.checkpoint_step(path.name)
     if step is None:
         raise ValueError(f"{path}: not the name of a checkpoint folder")
@@ -55,7 +55,7 @@ def step_of(path: Path) -> int:
 
 
 def start(partial: Path) -> None:
-    """An empty folder to write into; what killed writers left is removed."""
+    """Make an empty folder to write into, and remove what killed writers left."""
     for left in partial.parent.glob(".*"):
         if layout.is_partial_checkpoint(left.name):
             shutil.rmtree(left, ignore_errors=True)
@@ -63,27 +63,32 @@ def start(partial: Path) -> None:
 
 
 def publish(partial: Path, final: Path, meta: Mapping[str, Any], files: Mapping[str, Any]) -> None:
-    """Write the list of files and let the checkpoint appear under its name, on the disk as in the system's memory.
+    """Write the list of files, rename the folder to its final name, and sync both.
 
     Args:
         files: stamps (:func:`stamp`) by name.
     """
     listing = {"step": step_of(final), "meta": meta, "files": {name: files[name] for name in sorted(files)}}
     write_text(partial / COMPLETE, json.dumps(listing, indent=1))
-    if final.exists():  # passed over as damaged, or the same again
-        aside = partial.with_name(layout.partial_checkpoint_name(step_of(final), f"{unique_suffix()}.replaced"))
-        os.replace(final, aside)
-        os.replace(partial, final)
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        os.replace(partial, final)
+    _rename(partial, final)
     sync(final.parent)
 
 
-def retire(run: Path, step: int, keep: int, keep_every: int) -> None:
-    """After the checkpoint of ``step``: remove all but the newest ``keep`` and those of every ``keep_every``-th step.
+def _rename(partial: Path, final: Path) -> None:
+    if not final.exists():
+        os.replace(partial, final)
+        return
+    # The checkpoint there was skipped as damaged, or is written a second time.
+    aside = partial.with_name(layout.partial_checkpoint_name(step_of(final), f"{unique_suffix()}.replaced"))
+    os.replace(final, aside)
+    os.replace(partial, final)
+    shutil.rmtree(aside, ignore_errors=True)
 
-    A checkpoint of a later step is one that was passed over as damaged: it must not push out a good one.
+
+def retire(run: Path, step: int, keep: int, keep_every: int) -> None:
+    """Remove checkpoints up to ``step``, but the newest ``keep`` and those of every ``keep_every``-th step.
+
+    A checkpoint of a later step was skipped as damaged: it must not push out a good one.
     """
     for old in [path for path in folders(run) if step_of(path) <= step][:-keep]:
         if not (keep_every and step_of(old) % keep_every == 0):

@@ -15,7 +15,8 @@ from bd3_megatron.attention.backends import portable
 from bd3_megatron.config import Fp8Config, ParallelConfig, ZeroConfig
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.hf.mapping import check_shapes, entries
-from pretrain.checkpoint.reader import Checkpoint, find, read_weights
+from pretrain.checkpoint.folder import Checkpoint
+from pretrain.checkpoint.reader import find_checkpoint, read_weights
 from pretrain.config.checkpoint_options import CheckpointOptions
 from pretrain.config.resolve import load_saved
 from pretrain.config.schema import RunConfig
@@ -32,9 +33,9 @@ class LoadedRun:
 
     @contextmanager
     def engine(self) -> Iterator[MegatronEngine]:
-        """The model with these weights, ready to evaluate or sample, in a world of 1 that ends with the context."""
+        """The model with these weights, ready to evaluate or sample, in a world of 1; leaving the context ends it."""
         config = self.config.engine()
-        # Another machine than the one trained on may have no GPU. FP8 is for training: here it is bf16.
+        # This machine may have no GPU, though the run was trained on one. FP8 is for training: here it is bf16.
         attention = portable(config.kernels.attention)
         kernels = config.kernels.model_copy(update={"layers": "auto", "attention": attention})
         config = config.replace(kernels=kernels, parallel=ParallelConfig(), zero=ZeroConfig(), fp8=Fp8Config())
@@ -65,7 +66,7 @@ def load_run(run: Path, step: int | None = None, averaged: bool = True) -> Loade
     if not (run / CONFIG).is_file():
         raise ConfigError(f"{run}: not a run folder ({CONFIG} is missing); give the folder that bd3 pretrain wrote")
     config = load_saved(run / CONFIG)
-    found = find(run, step)
+    found = find_checkpoint(run, step)
     if config.model.mask_id is None:
         raise ConfigError(f"{run / CONFIG}: model.mask_id=null: set it to the id the model was trained with")
     weights = read_weights(found, averaged)

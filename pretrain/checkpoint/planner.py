@@ -1,6 +1,6 @@
 """Chunks of tensors in torch's distributed checkpoints: planners for :class:`bd3_megatron.shards.ShardedTensor`.
 
-Every rank writes and reads chunks of whole tensors, so a checkpoint does not know under which layout it was written.
+Every rank writes and reads chunks of whole tensors, so a checkpoint does not depend on the layout that wrote it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ State = Mapping[str, ShardedTensor]
 
 
 def _by_index(state: State) -> dict[MetadataIndex, Tensor]:
-    """The chunks of a state by (name, where the chunk begins)."""
+    """Chunks of a sharded state dict by (name, offsets)."""
     return {
         MetadataIndex(name, chunk.offsets): chunk.data for name, sharded in state.items() for chunk in sharded.chunks
     }
 
 
 class SaveChunks(DefaultSavePlanner):
-    """Writes each chunk once, by one of the ranks that hold it."""
+    """Save planner: one of the ranks that have a chunk writes it."""
 
     def set_up_planner(self, state_dict: State, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         self.state_dict, self.is_coordinator, self.mappings = dict(state_dict), is_coordinator, {}
@@ -51,7 +51,7 @@ class SaveChunks(DefaultSavePlanner):
 
 
 class LoadChunks(DefaultLoadPlanner):
-    """Fills each chunk from whichever chunks of the checkpoint overlap it."""
+    """Load planner: a chunk is filled from all chunks of the checkpoint that overlap it."""
 
     def set_up_planner(self, state_dict: State, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
         self.state_dict, self.metadata, self.is_coordinator = dict(state_dict), metadata, is_coordinator

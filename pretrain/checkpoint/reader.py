@@ -1,9 +1,8 @@
-"""Checkpoints that are complete or absent: written aside, checksummed, renamed.
+"""Checkpoint reader: finds complete checkpoints, and reads them into an engine or as whole tensors.
 
 A checkpoint is a folder ``checkpoints/step-00001000`` with torch's distributed checkpoint files and ``complete.json``,
-which is written last and lists every file with its size and sha256. A newest checkpoint that does not match its list
-is skipped with a warning in favour of the one before. :mod:`pretrain.checkpoint.writer` writes them, here they are
-found and read.
+which :mod:`pretrain.checkpoint.writer` writes last; it lists every file with its size and sha256. A checkpoint that
+does not match its list is skipped with a warning, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -26,29 +25,14 @@ from bd3_megatron.parallel import World
 from bd3_megatron.shards import Chunk, ShardedTensor, as_parameter
 from pretrain.checkpoint.folder import Checkpoint, folder_of, folders, problem, read_listing, step_of
 from pretrain.checkpoint.planner import LoadChunks
-from pretrain.checkpoint.writer import CheckpointWriter, Written, save
 from pretrain.distributed.collectives import gather_from_ranks, on_rank_0
-from pretrain.run_folder.layout import CHECKPOINTS, COMPLETE
-
-__all__ = [
-    "COMPLETE",
-    "Checkpoint",
-    "CheckpointWriter",
-    "Written",
-    "exists",
-    "find",
-    "newest",
-    "newest_on_all_ranks",
-    "read_weights",
-    "restore",
-    "save",
-]
+from pretrain.run_folder.layout import CHECKPOINTS
 
 _LOG = logging.getLogger(__name__)
 
 
-def newest(run: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files match its list, or None if there is none."""
+def newest_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest checkpoint whose files match its list; None if there is none."""
     for path in reversed(folders(run)):
         found = _examine(path)
         if isinstance(found, Checkpoint):
@@ -62,10 +46,10 @@ def newest_on_all_ranks(
     world: World,
     usable: Callable[[int, dict[str, Any]], bool] = lambda *_: True,
 ) -> Checkpoint | None:
-    """:func:`newest` with the checksums split over ranks; the same result on every rank.
+    """:func:`newest_checkpoint` with the checksums split over ranks; the same result on every rank.
 
     Args:
-        usable: false for a checkpoint, by step and meta, that is passed over without a message.
+        usable: returns False, from step and meta, for a checkpoint to skip without a warning.
     """
     for path in reversed(on_rank_0(lambda: folders(run))):
         found = on_rank_0(partial(read_listing, path))
@@ -83,21 +67,16 @@ def newest_on_all_ranks(
     return None
 
 
-def exists(run: Path) -> bool:
-    """Whether the run has any checkpoint, whole or not."""
-    return bool(folders(run))
-
-
-def find(run: Path, step: int | None = None) -> Checkpoint:
+def find_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
     """The checkpoint of ``step``, or the newest complete one.
 
     Raises:
         ConfigError: there is none, or it is damaged.
     """
     if not (run / CHECKPOINTS).is_dir():
-        raise ConfigError(f"{run}: holds no checkpoints; give the folder of a run that bd3 pretrain wrote")
+        raise ConfigError(f"{run}: has no checkpoints; give the folder of a run that bd3 pretrain wrote")
     if step is None:
-        found = newest(run)
+        found = newest_checkpoint(run)
         if found is None:
             raise ConfigError(f"{run / CHECKPOINTS}: no complete checkpoint; let bd3 pretrain reach one")
         return found
@@ -114,18 +93,18 @@ def find(run: Path, step: int | None = None) -> Checkpoint:
 def restore(checkpoint: Checkpoint, engine: Engine) -> None:
     """Fill the engine's state from a checkpoint, in place.
 
-    Adam goes on counting from ``updates`` of the checkpoint's meta; where there is none, every step was one.
+    Adam's step count continues from ``updates`` of the checkpoint's meta, or from its step where meta has none.
     FP8 scales that the checkpoint lacks, because it was written in bf16 or with another recipe, start anew.
 
     Raises:
-        ConfigError: the checkpoint holds other tensors than this model has.
+        ConfigError: names or shapes of the tensors are not those of this model.
     """
     state = engine.state()
     scales = {name: sharded for name, sharded in state.items() if name.startswith(f"{SECTION}/")}
-    if scales and not _holds(checkpoint, scales):
+    if scales and not _has(checkpoint, scales):
         state = {name: sharded for name, sharded in state.items() if name not in scales}
-        _LOG.info(f"{checkpoint.path}: holds no FP8 scales of this recipe and history; they start anew")
-    gather_from_ranks(lambda: _check(checkpoint, state))  # stages hold different tensors
+        _LOG.info(f"{checkpoint.path}: has no FP8 scales of this recipe and history; they start anew")
+    gather_from_ranks(lambda: _check(checkpoint, state))  # pipeline stages have different tensors
     _load(checkpoint, state)
     engine.loaded(checkpoint.meta.get("updates", checkpoint.step))
 
@@ -146,7 +125,7 @@ def read_weights(checkpoint: Checkpoint, averaged: bool = True) -> dict[str, Ten
     return {name: as_parameter(name, tensor) for name, tensor in weights.items()}
 
 
-def _holds(checkpoint: Checkpoint, state: dict[str, ShardedTensor]) -> bool:
+def _has(checkpoint: Checkpoint, state: dict[str, ShardedTensor]) -> bool:
     known = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
     return all(name in known and tuple(known[name].size) == sharded.shape for name, sharded in state.items())
 
@@ -170,7 +149,7 @@ def _load(checkpoint: Checkpoint, state: dict[str, ShardedTensor], **options: An
 
 
 def _examine(path: Path) -> Checkpoint | str:
-    """The checkpoint in a folder, or what is wrong with it."""
+    """The checkpoint in a folder, or the problem with it."""
     found = read_listing(path)
     if isinstance(found, str):
         return found

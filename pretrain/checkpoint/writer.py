@@ -1,9 +1,9 @@
-"""Writing checkpoints while training goes on.
+"""Checkpoint writer: writes checkpoints in the background while training goes on.
 
-``save`` copies the chunks that this rank writes to the CPU and returns; a thread per rank writes them with torch's
-distributed checkpoint over a process group of its own, because training uses the others at the same time. All threads
-end with the same result. Ranks look at it together, at step boundaries, so that a failure is raised on all of them at
-the same step and none waits in a collective for one that failed.
+``save`` copies the chunks that this rank writes to the CPU and returns. A thread per rank writes them with torch's
+distributed checkpoint, over a process group of its own: training uses the others at the same time. All threads end
+with the same result. All ranks look at it at the same step boundary and raise its error there, so that no rank waits
+in a collective for one that has failed.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from bd3_megatron.engine.base import Engine
 from bd3_megatron.shards import Chunk, ShardedTensor
-from pretrain.checkpoint import folder as files
+from pretrain.checkpoint import folder
 from pretrain.checkpoint.planner import SaveChunks
 from pretrain.distributed.collectives import gather_from_ranks, mark_collective, on_rank_0, raise_on_all_ranks
 
-# Ranks wait for the slowest disk among them; a rank that died is noticed at once, by its closed connection.
-_PATIENCE = datetime.timedelta(hours=2)
-_LAST_WORDS = 10.0  # seconds that a run whose ranks may be gone waits for a write under way
+# Ranks wait for the slowest disk. A rank that died is noticed at once, by its closed connection.
+_TIMEOUT = datetime.timedelta(hours=2)
+_CLOSE_TIMEOUT = 10.0  # seconds to wait for the thread where other ranks may be gone
 
 ChunkKey = tuple[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint that is complete.
+    """Sizes and times of a complete checkpoint.
 
     Attributes:
-        stall_seconds: of training, inside ``save``.
-        write_seconds: from the call of ``save`` until the checkpoint was complete.
-        bytes: of all its files but their list.
+        stall_seconds: training waited, inside ``save``.
+        write_seconds: from the call of ``save`` to the complete checkpoint.
+        bytes: of all files but their list.
     """
 
     step: int
@@ -61,8 +61,8 @@ class CheckpointWriter:
 
     Args:
         keep, keep_every: retention, see :func:`pretrain.checkpoint.folder.retire`.
-        asynchronous: False waits for each checkpoint inside :meth:`save`.
-        report: told of every complete checkpoint, on every rank, by the thread that calls the methods.
+        asynchronous: if False, :meth:`save` returns when the checkpoint is complete.
+        report: called with every complete checkpoint, on every rank, in the caller's thread.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class CheckpointWriter:
     ):
         self.run, self.engine, self.report = run, engine, report
         self.keep, self.keep_every, self.asynchronous = keep, keep_every, asynchronous
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._name = on_rank_0(lambda: os.urandom(3).hex(), self._group)
         self._buffers: dict[ChunkKey, Tensor] | None = None
         self._write: _Write | None = None
@@ -92,11 +92,11 @@ class CheckpointWriter:
             self.close(error)
 
     def save(self, step: int, meta: Mapping[str, Any]) -> None:
-        """Begin the checkpoint of ``step``; what the engine does afterwards does not change it.
+        """Begin the checkpoint of ``step``; training may go on at once.
 
         Raises:
-            OSError: the previous checkpoint, or without ``asynchronous`` this one, cannot be written; those before
-                it are as they were.
+            OSError: the previous checkpoint, or without ``asynchronous`` this one, cannot be written. Older ones
+                stay.
         """
         begin = time.perf_counter()
         self.wait()
@@ -109,13 +109,13 @@ class CheckpointWriter:
             self.wait()
 
     def poll(self) -> None:
-        """At a step boundary: raise what failed in the background, if anything did, on all ranks at the same step.
+        """Raise the error of a background write on all ranks; call it at a step boundary.
 
         Raises:
             OSError: as :meth:`save`.
         """
         if self._write is not None:
-            # Threads end at slightly different moments; when none runs any more, all hold the same result.
+            # Threads end at slightly different moments; once none runs, all have the same result.
             running = torch.tensor(float(self._write.thread.is_alive()), device=self.engine.world.device)
             dist.all_reduce(running)
             if running.item() == 0:
@@ -133,14 +133,14 @@ class CheckpointWriter:
             self.report(write.result())
 
     def close(self, error: BaseException | None = None) -> None:
-        """Complete the checkpoint under way, if any, and leave no thread and no group behind; raises nothing.
+        """Complete the checkpoint under way, if any, then end the thread and the group; raises nothing.
 
         Args:
-            error: what ends the run. After a broken connection the others may never finish, and are not waited for.
+            error: ended the run. After a broken connection other ranks may never finish, and the wait is short.
         """
         ended = True
         if self._write is not None:
-            self._write.thread.join(_LAST_WORDS if isinstance(error, RuntimeError) else None)
+            self._write.thread.join(_CLOSE_TIMEOUT if isinstance(error, RuntimeError) else None)
             ended = not self._write.thread.is_alive()
             self._write = None
         self._buffers = None
@@ -175,7 +175,7 @@ class CheckpointWriter:
 
 
 class _Write:
-    """One checkpoint on its way to the disk, in a thread."""
+    """Thread that writes one checkpoint."""
 
     def __init__(
         self, writer: CheckpointWriter, step: int, meta: dict[str, Any], staged: dict[str, ShardedTensor], begin: float
@@ -187,7 +187,7 @@ class _Write:
         self.thread.start()
 
     def result(self) -> Written:
-        """Of the thread, which has ended. Raises what it failed of."""
+        """Result of the ended thread; raises its error."""
         if self._error is not None:
             raise self._error
         return Written(self.step, self.stall_seconds, self.write_seconds, self._bytes)
@@ -201,53 +201,53 @@ class _Write:
 
     def _use_device(self) -> None:
         if self._writer.engine.world.device.type == "cuda":
-            torch.cuda.set_device(self._writer.engine.world.device)  # a new thread is on device 0
+            torch.cuda.set_device(self._writer.engine.world.device)  # a new thread uses device 0
 
     def _save(self) -> int:
         writer, group = self._writer, self._writer._group
-        final = files.folder_of(writer.run, self.step)
-        partial = files.partial_of(writer.run, self.step, writer._name)
+        final = folder.folder_of(writer.run, self.step)
+        partial = folder.partial_of(writer.run, self.step, writer._name)
         rank = writer.engine.world.rank
         try:
             raise_on_all_ranks(self._use_device, group)
-            on_rank_0(lambda: files.start(partial), group)
-            # No copies ahead: the tensors are on the CPU, and a thread beside training should use no CUDA stream.
+            on_rank_0(lambda: folder.start(partial), group)
+            # No copies ahead: the tensors are on the CPU, and this thread should use no CUDA stream beside training.
             storage = dcp.FileSystemWriter(partial, per_thread_copy_ahead=0)
             with _plain_errors(final):
                 dcp.save(self._staged, storage_writer=storage, planner=SaveChunks(), process_group=group)
             parts = gather_from_ranks(lambda: _stamps(partial, rank), group)
             stamps = {name: stamp for part in parts for name, stamp in part.items()}
-            on_rank_0(lambda: files.publish(partial, final, self._meta, stamps), group)
+            on_rank_0(lambda: folder.publish(partial, final, self._meta, stamps), group)
         except BaseException:
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        on_rank_0(lambda: files.retire(writer.run, self.step, writer.keep, writer.keep_every), group)
+        on_rank_0(lambda: folder.retire(writer.run, self.step, writer.keep, writer.keep_every), group)
         return sum(stamp["bytes"] for stamp in stamps.values())
 
 
 def _stamps(partial: Path, rank: int) -> dict[str, Any]:
-    """Stamps of the files that this rank has written."""
+    """Stamps of the files that this rank wrote."""
     own = [*([".metadata"] if rank == 0 else []), *(path.name for path in partial.glob(f"__{rank}_*"))]
-    return {name: files.stamp(partial / name) for name in own}
+    return {name: folder.stamp(partial / name) for name in own}
 
 
-def save(run: Path, engine: Engine, step: int, meta: Mapping[str, Any], keep: int) -> Path:
-    """Write the engine's state as the checkpoint of ``step``, remove all but the newest ``keep``, return its folder.
+def save_checkpoint(run: Path, engine: Engine, step: int, meta: Mapping[str, Any], keep: int) -> Path:
+    """Write the engine's state as the checkpoint of ``step``, keep the newest ``keep``, and return its folder.
 
     Raises:
-        OSError: the disk is full or not writable; what was there before stays.
+        OSError: the disk is full or not writable; older checkpoints stay.
     """
     with CheckpointWriter(run, engine, keep, asynchronous=False) as writer:
         writer.save(step, meta)
-    return files.folder_of(run, step)
+    return folder.folder_of(run, step)
 
 
 def _buffers(shapes: Mapping[ChunkKey, torch.Size], pinned: bool) -> dict[ChunkKey, Tensor]:
-    """fp32 tensors of these shapes; pinned ones are parts of one allocation, because the system rounds each up.
+    """fp32 tensors of these shapes; pinned ones share one allocation, because the system rounds each up.
 
-    Others have an allocation each: torch's writer copies what is part of a larger one, and keeps all copies until the
-    file is written, which would be the whole checkpoint once more.
+    Others have an allocation each: torch's writer copies a tensor that is part of a larger allocation, and keeps all
+    copies until the file is written, which would double the memory.
     """
     if not pinned:
         return {chunk: torch.empty(shape, dtype=torch.float32) for chunk, shape in shapes.items()}
@@ -257,7 +257,7 @@ def _buffers(shapes: Mapping[ChunkKey, torch.Size], pinned: bool) -> dict[ChunkK
 
 
 def _share(state: Mapping[str, ShardedTensor], rank: int, group: dist.ProcessGroup) -> set[ChunkKey]:
-    """The chunks that this rank writes: those that no other rank has, and its part of what several ranks have."""
+    """Chunks that this rank writes: those that no other rank has, and its part of those that several ranks have."""
     sizes = {
         (name, chunk.offsets): chunk.data.nbytes
         for name, sharded in state.items()
@@ -279,7 +279,7 @@ def _share(state: Mapping[str, ShardedTensor], rank: int, group: dist.ProcessGro
 
 @contextlib.contextmanager
 def _plain_errors(path: Path) -> Iterator[None]:
-    """Raise what failed on the first failing rank, not torch's wrapper around it, which is no Exception."""
+    """Raise the first failing rank's error instead of torch's wrapper around it, which is no Exception."""
     try:
         yield
     except CheckpointException as error:

@@ -91,7 +91,7 @@ def import_run(args: list[str]) -> None:
     from bd3_megatron import parallel
     from bd3_megatron.config import ParallelConfig
     from bd3_megatron.engine.megatron import MegatronEngine
-    from pretrain.checkpoint import reader as checkpoint
+    from pretrain.checkpoint.writer import save_checkpoint
     from pretrain.config.resolve import save_config
     from pretrain.config.schema import RunConfig, TrainConfig
 
@@ -104,7 +104,7 @@ def import_run(args: list[str]) -> None:
         engine = MegatronEngine(config.engine(), world)
         engine.set_weights(weights)
         with atomic_folder(run.absolute()) as folder:
-            checkpoint.save(folder, engine, 0, {"tokens": 0, "imported_from": source.name}, keep=1)
+            save_checkpoint(folder, engine, 0, {"tokens": 0, "imported_from": source.name}, keep=1)
             if tokenizer is not None:
                 (folder / layout.TOKENIZER).write_bytes(tokenizer.read_bytes())
             save_config(config, folder / layout.CONFIG)

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from bd3_common.errors import ConfigError
 from bd3_megatron.config import Seed
 from pretrain.config.checkpoint_options import CheckpointOptions
 from pretrain.config.command_line import parse_options
 from pretrain.config.schema import EvalConfig
-
-if TYPE_CHECKING:
-    from data_prep.read.stream import RowStream
-    from pretrain.trainer.document_likelihood import DocumentEvaluation
-    from pretrain.trainer.likelihood import Evaluation
 
 
 class EvalOptions(CheckpointOptions):
@@ -40,68 +33,16 @@ class EvalOptions(CheckpointOptions):
 def main(args: list[str]) -> None:
     """`bd3 eval RUN`."""
     options = parse_options(EvalOptions, args, "bd3 eval")
-    # Not for --help, nor for a mistyped flag.
+    # These import torch: not for --help, nor for a mistyped flag.
     from pretrain.checkpoint.loaded_run import load_chosen
-    from pretrain.run_folder import data as run_data
-    from pretrain.trainer.document_likelihood import DocumentTally
-    from pretrain.trainer.likelihood import evaluate
+    from pretrain.trainer.evaluation_report import evaluate_run
 
-    loaded = load_chosen(options)
-    config, data = loaded.config, loaded.config.data
-    if options.data is not None:
-        data = data.model_copy(update={"path": options.data, "mix": None})
-    reader = run_data.open_stream(data, "validation", config.model)
-    run_data.verify(reader, data.verify_gb)
-    per_document = options.per_document or options.documents_file is not None
-    if per_document:
-        run_data.check_documents(reader, "--per-document")
-    file = None if options.documents_file is None else Path(options.documents_file)
-    if file is not None and not file.parent.is_dir():
-        raise ConfigError(f"documents_file={file}: there is no folder {file.parent}; make it first")
-    # The causal objective has no noise to draw.
-    draws = 1 if config.diffusion.objective == "causal" else options.draws
-    settings = EvalConfig(rows=options.rows, draws=draws, seed=options.seed)
-    micro = options.micro_batch or config.eval.micro_batch or config.train.micro_batch
-    tally = DocumentTally(reader) if per_document else None
-    with loaded.engine() as engine:
-        result = evaluate(
-            engine,
-            reader,
-            config.model,
-            config.diffusion,
-            settings,
-            micro,
-            document_mask=config.data.document_mask,
-            tally=tally,
-        )
-        documents = tally.gather() if tally else None
-    by_document = documents.summarize() if documents else None
-    if file is not None:
-        documents.write(file)
-    if not options.json_:
-        print(f"checkpoint          step {loaded.checkpoint.step}, {options.weights} weights")
-        _print(result, by_document, reader, draws)
-        return
-    values = result.record() | {
-        "step": loaded.checkpoint.step,
-        "weights": options.weights,
-        "draws": draws,
-        "unigram_perplexity": reader.unigram_perplexity,
-    }
-    print(json.dumps(values | (by_document.record() if by_document else {})))
-
-
-def _print(result: Evaluation, by_document: DocumentEvaluation | None, reader: RowStream, draws: int) -> None:
-    print(f"validation rows     {result.rows} of {len(reader)}, {result.tokens} tokens, {draws} draw(s) each")
-    print(f"NELBO               {result.nelbo:.4f} +- {result.nelbo_stderr:.4f} nats per token")
-    print(f"perplexity          {result.perplexity:.2f} +- {result.perplexity_stderr:.2f}")
-    print(f"unigram perplexity  {reader.unigram_perplexity:.2f} (whole split, train counts)")
-    if by_document is None:
-        return
-    d = by_document
-    print(
-        f"whole documents     {d.documents}, {d.document_tokens} tokens; {d.documents_cut} others are cut by the rows"
+    report = evaluate_run(
+        load_chosen(options),
+        options.weights,
+        EvalConfig(rows=options.rows, draws=options.draws, seed=options.seed, micro_batch=options.micro_batch),
+        options.data,
+        options.per_document,
+        None if options.documents_file is None else Path(options.documents_file),
     )
-    print(f"NELBO of documents  {d.document_nelbo:.4f} +- {d.document_nelbo_stderr:.4f} nats per token")
-    print(f"perplexity          {d.document_perplexity:.2f} +- {d.document_perplexity_stderr:.2f}")
-    print(f"mean of documents   {d.document_mean:.4f} +- {d.document_mean_stderr:.4f} nats per token, all alike")
+    print(json.dumps(report.record()) if options.json_ else report.text())

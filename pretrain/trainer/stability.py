@@ -27,8 +27,7 @@ from bd3_common.atomic import write_bytes, write_text
 from bd3_common.errors import ConfigError
 from bd3_megatron.engine.base import StepResult
 from bd3_megatron.parallel import World
-from pretrain.checkpoint import folder as checkpoint_files
-from pretrain.checkpoint.folder import Checkpoint
+from pretrain.checkpoint.folder import Checkpoint, folders, read_listing, step_of
 from pretrain.checkpoint.reader import newest_on_all_ranks
 from pretrain.config.schema import GuardConfig, RunConfig
 from pretrain.distributed.collectives import gather_from_ranks, mark_collective, on_rank_0
@@ -286,7 +285,7 @@ def check_skips(run: Path, options: GuardConfig, step: int) -> None:
     for text, (first, last) in zip(options.skip, options.ranges()):
         done = [number for number in trained if first <= number <= min(last, step)]
         if done:
-            steps = [checkpoint_files.step_of(path) for path in checkpoint_files.folders(run)]
+            steps = [step_of(path) for path in folders(run)]
             before = [number for number in steps if number < done[0]]
             back = (
                 f"remove the checkpoints after that of step {before[-1]} from {run / layout.CHECKPOINTS} to go back "
@@ -302,7 +301,7 @@ def check_skips(run: Path, options: GuardConfig, step: int) -> None:
 
 def _remove_undone(run: Path, ranges: Sequence[Range]) -> None:
     """Remove checkpoints that will never be taken again, so that retention does not count them."""
-    for path in checkpoint_files.folders(run) if ranges else ():
-        listing = checkpoint_files.read_listing(path)
+    for path in folders(run) if ranges else ():
+        listing = read_listing(path)
         if isinstance(listing, dict) and undone(ranges, listing["step"], listing["meta"]):
             shutil.rmtree(path, ignore_errors=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import find_checkpoint, read_weights
 from pretrain.run_folder import events
 from tests.cluster.cluster import DONE, Cluster, until
 
@@ -137,7 +137,7 @@ class Run:
         return f"{self.log()[-2000:]}\n{self.ranks()[-2000:]}"
 
     def weights(self) -> Mapping[str, Any]:
-        return checkpoint.read_weights(checkpoint.find(self.path))
+        return read_weights(find_checkpoint(self.path))
 
     def pids(self, node: str) -> list[int]:
         """Numbers, seen from here, of the ranks' processes on a node."""

@@ -6,7 +6,7 @@ import os
 import signal
 from dataclasses import dataclass
 
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import newest_checkpoint
 from tests.cluster.cluster import until
 from tests.cluster.product import RECIPE, START, Project, Run
 
@@ -78,7 +78,7 @@ def cancelled(project: Project) -> Outcome:
     cluster = project.cluster
     cluster.run("scancel", run.jobs[0])
     assert run.ends()["JobState"] == "CANCELLED"
-    assert checkpoint.newest(run.path).step >= 20
+    assert newest_checkpoint(run.path).step >= 20
     run.jobs.append(cluster.sbatch(run.path / "launch" / "000" / "job.sbatch", env=project.environ))
     return Outcome(run, run.finishes(END, job=1))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import newest_checkpoint
 from pretrain.commands.prep import main as prepare
 from tests.cluster.cluster import until
 from tests.cluster.product import RECIPE, START, Run
@@ -58,7 +58,7 @@ def test_a_sweep_of_six_runs_two_at_a_time(project):
     assert most == 2
     runs = sorted(path.parent for path in folder.glob("*/sweep.yaml"))
     assert len(runs) == 6
-    assert [checkpoint.newest(run).step for run in runs] == [4] * 6
+    assert [newest_checkpoint(run).step for run in runs] == [4] * 6
     assert len({Run(project, run).metrics for run in runs}) == 6
     assert "all 6 runs are done; nothing to submit" in project.bd3(*args).stdout
     shutil.rmtree(runs[3])

@@ -12,7 +12,7 @@ import torch
 
 from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig
 from pretrain.bench.parity import LAYOUTS, Layout, Task
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import find_checkpoint, read_weights
 from pretrain.distributed.spawn import run_world
 from tests.distributed.workers import resume, resume_each
 
@@ -83,7 +83,7 @@ def test_a_checkpoint_goes_on_under_another_layout(uninterrupted, continued, sou
     expected, found = uninterrupted.losses[0], continued[source, name]
     for losses in found.losses:
         assert losses == pytest.approx(expected, rel=1e-5)
-    ours, theirs = (checkpoint.read_weights(checkpoint.find(c.run, END)) for c in (found, uninterrupted))
+    ours, theirs = (read_weights(find_checkpoint(c.run, END)) for c in (found, uninterrupted))
     assert ours.keys() == theirs.keys()
     for key, tensor in theirs.items():
         torch.testing.assert_close(ours[key], tensor, rtol=1e-4, atol=1e-5)
@@ -93,7 +93,7 @@ def test_what_ranks_hold_alike_is_written_once_and_by_all_of_them(continued):
     """Each of two context-parallel replicas writes about half, and together no more than one process."""
     sizes = {}
     for name in ("CP2", "single"):
-        path = checkpoint.find(continued["TP2xPP2", name].run, END).path
+        path = find_checkpoint(continued["TP2xPP2", name].run, END).path
         sizes[name] = [file.stat().st_size for file in sorted(path.glob("__*"))]
     assert len(sizes["CP2"]) == 2
     assert max(sizes["CP2"]) < 1.1 * min(sizes["CP2"])

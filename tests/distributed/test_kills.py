@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from pretrain import cli
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import find_checkpoint, newest_checkpoint, read_weights
+from pretrain.run_folder.layout import COMPLETE
 from tests.distributed.launch import Job
 from tests.unit.commands import limit_files
 
@@ -55,7 +56,7 @@ class Run:
         return sorted(path.name for path in (self.run / "checkpoints").glob("*"))
 
     def newest(self) -> int:
-        found = checkpoint.newest(self.run)
+        found = newest_checkpoint(self.run)
         return found.step if found else 0
 
 
@@ -118,7 +119,7 @@ def test_a_run_that_loses_ranks_at_any_moment_ends_as_if_it_never_had(tmp_path, 
         assert done.code == 0, done.err
     assert run.metrics == expected.metrics
     assert run.checkpoints() == expected.checkpoints() == ["step-00000020", "step-00000039", "step-00000040"]
-    ours, theirs = (checkpoint.read_weights(checkpoint.find(r.run)) for r in (run, expected))
+    ours, theirs = (read_weights(find_checkpoint(r.run)) for r in (run, expected))
     assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
@@ -208,7 +209,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_by_all_ranks_with_one_warnin
     assert first.err.count(f"{newest}: __1_0.distcp has another checksum than listed; skipped\n") == 1
     assert "going on from step 2\n" in first.err
     for path in (run.run / "checkpoints").glob("step-*"):
-        (path / checkpoint.COMPLETE).unlink()
+        (path / COMPLETE).unlink()
     first, second = run.start("--train.steps", 5, before={1: _quick}).finish()
     assert (first.code, second.code, second.err) == (2, 2, "")
     assert first.err.splitlines()[-1].endswith("none is whole; put one back, or start again with another --run")

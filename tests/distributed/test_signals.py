@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import find_checkpoint, newest_checkpoint, read_weights
 from pretrain.run_folder import events
 from tests.distributed.launch import Job
 from tests.unit.pretrain.resilience.test_signals import RECIPE, at_evaluation, at_step
@@ -42,8 +42,8 @@ def test_a_signal_to_one_rank_stops_all(tmp_path, data_set, layout):
         run = Run(tmp_path / str(number), data_set, layout)
         assert run.codes(before={1: before}) == [75, 75], place
         (stopped,) = [event for event in events.read(run.run) if event["event"] == "stopped"]
-        assert stopped["step"] == checkpoint.newest(run.run).step == {"in a step": 8, "in an evaluation": 5}[place]
+        assert stopped["step"] == newest_checkpoint(run.run).step == {"in a step": 8, "in an evaluation": 5}[place]
         assert run.codes() == [0, 0]
         assert (run.run / "metrics.jsonl").read_bytes() == (expected.run / "metrics.jsonl").read_bytes()
-        ours, theirs = (checkpoint.read_weights(checkpoint.find(r.run)) for r in (run, expected))
+        ours, theirs = (read_weights(find_checkpoint(r.run)) for r in (run, expected))
         assert all(torch.equal(x, theirs[name]) for name, x in ours.items())

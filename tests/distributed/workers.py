@@ -15,7 +15,8 @@ from bd3_megatron.shards import ShardedTensor
 from data_prep.read.reader import RowReader
 from pretrain.bench import parity
 from pretrain.bench.parity import Layout, Outcome, Task, batches, make_engine
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import newest_on_all_ranks, restore
+from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.schema import EvalConfig
 from pretrain.trainer.document_likelihood import Documents, DocumentTally
 from pretrain.trainer.likelihood import Evaluation, evaluate
@@ -30,11 +31,11 @@ def resume(
     world = parallel.start(layout.parallel, rank, size, rank, store)
     try:
         engine = make_engine(world, layout, task)
-        found = checkpoint.newest_on_all_ranks(run, world)
+        found = newest_on_all_ranks(run, world)
         if found is not None:
-            checkpoint.restore(found, engine)
+            restore(found, engine)
         losses = []
-        with checkpoint.CheckpointWriter(run, engine, keep=10) as writer:
+        with CheckpointWriter(run, engine, keep=10) as writer:
             for step in range(found.step if found else 0, until):
                 writer.poll()
                 parallel.seed_dropout(0, step)

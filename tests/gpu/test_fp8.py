@@ -24,7 +24,8 @@ from bd3_megatron.config import (
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.engine.stage import named_parameters
 from bd3_megatron.layers import transformer_engine as te
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import find_checkpoint, restore
+from pretrain.checkpoint.writer import save_checkpoint
 from tests.unit import tiny
 
 REASON = te.missing()
@@ -179,13 +180,13 @@ def test_delayed_scales_survive_a_checkpoint_exactly(world, recipe, tmp_path):
         first.train_step(batches(step), 1e-3)
     with first.averaged():
         first.forward(batches(9))  # leaves nothing behind
-    checkpoint.save(tmp_path, first, 3, {}, keep=1)
+    save_checkpoint(tmp_path, first, 3, {}, keep=1)
     saved = {name: x.detach().clone() for name, x in tiny.state(first).items()}
     scales = {name for name in saved if name.startswith("fp8/")}
     assert len(scales) == 4 * 4 * 4
     assert any((saved[name] != 1).any() for name in scales if name.endswith("forward/scale"))
     again = engine(world, TE, recipe, beta1=0.9)
-    checkpoint.restore(checkpoint.find(tmp_path), again)
+    restore(find_checkpoint(tmp_path), again)
     assert all(torch.equal(x, saved[name]) for name, x in tiny.state(again).items())
     went_on = [first.train_step(batches(step), 1e-3).loss for step in (3, 4, 5)]
     resumed = [again.train_step(batches(step), 1e-3).loss for step in (3, 4, 5)]

@@ -21,7 +21,8 @@ from bd3_megatron.hf.mapping import entries
 from bd3_megatron.layers import specs as layers
 from bd3_megatron.layers import transformer_engine as te
 from bd3_megatron.model import BlockDiffusionModel, global_name, initialize
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import find_checkpoint, read_weights, restore
+from pretrain.checkpoint.writer import save_checkpoint
 from pretrain.config.resolve import save_config
 from pretrain.config.schema import RunConfig
 from pretrain.run_folder import layout
@@ -160,15 +161,15 @@ def test_a_block_is_sampled_from_the_same_logits():
 def test_a_run_may_change_its_layers_at_a_checkpoint(world, tmp_path, backbone, before, after):
     first = engine(world, before, backbone=backbone)
     train(first, 1, 2)
-    checkpoint.save(tmp_path, first, 2, {}, keep=1)
+    save_checkpoint(tmp_path, first, 2, {}, keep=1)
     second = engine(world, after, backbone=backbone)
-    checkpoint.restore(checkpoint.find(tmp_path), second)
+    restore(find_checkpoint(tmp_path), second)
     expected = tiny.state(first)
     found = tiny.state(second)
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], x) for name, x in expected.items())
     assert train(second, 3, 4) == pytest.approx(train(first, 3, 4), rel=1e-6)
-    weights = checkpoint.read_weights(checkpoint.find(tmp_path))
+    weights = read_weights(find_checkpoint(tmp_path))
     assert set(weights) == {entry.name for entry in entries(tiny.shape(backbone))}
 
 
@@ -181,19 +182,19 @@ def test_delayed_scaling_resumes_exactly(world, tmp_path, caplog):
     assert scales[f"{name}scale"].shape == (3,)
     assert scales[f"{name}scale"][0] != 1
     assert scales[f"{name}amax_history"].shape == (3, 3)
-    checkpoint.save(tmp_path, first, 3, {}, keep=1)
+    save_checkpoint(tmp_path, first, 3, {}, keep=1)
     went_on = train(first, 4, 5)
 
     again = engine(world, TE, DELAYED)
     caplog.set_level("INFO", "pretrain")
-    checkpoint.restore(checkpoint.find(tmp_path), again)
+    restore(find_checkpoint(tmp_path), again)
     assert not caplog.messages
     assert all(torch.equal(tiny.state(again)[name], x) for name, x in scales.items())
     assert train(again, 4, 5) == went_on
     assert all(torch.equal(tiny.state(again)[name], x) for name, x in tiny.state(first).items())
 
     lost = engine(world, TE, DELAYED)  # the state matters: without it the run goes another way
-    checkpoint.restore(checkpoint.find(tmp_path), lost)
+    restore(find_checkpoint(tmp_path), lost)
     for x in lost.fp8.tensors.values():
         x.fill_(1)
     assert train(lost, 4, 5) != went_on
@@ -203,12 +204,12 @@ def test_delayed_scaling_resumes_exactly(world, tmp_path, caplog):
 def test_scales_that_a_checkpoint_lacks_start_anew_with_a_message(world, tmp_path, before, caplog):
     first = engine(world, TE, before, precision="bf16")
     train(first, 1, 1)
-    checkpoint.save(tmp_path, first, 1, {}, keep=1)
+    save_checkpoint(tmp_path, first, 1, {}, keep=1)
     second = engine(world, TE, DELAYED)
     caplog.set_level("INFO", "pretrain")
-    checkpoint.restore(checkpoint.find(tmp_path), second)
+    restore(find_checkpoint(tmp_path), second)
     assert caplog.messages == [
-        f"{tmp_path}/checkpoints/step-00000001: holds no FP8 scales of this recipe and history; they start anew"
+        f"{tmp_path}/checkpoints/step-00000001: has no FP8 scales of this recipe and history; they start anew"
     ]
     assert all((x == name.endswith("scale")).all() for name, x in second.fp8.tensors.items())
     assert torch.equal(tiny.state(second)["exp_avg/final_norm.weight"], tiny.state(first)["exp_avg/final_norm.weight"])
@@ -217,12 +218,12 @@ def test_scales_that_a_checkpoint_lacks_start_anew_with_a_message(world, tmp_pat
 def test_a_run_without_delayed_scaling_takes_no_scales(world, tmp_path):
     first = engine(world, TE, DELAYED)
     train(first, 1, 1)
-    checkpoint.save(tmp_path, first, 1, {}, keep=1)
+    save_checkpoint(tmp_path, first, 1, {}, keep=1)
     for fp8 in (None, Fp8Config(enabled=True)):
         second = engine(world, TE, fp8, precision="bf16")
         assert {name.partition("/")[0] for name in tiny.state(second)} == {"weights", "exp_avg", "exp_avg_sq", "ema"}
-        checkpoint.restore(checkpoint.find(tmp_path), second)
-    assert not any("fp8" in name for name in checkpoint.read_weights(checkpoint.find(tmp_path)))
+        restore(find_checkpoint(tmp_path), second)
+    assert not any("fp8" in name for name in read_weights(find_checkpoint(tmp_path)))
 
 
 def test_an_evaluation_leaves_the_scales_as_they_were(world):

@@ -17,7 +17,7 @@ from pretrain import bench
 from pretrain.bench import draws
 from pretrain.bench.draws import DrawsOptions, Scatter
 from pretrain.checkpoint.loaded_run import load_run
-from pretrain.run_folder import data as run_data
+from pretrain.run_folder.data import open_stream
 from pretrain.trainer.batches import Batches
 from tests.conftest import LENGTH
 from tests.unit.commands import bd3
@@ -58,7 +58,7 @@ def test_the_gradient_is_that_of_a_training_step(run, micro):
     parallel.stop()
     loaded = load_run(run)
     config = loaded.config
-    stream = run_data.open_stream(config.data, "train", config.model)
+    stream = open_stream(config.data, "train", config.model)
     batches = Batches(stream, config.model, config.diffusion, global_batch=8, micro_batch=8)
     options = DrawsOptions(run=str(run), micro_batch=micro)
     with loaded.engine() as engine:

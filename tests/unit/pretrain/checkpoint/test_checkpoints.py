@@ -17,8 +17,16 @@ from bd3_megatron.config import DiffusionConfig
 from bd3_megatron.engine.base import StepResult
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.parallel import seed_dropout
-from pretrain.checkpoint import folder as checkpoint_files
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint import folder as checkpoint_folder
+from pretrain.checkpoint.reader import (
+    find_checkpoint,
+    newest_checkpoint,
+    newest_on_all_ranks,
+    read_weights,
+    restore,
+)
+from pretrain.checkpoint.writer import CheckpointWriter, Written, save_checkpoint
+from pretrain.run_folder.layout import COMPLETE
 from tests.polling import until
 from tests.unit import tiny
 
@@ -44,6 +52,10 @@ def copied(engine: MegatronEngine) -> dict[str, torch.Tensor]:
     return {name: x.detach().clone() for name, x in tiny.state(engine).items()}
 
 
+def any_checkpoint(run: Path) -> bool:
+    return bool(checkpoint_folder.folders(run))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -53,7 +65,7 @@ def three_steps(world, tmp_path_factory) -> Path:
     folder, engine = tmp_path_factory.mktemp("run"), made(world)
     for step in range(1, 4):
         train(engine, step, step)
-        checkpoint.save(folder, engine, step, {"tokens": 100 * step}, keep=3)
+        save_checkpoint(folder, engine, step, {"tokens": 100 * step}, keep=3)
     return folder
 
 
@@ -74,14 +86,14 @@ def steps_in(run: Path) -> list[str]:
 def test_two_steps_after_a_restart_equal_the_run_that_went_on(world, tmp_path, precision):
     engine = made(world, precision)
     train(engine, 1, 3)
-    checkpoint.save(tmp_path, engine, 3, {"tokens": 7, "note": "x"}, keep=1)
+    save_checkpoint(tmp_path, engine, 3, {"tokens": 7, "note": "x"}, keep=1)
     saved = copied(engine)
     went_on = train(engine, 4, 5)
 
-    found = checkpoint.find(tmp_path)
+    found = find_checkpoint(tmp_path)
     assert (found.step, found.meta) == (3, {"tokens": 7, "note": "x"})
     again = made(world, precision, seed=9)
-    checkpoint.restore(found, again)
+    restore(found, again)
     assert again.updates == 3
     assert all(group["step"] == 3 for group in again.optimizer.param_groups)  # where fused optimizers count
     restored = tiny.state(again)
@@ -98,18 +110,18 @@ def test_two_steps_after_a_restart_equal_the_run_that_went_on(world, tmp_path, p
 
 def test_a_run_without_averaged_weights_keeps_none(world, tmp_path):
     engine = tiny.engine(world, tiny.shape(), DIFFUSION, ema_decay=0)
-    checkpoint.save(tmp_path, engine, 1, {}, keep=1)
+    save_checkpoint(tmp_path, engine, 1, {}, keep=1)
     assert not any(name.startswith("ema/") for name in tiny.state(engine))
-    weights = checkpoint.read_weights(checkpoint.find(tmp_path), averaged=True)
+    weights = read_weights(find_checkpoint(tmp_path), averaged=True)
     assert all(torch.equal(x, tiny.state(engine)[f"weights/{name}"].reshape(x.shape)) for name, x in weights.items())
 
 
 @pytest.mark.parametrize(("averaged", "section"), [(True, "ema"), (False, "weights")])
 def test_whole_weights_are_read_without_an_engine(world, run, averaged, section):
-    found = checkpoint.find(run)
+    found = find_checkpoint(run)
     engine = made(world)
-    checkpoint.restore(found, engine)
-    weights = checkpoint.read_weights(found, averaged)
+    restore(found, engine)
+    weights = read_weights(found, averaged)
     state = {name: x for name, x in tiny.state(engine).items() if name.startswith(f"{section}/")}
     assert {f"{section}/{name}" for name in weights} == set(state)
     assert all(torch.equal(x, state[f"{section}/{name}"].reshape(x.shape)) for name, x in weights.items())
@@ -117,10 +129,10 @@ def test_whole_weights_are_read_without_an_engine(world, run, averaged, section)
 
 def test_saving_the_same_state_twice_is_harmless(world, run):
     engine = made(world)
-    checkpoint.restore(checkpoint.find(run), engine)
+    restore(find_checkpoint(run), engine)
     before = copied(engine)
-    checkpoint.save(run, engine, 3, {"tokens": 300}, keep=3)
-    checkpoint.restore(checkpoint.find(run), engine)
+    save_checkpoint(run, engine, 3, {"tokens": 300}, keep=3)
+    restore(find_checkpoint(run), engine)
     assert all(torch.equal(x, before[name]) for name, x in tiny.state(engine).items())
     assert steps_in(run) == ["step-00000001", "step-00000002", "step-00000003"]
 
@@ -131,45 +143,45 @@ def test_saving_the_same_state_twice_is_harmless(world, run):
 @pytest.fixture
 def slow_disk(monkeypatch) -> threading.Event:
     """Nothing is written before this event."""
-    event, start = threading.Event(), checkpoint_files.start
+    event, start = threading.Event(), checkpoint_folder.start
 
     def wait(*args) -> None:
         assert event.wait(60)
         start(*args)
 
-    monkeypatch.setattr(checkpoint_files, "start", wait)
+    monkeypatch.setattr(checkpoint_folder, "start", wait)
     return event
 
 
 def test_steps_taken_while_it_is_written_do_not_change_a_checkpoint(world, tmp_path, slow_disk):
     engine, other = made(world), made(world)
-    with checkpoint.CheckpointWriter(tmp_path, engine, keep=9) as writer:
+    with CheckpointWriter(tmp_path, engine, keep=9) as writer:
         train(engine, 1, 1)
         saved = copied(engine)
         writer.save(1, {})
         results = train(engine, 2, 4)
         writer.poll()  # still under way, and nothing to raise
-        assert not checkpoint.exists(tmp_path)
+        assert not any_checkpoint(tmp_path)
         slow_disk.set()
-    checkpoint.restore(checkpoint.find(tmp_path), other)
+    restore(find_checkpoint(tmp_path), other)
     assert all(torch.equal(x, saved[name]) for name, x in tiny.state(other).items())
     assert train(other, 2, 4) == results
 
 
 def test_a_save_waits_for_the_one_before_and_each_is_reported(world, tmp_path, slow_disk):
-    written: list[checkpoint.Written] = []
-    with checkpoint.CheckpointWriter(tmp_path, made(world), keep=9, report=written.append) as writer:
+    written: list[Written] = []
+    with CheckpointWriter(tmp_path, made(world), keep=9, report=written.append) as writer:
         writer.save(1, {})
         began = time.monotonic()
         threading.Timer(0.2, slow_disk.set).start()
         writer.save(2, {})
         waited = time.monotonic() - began
-        assert checkpoint.find(tmp_path, 1).step == 1
+        assert find_checkpoint(tmp_path, 1).step == 1
     assert [record.step for record in written] == [1, 2]
     first, second = written
     assert first.stall_seconds < first.write_seconds
     assert 0 < second.stall_seconds <= waited
-    listed = json.loads((checkpoint.find(tmp_path).path / checkpoint.COMPLETE).read_text())["files"]
+    listed = json.loads((find_checkpoint(tmp_path).path / COMPLETE).read_text())["files"]
     assert second.bytes == sum(stamp["bytes"] for stamp in listed.values())
 
 
@@ -179,18 +191,18 @@ def test_a_writer_leaves_neither_thread_nor_group(world, tmp_path, asynchronous)
         return set(threading.enumerate()), len(dist.distributed_c10d._world.pg_map)
 
     before = left()
-    with checkpoint.CheckpointWriter(tmp_path, made(world), keep=1, asynchronous=asynchronous) as writer:
+    with CheckpointWriter(tmp_path, made(world), keep=1, asynchronous=asynchronous) as writer:
         writer.save(1, {})
-        assert (asynchronous, checkpoint.exists(tmp_path)) != (False, False)
+        assert (asynchronous, any_checkpoint(tmp_path)) != (False, False)
     assert left() == before
     with pytest.raises(RuntimeError, match="of the loop"):
         _fail_while_writing(tmp_path, made(world))
     assert left() == before
-    assert checkpoint.find(tmp_path).step == 2  # what was under way is completed
+    assert find_checkpoint(tmp_path).step == 2  # what was under way is completed
 
 
 def _fail_while_writing(run: Path, engine: MegatronEngine) -> None:
-    with checkpoint.CheckpointWriter(run, engine, keep=1) as writer:
+    with CheckpointWriter(run, engine, keep=1) as writer:
         writer.save(2, {})
         raise RuntimeError("of the loop")
 
@@ -209,8 +221,8 @@ def test_a_failure_in_the_background_is_raised_at_the_next_occasion(world, run, 
     def fail(*_, **__):
         raise OSError(28, "No space left on device", "disk")
 
-    monkeypatch.setattr(checkpoint_files, "stamp", fail)
-    with checkpoint.CheckpointWriter(run, made(world), keep=1) as writer:
+    monkeypatch.setattr(checkpoint_folder, "stamp", fail)
+    with CheckpointWriter(run, made(world), keep=1) as writer:
         writer.save(4, {})
         with pytest.raises(OSError, match="No space left") as caught:
             NOTICES[notice](writer)
@@ -252,23 +264,23 @@ def remove_metadata(path: Path) -> str:
 
 
 def remove_list(path: Path) -> str:
-    (path / checkpoint.COMPLETE).unlink()
+    (path / COMPLETE).unlink()
     return "complete.json is missing"
 
 
 def cut_list(path: Path) -> str:
-    file = path / checkpoint.COMPLETE
+    file = path / COMPLETE
     file.write_text(file.read_text()[:-20])
     return "complete.json is unreadable"
 
 
 def empty_list(path: Path) -> str:
-    (path / checkpoint.COMPLETE).write_text('{"files": {}}')
+    (path / COMPLETE).write_text('{"files": {}}')
     return "complete.json is unreadable"
 
 
 def garbled_list(path: Path) -> str:
-    (path / checkpoint.COMPLETE).write_bytes(b"\xff\xfe")
+    (path / COMPLETE).write_bytes(b"\xff\xfe")
     return "complete.json is unreadable"
 
 
@@ -290,18 +302,18 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(world, run, d
     problem = damage(path)
     for on_all_ranks in (False, True):
         caplog.clear()
-        found = checkpoint.newest_on_all_ranks(run, world) if on_all_ranks else checkpoint.newest(run)
+        found = newest_on_all_ranks(run, world) if on_all_ranks else newest_checkpoint(run)
         assert (found.step, found.meta) == (2, {"tokens": 200})
         assert caplog.messages == [f"{path}: {problem}; skipped"]
-    assert checkpoint.find(run).step == 2
+    assert find_checkpoint(run).step == 2
     with pytest.raises(ConfigError, match=r"; use another step$"):
-        checkpoint.find(run, 3)
+        find_checkpoint(run, 3)
 
 
 def test_two_damaged_checkpoints_are_passed_over(run, caplog):
     remove_list(run / "checkpoints" / "step-00000003")
     flip_a_byte(run / "checkpoints" / "step-00000002")
-    assert checkpoint.newest(run).step == 1
+    assert newest_checkpoint(run).step == 1
     assert len(caplog.messages) == 2
 
 
@@ -310,12 +322,12 @@ def test_what_a_killed_writer_leaves_is_not_a_checkpoint_and_is_replaced(world, 
     partial = folder / ".step-00000004.f00d.partial"
     shutil.copytree(folder / "step-00000003", partial)
     (partial / "stray").write_text("left by the killed")
-    assert checkpoint.newest(run).step == 3
+    assert newest_checkpoint(run).step == 3
     assert caplog.messages == []
     engine = made(world)
-    checkpoint.restore(checkpoint.find(run), engine)
+    restore(find_checkpoint(run), engine)
     train(engine, 4, 4)
-    saved = checkpoint.save(run, engine, 4, {}, keep=2)
+    saved = save_checkpoint(run, engine, 4, {}, keep=2)
     assert steps_in(run) == ["step-00000003", "step-00000004"]
     assert not (saved / "stray").exists()
 
@@ -323,7 +335,7 @@ def test_what_a_killed_writer_leaves_is_not_a_checkpoint_and_is_replaced(world, 
 def test_foreign_folders_are_not_checkpoints(run):
     shutil.copytree(run / "checkpoints" / "step-00000003", run / "checkpoints" / "step-00000004.old")
     (run / "checkpoints" / "notes.txt").write_text("mine")
-    assert checkpoint.find(run).step == 3
+    assert find_checkpoint(run).step == 3
 
 
 def test_a_failed_write_leaves_what_was_there(world, run, monkeypatch):
@@ -332,11 +344,11 @@ def test_a_failed_write_leaves_what_was_there(world, run, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_files, "write_text", fail)
+    monkeypatch.setattr(checkpoint_folder, "write_text", fail)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(run, made(world), 4, {}, keep=1)
+        save_checkpoint(run, made(world), 4, {}, keep=1)
     assert contents(run) == before
-    assert checkpoint.find(run).step == 3
+    assert find_checkpoint(run).step == 3
 
 
 # ---- which are kept and found ----
@@ -346,13 +358,13 @@ def test_a_failed_write_leaves_what_was_there(world, run, monkeypatch):
 def test_the_newest_are_kept(world, tmp_path, keep, left):
     engine = tiny.engine(world, tiny.shape(layers=1), DIFFUSION, ema_decay=0)
     for step in range(1, 6):
-        checkpoint.save(tmp_path, engine, step, {}, keep)
+        save_checkpoint(tmp_path, engine, step, {}, keep)
     assert steps_in(tmp_path) == [f"step-{step:08d}" for step in left]
 
 
 def test_those_of_every_so_many_steps_are_kept_for_ever(world, tmp_path):
     engine = tiny.engine(world, tiny.shape(layers=1), DIFFUSION, ema_decay=0)
-    with checkpoint.CheckpointWriter(tmp_path, engine, keep=2, keep_every=3) as writer:
+    with CheckpointWriter(tmp_path, engine, keep=2, keep_every=3) as writer:
         for step in range(1, 9):
             writer.save(step, {})
     assert steps_in(tmp_path) == [f"step-{step:08d}" for step in (3, 6, 7, 8)]
@@ -363,26 +375,26 @@ def test_a_damaged_later_checkpoint_costs_no_good_one(world, run):
     flip_a_byte(run / "checkpoints" / "step-00000003")
     flip_a_byte(run / "checkpoints" / "step-00000002")
     engine = made(world)
-    checkpoint.restore(checkpoint.newest(run), engine)
+    restore(newest_checkpoint(run), engine)
     train(engine, 2, 2)
-    checkpoint.save(run, engine, 2, {}, keep=1)
-    assert checkpoint.find(run).step == 2
+    save_checkpoint(run, engine, 2, {}, keep=1)
+    assert find_checkpoint(run).step == 2
 
 
 def test_a_checkpoint_is_found_by_its_step(run):
-    assert [checkpoint.find(run, step).step for step in (1, 2, 3)] == [1, 2, 3]
+    assert [find_checkpoint(run, step).step for step in (1, 2, 3)] == [1, 2, 3]
     with pytest.raises(ConfigError, match=r"^step 7: no checkpoint .*; there are: 1, 2, 3$"):
-        checkpoint.find(run, 7)
+        find_checkpoint(run, 7)
 
 
 def test_no_checkpoints_are_told_in_one_line(run, tmp_path):
-    with pytest.raises(ConfigError, match="holds no checkpoints"):
-        checkpoint.find(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="has no checkpoints"):
+        find_checkpoint(tmp_path / "elsewhere")
     for path in (run / "checkpoints").iterdir():
         cut(path)
     with pytest.raises(ConfigError, match="no complete checkpoint"):
-        checkpoint.find(run)
-    assert checkpoint.newest(run) is None
+        find_checkpoint(run)
+    assert newest_checkpoint(run) is None
 
 
 @pytest.mark.parametrize("changes", [{"layers": 3}, {"hidden": 16}, {"vocab_size": 50}])
@@ -390,7 +402,7 @@ def test_a_model_of_another_shape_is_told_in_one_line_and_left_alone(world, run,
     other = made(world, **changes)
     before = copied(other)
     with pytest.raises(ConfigError) as caught:
-        checkpoint.restore(checkpoint.find(run), other)
+        restore(find_checkpoint(run), other)
     assert "\n" not in str(caught.value)
     assert "use the configuration the run was started with" in str(caught.value)
     assert all(torch.equal(x, before[name]) for name, x in tiny.state(other).items())
@@ -398,7 +410,7 @@ def test_a_model_of_another_shape_is_told_in_one_line_and_left_alone(world, run,
 
 def test_the_list_names_every_file_with_its_size(run):
     path = run / "checkpoints" / "step-00000003"
-    listing = json.loads((path / checkpoint.COMPLETE).read_text())
-    sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.name != checkpoint.COMPLETE}
+    listing = json.loads((path / COMPLETE).read_text())
+    sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.name != COMPLETE}
     assert {name: stamp["bytes"] for name, stamp in listing["files"].items()} == sizes
     assert len(sizes) >= 2

@@ -158,7 +158,7 @@ def test_commands_leave_what_they_promise_and_no_more(loop):
     files = {"config.yaml", "tokenizer.json", "checkpoints"}
     assert {path.name for path in (loop.folder / "imported").iterdir()} == files
     watched = {"metrics.jsonl", "throughput.jsonl", "curves.png", "versions.txt"}
-    watched |= {"events.jsonl", "heartbeat.json", "preflight.json"}
+    watched |= {"events.jsonl", "heartbeat.json", "preflight.json", "logs"}
     assert {path.name for path in loop.run.iterdir()} == files | watched
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import find_checkpoint, read_weights
 from pretrain.config.resolve import load_saved
 from tests.unit.commands import bd3, limit_files
 
@@ -121,7 +121,7 @@ def test_a_format_of_a_plugin_is_written_and_read(tmp_path):
     done = bd3("convert", "import", out, second, "--plugin", plugin, log=log)
     assert done.code == 0, done.err
     assert "format plain" in done.out
-    weights = [checkpoint.read_weights(checkpoint.find(run)) for run in (first, second)]
+    weights = [read_weights(find_checkpoint(run)) for run in (first, second)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     line = ("convert", "import", out, tmp_path / "third", "--format")
     told = bd3(*line, "plane", "--plugin", plugin, log=log)

@@ -38,7 +38,7 @@ from bd3_megatron.engine.stage import build_stage, named_parameters
 from pretrain import cli
 from pretrain.bench.memory import saved_for_backward
 from pretrain.bench.models import random_batch
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.writer import save_checkpoint
 from pretrain.commands import estimate
 from pretrain.config.resolve import presets, resolve
 from pretrain.config.schema import RunConfig
@@ -217,7 +217,7 @@ def test_micro_batches_in_flight(layout, stage, micro_batches, counts):
 def test_a_checkpoint_has_the_predicted_size(world, tmp_path, shape, ema):
     config = tiny.config(shape, BLOCKS, optimization=OptimizationConfig(precision="fp32", ema_decay=ema))
     engine = MegatronEngine(config, world)
-    folder = checkpoint.save(tmp_path, engine, 1, {"tokens": 1, "data": "0" * 64}, keep=1)
+    folder = save_checkpoint(tmp_path, engine, 1, {"tokens": 1, "data": "0" * 64}, keep=1)
     written = sum(file.stat().st_size for file in folder.iterdir())
     assert checkpoint_bytes(config, 1) == pytest.approx(written, rel=0.02)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import find_checkpoint, newest_checkpoint, read_weights
 from pretrain.resilience import signals
 from pretrain.run_folder import events
 from tests.polling import until
@@ -117,14 +117,14 @@ def test_a_stopped_run_continues_as_if_it_had_not_been_interrupted(
     done = run.go(before=before)
     assert (done.code, "Traceback" in done.err) == (code, False), done.err
     assert f"stopped after step {step}; start it again to go on" in done.err
-    found = checkpoint.newest(run.run)
+    found = newest_checkpoint(run.run)
     assert (found.step if found else 0) == step
     (stopped,) = [event for event in events.read(run.run) if event["event"] == "stopped"]
     assert stopped["step"] == step
     assert stopped["signal"].startswith(name)
     assert run.go().code == 0
     assert run.metrics() == uninterrupted.metrics()
-    ours, theirs = (checkpoint.read_weights(checkpoint.find(r.run)) for r in (run, uninterrupted))
+    ours, theirs = (read_weights(find_checkpoint(r.run)) for r in (run, uninterrupted))
     assert all(ours[key].equal(value) for key, value in theirs.items())
 
 

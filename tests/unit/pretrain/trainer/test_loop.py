@@ -23,9 +23,10 @@ from data_prep.build.prep import PrepConfig, prep
 from data_prep.format.manifest import load_manifest
 from data_prep.read.reader import RowReader
 from data_prep.read.stream import RowStream
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import find_checkpoint, read_weights
 from pretrain.config.schema import TrainConfig
 from pretrain.run_folder.data import resolve_model
+from pretrain.run_folder.layout import COMPLETE
 from pretrain.tracking.metrics import read_metrics
 from pretrain.trainer.batches import Batches
 from pretrain.trainer.learning_rate import learning_rate
@@ -148,7 +149,7 @@ class Recipe:
         return path.read_bytes() if path.exists() else b""
 
     def weights(self) -> dict[str, torch.Tensor]:
-        return checkpoint.read_weights(checkpoint.find(self.run))
+        return read_weights(find_checkpoint(self.run))
 
     def files(self) -> dict[str, bytes]:
         """What is there, but for what every start measures."""
@@ -200,7 +201,7 @@ def test_what_the_clock_says_about_checkpoints_is_kept_apart(uninterrupted):
         assert record["stall_seconds"] > 0
         assert record["write_seconds"] > 0
         folder = uninterrupted.run / "checkpoints" / "step-00000006"
-        files = sum(path.stat().st_size for path in folder.iterdir() if path.name != checkpoint.COMPLETE)
+        files = sum(path.stat().st_size for path in folder.iterdir() if path.name != COMPLETE)
         assert record["bytes"] == pytest.approx(files, rel=0.01)
 
 
@@ -212,7 +213,7 @@ def test_a_run_that_waits_for_its_checkpoints_computes_the_same(recipe, uninterr
 
 def test_a_checkpoint_of_another_position_is_refused(recipe, uninterrupted):
     shutil.copytree(uninterrupted.run, recipe.run)
-    meta = checkpoint.find(recipe.run).meta
+    meta = find_checkpoint(recipe.run).meta
     assert {name: meta[name] for name in ("rows", "seed", "order_seed", "beta", "omega", "tokens")} == {
         "rows": 36,
         "seed": 0,
@@ -222,9 +223,9 @@ def test_a_checkpoint_of_another_position_is_refused(recipe, uninterrupted):
         "tokens": 36 * 32,
     }
     path = recipe.run / "checkpoints" / "step-00000006"
-    listing = json.loads((path / checkpoint.COMPLETE).read_text())
+    listing = json.loads((path / COMPLETE).read_text())
     listing["meta"]["omega"] = 0.5
-    (path / checkpoint.COMPLETE).write_text(json.dumps(listing))
+    (path / COMPLETE).write_text(json.dumps(listing))
     done = recipe.finish()
     assert (done.code, done.out) == (2, "")
     assert done.err == (
@@ -242,12 +243,12 @@ DEATHS = [
     ("pretrain.trainer.loop", "Trainer._save", 1),  # step 1 recorded, not saved
     ("torch.distributed.checkpoint", "FileSystemWriter.write_data", 1),  # an empty folder
     ("pretrain.checkpoint.folder", "stamp", 1),  # tensors written, their list not
-    ("pretrain.checkpoint.folder", "sync", 2),  # the list written, the checkpoint of step 1 about to appear
-    ("pretrain.checkpoint.folder", "sync", 3),  # it has appeared
+    ("pretrain.checkpoint.folder", "_rename", 1),  # the list written, the checkpoint of step 1 about to appear
+    ("pretrain.checkpoint.folder", "sync", 1),  # it has appeared
     ("pretrain.trainer.loop", "Trainer._evaluate", 1),  # before the validation of step 3
     ("pretrain.checkpoint.folder", "retire", 1),  # the next one complete, the one before not yet removed
     ("pretrain.trainer.loop", "Trainer._save", 1),
-    ("pretrain.checkpoint.folder", "sync", 2),
+    ("pretrain.checkpoint.folder", "_rename", 1),
     ("pretrain.trainer.loop", "Trainer._finish", 1),  # all done but the curves
 ]
 
@@ -358,7 +359,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_last_checkpoint(recipe):
         f"lower train.lr=1e+30 in another --run, or go on with --guard.skip 2-4, or raise guard.nonfinite"
     )
     assert "Traceback" not in done.err
-    assert checkpoint.find(recipe.run).step == 3
+    assert find_checkpoint(recipe.run).step == 3
     records = [record for record in read_metrics(recipe.run) if record["split"] == "train"]
     assert [(record["loss"] is None, record.get("skipped")) for record in records] == [(False, None), *[(True, 1)] * 3]
 

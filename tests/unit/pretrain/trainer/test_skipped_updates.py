@@ -10,7 +10,8 @@ import torch
 from bd3_megatron.config import DiffusionConfig
 from bd3_megatron.engine.scaling import Fp8State
 from bd3_megatron.parallel import seed_dropout
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import find_checkpoint, restore
+from pretrain.checkpoint.writer import save_checkpoint
 from tests.unit import tiny
 
 DIFFUSION = DiffusionConfig(block_size=4)
@@ -93,9 +94,9 @@ def test_training_goes_on_as_if_the_step_had_been_left_out(world, precision):
 def test_a_checkpoint_after_a_skipped_step_goes_on_bit_for_bit(world, tmp_path, precision):
     engine = made(world, precision)
     step(engine, 1), step(engine, 2, {0: math.nan})
-    checkpoint.save(tmp_path, engine, 2, {"updates": engine.updates}, keep=1)
+    save_checkpoint(tmp_path, engine, 2, {"updates": engine.updates}, keep=1)
     resumed = made(world, precision)
-    checkpoint.restore(checkpoint.find(tmp_path), resumed)
+    restore(find_checkpoint(tmp_path), resumed)
     assert resumed.updates == 1
     for number in (3, 4):
         assert step(resumed, number) == step(engine, number)
@@ -106,9 +107,9 @@ def test_a_checkpoint_after_a_skipped_step_goes_on_bit_for_bit(world, tmp_path, 
 def test_a_checkpoint_that_does_not_say_counts_every_step(world, tmp_path):
     engine = made(world)
     step(engine, 1), step(engine, 2)
-    checkpoint.save(tmp_path, engine, 2, {}, keep=1)
+    save_checkpoint(tmp_path, engine, 2, {}, keep=1)
     resumed = made(world)
-    checkpoint.restore(checkpoint.find(tmp_path), resumed)
+    restore(find_checkpoint(tmp_path), resumed)
     assert resumed.updates == 2
 
 

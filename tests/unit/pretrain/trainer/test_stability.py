@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from bd3_common.errors import ConfigError
 from data_prep.read.reader import RowReader
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import find_checkpoint, read_weights
 from pretrain.config.command_line import parse_options
 from pretrain.config.schema import CheckpointConfig, GuardConfig, RunConfig, check_run
 from pretrain.tracking.metrics import MetricsWriter, read_metrics
@@ -83,8 +83,8 @@ class Recipe:
         return [record["step"] for record in self.trained() if record.get("skipped")]
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
-        found = checkpoint.find(self.run)
-        return checkpoint.read_weights(found), found.meta
+        found = find_checkpoint(self.run)
+        return read_weights(found), found.meta
 
     def files(self) -> dict[str, bytes]:
         names = ["skips.json", *(str(p.relative_to(self.run)) for p in self.run.glob("skipped/*"))]
@@ -252,7 +252,7 @@ DEATHS = [
     ("pretrain.trainer.loop", "Trainer._go_back", 1),  # seen, nothing decided
     ("pretrain.trainer.stability", "write_text", 1),  # about to be remembered
     ("pretrain.trainer.stability", "_remove_undone", 2),  # remembered, nothing undone
-    ("pretrain.checkpoint.reader", "restore", 1),
+    ("pretrain.trainer.loop", "restore", 1),
     ("pretrain.trainer.loop", "Trainer._open_metrics", 2),  # records of the spike still there
     ("pretrain.trainer.loop", "Trainer._train_step", 10),  # in the range
 ]

@@ -11,7 +11,7 @@ from data_prep.build.prep import PrepConfig, prep
 from data_prep.errors import DataError
 from data_prep.format.manifest import load_manifest, save_manifest
 from data_prep.read.reader import RowReader
-from pretrain.checkpoint import reader as checkpoint
+from pretrain.checkpoint.reader import find_checkpoint
 from pretrain.config.resolve import load_run_config, load_saved, save_config
 from pretrain.config.schema import RunConfig
 from pretrain.run_folder.data import data_identity
@@ -74,7 +74,7 @@ def test_a_mix_goes_on_exactly_and_refuses_other_mixes(runs, data_set, second, t
     assert done.code == 0, done.err
     ends = [[record for record in runs.metrics(name) if record["step"] > 4] for name in ("whole", "parts")]
     assert ends[0] == ends[1]
-    meta = checkpoint.find(runs.folder / "whole").meta
+    meta = find_checkpoint(runs.folder / "whole").meta
     assert meta["order"] == "lanes 2"
     assert sum(meta["data_positions"]) == meta["rows"] == 36
     assert meta["data_positions"][0] > meta["data_positions"][1] > 0
