@@ -1,4 +1,4 @@
-"""From what a user names - files, folders, globs, URLs - to the list of files to read."""
+"""Listing of input files: from files, folders, globs and URLs to the files to read."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from data_prep.sources.kinds import kind_of, readable
 
 
 def expand(inputs: Sequence[str]) -> list[Source]:
-    """Files behind ``inputs``, in the order given; a folder or a glob stands for its files sorted by name.
+    """List the files of ``inputs`` in the order given; a folder or a glob gives its files sorted by name.
 
-    Folders are not searched in depth (a glob with ``**`` is); hidden files and files of other types in them are
-    passed over. URLs of files, folders and globs are listed through fsspec.
+    Folders are not searched recursively (a glob with ``**`` is); hidden files and files of other types in them are
+    skipped. URLs of files, folders and globs are listed through fsspec.
 
     Raises:
-        DataError: an input is missing, cannot be listed, holds nothing to read, is not a type that can be read,
-            or names a file a second time.
+        DataError: an input is missing, cannot be listed, has no readable files, has another type, or names a
+            file a second time.
     """
     sources: list[Source] = []
     for given in map(os.fspath, inputs):
@@ -42,7 +42,7 @@ def expand(inputs: Sequence[str]) -> list[Source]:
 
 
 def _here(given: str) -> list[Source]:
-    """Sources behind a path or glob of this file system."""
+    """Sources of a local path or glob."""
     if os.path.lexists(given):
         if Path(given).is_dir() and kind_of(Path(given).name) is None:
             return list(_in_folder(Path(given)))
@@ -52,7 +52,7 @@ def _here(given: str) -> list[Source]:
     matches = sorted(map(Path, glob.glob(given, recursive=True)))
     if not matches:
         raise DataError(f"{given}: nothing matches; check the pattern")
-    if "**" in given:  # which has gone into the folders already
+    if "**" in given:  # matches the files in the folders, too
         matches = [path for path in matches if not path.is_dir()]
     sources: list[Source] = []
     for path in matches:
@@ -86,7 +86,7 @@ def _local(path: Path) -> Source:
 
 
 def _elsewhere(given: str) -> list[Source]:
-    """Sources behind a URL: the file, or those of the folder or glob."""
+    """Sources of a URL: the file, or those in the folder or matched by the glob."""
     found = list_remote(given)
     if found.single is not None:
         return [_remote(found.single)]
@@ -102,7 +102,7 @@ def _remote(file: RemoteFile) -> Source:
 
 
 def _url_name(url: str) -> str:
-    """Base name of a URL; what follows ``?`` is part of it everywhere but on the web."""
+    """Base name of a URL; only a web address can have a query after ``?``."""
     path = urlsplit(url).path if url.startswith(("http://", "https://")) else url
     return PurePosixPath(path).name
 
@@ -113,6 +113,6 @@ def _source(path: str, name: str, size: int, stamp: str) -> Source:
         raise DataError(f"{path}: not a file type that can be read; {readable()}")
     try:
         name.encode()
-    except UnicodeEncodeError:  # manifest and rejects are JSON, which has no such text
+    except UnicodeEncodeError:  # the JSON of manifest and rejects cannot store it
         raise DataError(f"{path}: the file's name is not UTF-8; rename it") from None
     return Source(path, name, *kind, size, stamp)

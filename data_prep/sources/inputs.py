@@ -1,4 +1,4 @@
-"""Input files as they were listed, their parts, and the documents that come out."""
+"""Input files as listed, their parts, and documents."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ EXTRA = "pip install 'bd3-megatron[data]'"
 
 
 class Fields(BaseModel):
-    """Where a record holds its text and id, and which texts are kept."""
+    """Names of the text and id fields, and the lengths of texts to keep."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text_field: str = Field(default="text", description="JSON field or Parquet column that holds the text")
-    id_field: str = Field(default="id", description="field that names the document; may be absent")
-    text_documents: Literal["line", "file"] = Field(default="line", description="what one document of a .txt file is")
+    text_field: str = Field(default="text", description="JSON field or Parquet column of the text")
+    id_field: str = Field(default="id", description="field or column of the document's id; may be absent")
+    text_documents: Literal["line", "file"] = Field(
+        default="line", description="unit of a .txt file that is one document"
+    )
     min_chars: int = Field(
-        default=1, ge=1, description="shorter documents are left out: characters, white space trimmed"
+        default=1,
+        ge=1,
+        description="fewest characters of a document, after trimming white space; shorter ones are skipped",
     )
     max_chars: int | None = Field(
-        default=None, ge=1, description="longer documents are left out; null: none is too long"
+        default=None, ge=1, description="most characters of a document; longer ones are skipped; null: no limit"
     )
 
     @model_validator(mode="after")
@@ -43,29 +47,29 @@ class Document(NamedTuple):
     id: str
     text: str
     source: str  # base name of the file
-    offset: int  # of the record, as read_part counts for the kind of file
+    offset: int  # of the record, in the unit of the input kind
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file as it was when it was listed."""
+    """One file as it was listed."""
 
     path: str  # local path or URL
     name: str  # base name
     kind: str  # name in INPUT_KINDS
     compression: Compression | None
     bytes: int  # as stored
-    stamp: str  # changes when the file does: mtime_ns locally, what the store offers (an ETag, a date) elsewhere
+    stamp: str  # changes when the file does: mtime_ns of local files, an ETag or date of remote ones
 
     @property
     def remote(self) -> bool:
-        """Whether the file must be fetched before it is read."""
+        """True for a file that must be fetched before it is read."""
         return is_remote(self.path)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A share of a source that one job reads: units ``begin`` to ``end - 1``, which the input kind counts.
+    """The part of a source that one job reads: ``begin`` to ``end - 1``, in the unit of the input kind.
 
     Plain JSONL and text: the lines that start at these bytes. Local Parquet: row groups. The whole of any file is
     ``(0, source.bytes)``.
@@ -78,5 +82,5 @@ class Part:
 
     @property
     def weight(self) -> int:
-        """Stored bytes this part stands for; the weights of all parts add up to ``source.bytes``."""
+        """Stored bytes of this part; those of all parts sum to ``source.bytes``."""
         return self.end - self.begin if self.stored is None else self.stored

@@ -1,4 +1,4 @@
-"""Files of lines: cut into parts by size, read line by line."""
+"""Files of lines: splitting by size, reading line by line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_prep.sources.streams import WHOLE, open_stream, read_lines
 
 
 def line_parts(source: Source, target_bytes: int) -> list[Part]:
-    """Parts of about ``target_bytes``: the lines that start in a stretch of bytes. A packed file is one part."""
+    """Parts of about ``target_bytes``: the lines that start in a byte range. A compressed file is one part."""
     if source.compression is not None:
         return [Part(source, 0, source.bytes)]
     count = max(1, round(source.bytes / target_bytes))
@@ -22,7 +22,7 @@ def line_parts(source: Source, target_bytes: int) -> list[Part]:
 
 
 def part_lines(part: Part, local: Path, intake: Intake) -> Iterator[tuple[int, bytes, int]]:
-    """(offset, line, byte at which what is left of it begins) without a BOM; lines that are too long are rejected."""
+    """Yield (offset, line without a BOM, offset after the BOM); lines that are too long are rejected."""
     source = part.source
     end = part.end if source.compression is None else WHOLE
     with open_stream(source, local, max(0, part.begin - 1)) as stream:

@@ -1,4 +1,4 @@
-"""From one record to one document, or to one line that says why not."""
+"""Records to documents: parsing, decoding, and one-line reasons for rejecting a record."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from typing import Any
 
 from data_prep.sources.inputs import Document, Fields
 
-MAX_DOCUMENT = 64 << 20  # bytes of UTF-8 in one document: each process holds one, several times over
-MAX_LINE = MAX_DOCUMENT + (1 << 20)  # bytes held of one line or member, with room for what is around the text
+MAX_DOCUMENT = 64 << 20  # bytes of UTF-8 in one document: each process has several copies in memory
+MAX_LINE = MAX_DOCUMENT + (1 << 20)  # bytes read of one line or member, with room for JSON around the text
 BOM = b"\xef\xbb\xbf"
 
 
 class BadRecord(Exception):
-    """A record that cannot be used; the text is one line: what, the value, the remedy."""
+    """A record that cannot be used; its text is one line with the problem, the value and the remedy."""
 
 
 class Intake:
-    """The gate that documents pass: bad ones go to ``reject``, short and long ones to ``skipped``."""
+    """Filter of documents: short and long ones go to ``skipped``, bad ones to ``reject``."""
 
     def __init__(self, name: str, fields: Fields, reject: Callable[[int, str], None], skipped: Callable[[str], None]):
         self.name, self.fields, self.reject, self.skipped = name, fields, reject, skipped
         self._min, self._max = fields.min_chars, fields.max_chars
 
     def document(self, offset: int, identity: str, text: str) -> Document | None:
-        """The document, or None after a callback; an empty ``identity`` stands for none.
+        """Make a document, or call ``skipped`` and return None. An empty ``identity`` means that the record has no id.
 
         Raises:
-            BadRecord: the text is too big or no text.
+            BadRecord: the text is too big, has a lone surrogate or a NUL.
         """
         size = len(text) if text.isascii() else len(encodable(text, "the text"))
         if size > MAX_DOCUMENT:
             raise BadRecord(too_big(size, "document"))
-        if "\0" in text:  # half of the bytes of UTF-16, which are UTF-8 too where its text is ASCII
+        if "\0" in text:  # UTF-16 of ASCII text is valid UTF-8 with NULs
             raise BadRecord("holds a NUL character, as UTF-16 or binary data do; convert it to UTF-8 text")
         chars = len(text.strip())
         if chars < self._min:
@@ -47,7 +47,7 @@ class Intake:
 
 
 def too_big(size: int, what: str, at_least: bool = False) -> str:
-    """Why a document, line or member of ``size`` bytes is refused."""
+    """Reason for rejecting a document, line or member of ``size`` bytes."""
     over = "over " if at_least else ""
     return f"a {what} of {over}{size} bytes; the limit is {MAX_DOCUMENT}; split it into documents"
 
@@ -56,7 +56,7 @@ def encodable(text: str, what: str) -> bytes:
     """UTF-8 of ``text``.
 
     Raises:
-        BadRecord: it holds half of a surrogate pair, which JSON can write but is no character.
+        BadRecord: it has a lone surrogate, which JSON can encode and UTF-8 cannot.
     """
     try:
         return text.encode()
@@ -68,10 +68,10 @@ def encodable(text: str, what: str) -> bytes:
 
 
 def decode(data: bytes, at: int, place: str = "byte") -> str:
-    """``data`` as UTF-8; ``at`` is where it begins, for the message.
+    """Decode UTF-8; ``at`` is the offset of ``data``, for the message.
 
     Raises:
-        BadRecord: it is not UTF-8; names the position and the value of the first wrong byte.
+        BadRecord: not UTF-8; names position and value of the first wrong byte.
     """
     try:
         return data.decode()
@@ -82,7 +82,7 @@ def decode(data: bytes, at: int, place: str = "byte") -> str:
 
 
 def parse_object(data: bytes, at: int, text_field: str) -> dict[str, Any]:
-    """The JSON object in ``data``, which begins at byte ``at`` of the file.
+    """Parse a JSON object at byte ``at`` of the file.
 
     Raises:
         BadRecord: not UTF-8, not JSON, or not an object.
@@ -102,7 +102,7 @@ def text_of(record: dict[str, Any], fields: Fields) -> str:
     """The text of a JSON object.
 
     Raises:
-        BadRecord: it is missing or not a string; names the field that may have been meant.
+        BadRecord: it is missing or not a string; suggests the likely field.
     """
     text = record.get(fields.text_field)
     if isinstance(text, str):
@@ -144,18 +144,18 @@ def text_remedy(fields: Fields, strings: dict[str, int]) -> str:
 
 
 def listed(names: Iterable[str], most: int = 20) -> str:
-    """Names for a message, not endlessly many."""
+    """The first ``most`` names and the number of others, for a message."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(repr(name[:80]) for name in names[:most]) + more or "none at all"
 
 
 def one_line(text: str) -> str:
-    """A name in a message: as it is if that is harmless, else quoted and cut."""
+    """A name for a message; a long one, or one with spaces or control characters, is quoted and shortened."""
     return text if text.isprintable() and " " not in text and len(text) <= 80 else repr(text[:80])
 
 
 def json_type(value: object) -> str:
-    """What JSON calls the type of a parsed value."""
+    """JSON's name for the type of a parsed value."""
     names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")

@@ -1,4 +1,4 @@
-"""Byte streams of plain and packed files in which every failure is a DataError and a cut is a failure."""
+"""Byte streams of plain and compressed files: read failures, truncation and corruption raise DataError."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from zstandard import ZstdDecompressionObj
 
 BUFFER = 1 << 20
-# What is given to zstd at once. One block of 128 KB can be packed into 4 bytes, so this bounds what comes back:
-# 32 MB, held twice while zstandard joins it.
-ZST_PIECE = 1 << 10
-ZST_WINDOW = 1 << 31  # bytes; the most that the format's long mode asks for
+# Compressed bytes per call of zstd. A block of 128 KB can compress to 4 bytes, so this bounds the output to 32 MB,
+# of which zstandard has two copies in memory while it joins blocks.
+ZST_CHUNK = 1 << 10
+ZST_WINDOW = 1 << 31  # bytes; largest window of the format's long mode
 SKIP = 1 << 20
-WHOLE = sys.maxsize  # an end for what is read until there is no more
+WHOLE = sys.maxsize  # end of a read to the end of the stream
 
 
 @contextmanager
 def open_checked(source: Source, local: Path) -> Iterator[io.FileIO]:
-    """The stored bytes of ``source`` from its copy at ``local``, after a look at its type and size.
+    """The stored bytes of ``source`` from ``local``, once type and size are checked.
 
     Raises:
-        DataError: it cannot be opened, is not a file, or has not the size it was listed with.
+        DataError: it cannot be opened, is not a file, or its size differs from the listing.
     """
     try:
         file = local.open("rb", buffering=0)
@@ -49,7 +49,7 @@ def open_checked(source: Source, local: Path) -> Iterator[io.FileIO]:
 
 
 def check_size(source: Source, file: io.FileIO) -> None:
-    """Raise DataError if the open file is not as long as it was when it was listed."""
+    """Raise DataError if the size of the open file differs from the listing."""
     size = os.fstat(file.fileno()).st_size
     if size != source.bytes:
         raise DataError(
@@ -60,11 +60,11 @@ def check_size(source: Source, file: io.FileIO) -> None:
 
 @contextmanager
 def open_stream(source: Source, local: Path, begin: int = 0) -> Iterator[BinaryIO]:
-    """The unpacked bytes of ``source`` from byte ``begin`` of the file (packed: 0), to be read forwards.
+    """The uncompressed bytes of ``source`` from byte ``begin`` of the file (0 if compressed), read forwards.
 
     Raises:
-        DataError: as :func:`open_checked`; a packed file is empty; zstandard is missing. Reading raises it for a
-            file that is cut, corrupt, unreadable or changed in size.
+        DataError: as :func:`open_checked`; a compressed file is empty; zstandard is missing. Reading raises it for
+            a file that is cut, corrupt, unreadable or changed in size.
     """
     with open_checked(source, local) as file:
         if source.compression and not source.bytes:
@@ -85,7 +85,7 @@ class _Readable(Protocol):
 
 
 class _Checked(io.RawIOBase):
-    """Turns every failure of ``unpacked`` into a DataError, and looks at the size once more at the end."""
+    """Raises DataError for every failure of ``unpacked``, and checks the size again at the end."""
 
     def __init__(self, source: Source, file: io.FileIO, unpacked: _Readable):
         self._source, self._file, self._unpacked, self._done = source, file, unpacked, 0
@@ -117,11 +117,11 @@ class _Checked(io.RawIOBase):
 
 
 class _CorruptZst(Exception):
-    """What zstandard says of damaged data."""
+    """zstandard's error for damaged data."""
 
 
 class _ZstReader(io.RawIOBase):
-    """Frames of zstd one after another. zstandard's own reader takes a frame that is cut for its end."""
+    """Reader of consecutive zstd frames. zstandard's own reader ends at a truncated frame without an error."""
 
     def __init__(self, source: Source, file: io.FileIO):
         try:
@@ -131,9 +131,9 @@ class _ZstReader(io.RawIOBase):
         self._file = io.BufferedReader(file, BUFFER)
         self._error = zstandard.ZstdError
         self._frames = zstandard.ZstdDecompressor(max_window_size=ZST_WINDOW)
-        self._frame: ZstdDecompressionObj | None = None  # the one being unpacked
-        self._packed = b""  # read and not yet unpacked
-        self._text = memoryview(b"")  # unpacked and not yet handed out
+        self._frame: ZstdDecompressionObj | None = None  # being decompressed
+        self._packed = b""  # read and not yet decompressed
+        self._text = memoryview(b"")  # decompressed and not yet returned
 
     def readable(self) -> bool:
         return True
@@ -141,7 +141,7 @@ class _ZstReader(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer) -> int:
         target = memoryview(buffer)
         while not self._text:
-            self._packed = self._packed or self._file.read(ZST_PIECE)
+            self._packed = self._packed or self._file.read(ZST_CHUNK)
             if not self._packed:
                 if self._frame is not None:
                     raise EOFError
@@ -165,10 +165,10 @@ class _ZstReader(io.RawIOBase):
 
 
 def read_lines(stream: BinaryIO, begin: int, end: int, limit: int) -> Iterator[tuple[int, bytes | None]]:
-    """(offset, line with its end) for the lines that start at bytes ``begin`` to ``end - 1``.
+    """Yield (offset, line with its line end) for the lines that start at bytes ``begin`` to ``end - 1``.
 
-    ``stream`` stands at byte ``begin - 1``, or at 0 if ``begin`` is 0. A line of more than ``limit`` bytes is not
-    held: None comes instead.
+    ``stream`` is at byte ``begin - 1``, or at 0 if ``begin`` is 0. None stands for a line of more than ``limit``
+    bytes, which is never in memory whole.
     """
     offset = begin
     if begin:
@@ -189,17 +189,17 @@ def read_lines(stream: BinaryIO, begin: int, end: int, limit: int) -> Iterator[t
 
 
 def _skip_line(stream: BinaryIO, enough: int) -> int:
-    """Bytes read up to and with the next line end, or ``enough`` or a few more if there is none so far."""
+    """Skip to the next line end, or at least ``enough`` bytes; returns the bytes skipped."""
     skipped = 0
-    while skipped < enough and (piece := stream.readline(SKIP)):
-        skipped += len(piece)
-        if piece.endswith(b"\n"):
+    while skipped < enough and (chunk := stream.readline(SKIP)):
+        skipped += len(chunk)
+        if chunk.endswith(b"\n"):
             break
     return skipped
 
 
 def sha256_source(source: Source, local: Path) -> str:
-    """sha256 of the stored bytes, packed or not; raises DataError where they cannot be read."""
+    """sha256 of the stored bytes; raises DataError if they cannot be read."""
     try:
         return sha256_file(local)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Members of tar streams, with an error for every damage that tarfile passes over."""
+"""Members of tar streams, with errors for damage that tarfile ignores."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ NO_PAYLOAD = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYP
 class TarMembers:
     """Members of a tar stream, in order.
 
-    Headers are parsed by :mod:`tarfile`, but it is not used to walk through the archive: it takes a damaged header,
-    a cut between members and a missing end for the end of the archive, and each of them is an error here.
+    :mod:`tarfile` parses the headers. It does not walk the archive, because it takes a damaged header, a cut between
+    members and a missing end for the end of the archive; each of them is an error here.
     """
 
     def __init__(self, stream: BinaryIO, path: str):
         self._stream, self._path = stream, path
         self._at = 0  # bytes read
-        self._next = 0  # where the next header is
-        self._size = 0  # of the payload that begins here
+        self._next = 0  # offset of the next header
+        self._size = 0  # of the current member's payload
 
     def payload(self) -> bytes:
-        """The payload of the member that came last; to be asked for once."""
+        """Read the payload of the current member; call it once."""
         return self._read(self._size)
 
     def __iter__(self) -> Iterator[tarfile.TarInfo]:
-        """Members with their full names and sizes; ``offset_data`` is where the payload begins."""
+        """Yield members with full names and sizes; ``offset_data`` is the offset of the payload."""
         name: str | None = None  # from the headers before the member
         size: int | None = None
         while (header := self._header()) is not None:
@@ -61,7 +61,7 @@ class TarMembers:
         self._finish()
 
     def _header(self) -> tarfile.TarInfo | None:
-        """The next header, or None for the first of the two zero blocks that end an archive."""
+        """Read the next header; None for the first of the two zero blocks that end an archive."""
         self._pass_by(self._next - self._at)
         block = self._read(BLOCK)
         self._next, self._size = self._at, 0
@@ -82,14 +82,14 @@ class TarMembers:
         self._next = self._at + -(-size // BLOCK) * BLOCK
 
     def _meta(self, header: tarfile.TarInfo) -> bytes:
-        """What an extended header holds."""
+        """Read the payload of an extended header."""
         if header.size > MAX_HEADER:
             raise self._damaged(f"an extended header of {header.size} bytes")
         self._payload_here(header.size)
         return self._read(header.size)
 
     def _pairs(self, data: bytes) -> dict[str, str]:
-        """Keywords and values of a pax header: ``<length> <keyword>=<value>\\n``, again and again."""
+        """Keywords and values of a pax header: repeated ``<length> <keyword>=<value>\\n``."""
         pairs: dict[str, str] = {}
         while data.strip(b"\0"):
             digits, space, _ = data.partition(b" ")
@@ -109,7 +109,7 @@ class TarMembers:
         return int(digits)
 
     def _finish(self) -> None:
-        """Check the end of the archive, and what comes after it: zeros, if anything."""
+        """Check the end of the archive; only zeros may follow it."""
         if any(self._read(BLOCK)):
             raise self._damaged("a block of zeros")
         while rest := self._stream.read(1 << 20):

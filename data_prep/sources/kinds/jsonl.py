@@ -1,4 +1,4 @@
-"""JSON objects, one a line: `--text-field`, `--id-field`."""
+"""JSON objects, one per line: `--text-field`, `--id-field`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from data_prep.sources.records import BadRecord, Intake, id_of, parse_object, te
 
 
 class JsonLines(InputKind):
-    """JSON objects, one a line. Lines of white space count as nothing; an offset is the byte of the line."""
+    """JSON objects, one per line; blank lines are skipped. An offset is the byte of the line."""
 
     suffixes = (".jsonl",)
 
     def parts(self, source: Source, target_bytes: int) -> list[Part]:
-        """Stretches of lines."""
+        """Byte ranges of lines."""
         return line_parts(source, target_bytes)
 
     def read(self, part: Part, local: Path, intake: Intake) -> Iterator[Document]:
-        """One document a line."""
+        """Yield one document per line."""
         fields = intake.fields
         for offset, line, at in part_lines(part, local, intake):
             if not line.strip():

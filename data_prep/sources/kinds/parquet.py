@@ -1,4 +1,4 @@
-"""Parquet, one document a row: `--text-field`, `--id-field`."""
+"""Parquet, one document per row: `--text-field`, `--id-field`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from data_prep.sources.kinds import InputKind
 from data_prep.sources.records import BadRecord, Intake, decode, listed, text_remedy
 from data_prep.sources.streams import check_size, open_checked
 
-BATCH_BYTES = 16 << 20  # unpacked text of one batch, by the average row of its group
+BATCH_BYTES = 16 << 20  # uncompressed bytes of one batch, by the mean row of its group
 BATCH_ROWS = 4096
 Text = bytes | None
 Id = bytes | int | None
 
 
 class Parquet(InputKind):
-    """Parquet, one document a row. An offset is the row."""
+    """Parquet, one document per row. An offset is the row."""
 
     suffixes = (".parquet",)
-    compressions = ()  # it packs its columns itself
+    compressions = ()  # the format compresses its columns
 
     def parts(self, source: Source, target_bytes: int) -> list[Part]:
-        """Neighbouring row groups up to the target, from the footer; a remote file is one part.
+        """Consecutive row groups up to the target, from the footer; a remote file is one part.
 
-        The stored size of a group is taken by proportion.
+        A group's share of the stored bytes is taken from its uncompressed size.
 
         Raises:
             DataError: the footer cannot be read, or pyarrow is missing.
@@ -47,13 +47,13 @@ class Parquet(InputKind):
         return parts or [Part(source, 0, 0, stored=source.bytes)]
 
     def stored_before(self, source: Source, local: Path, offset: int) -> float:
-        """By proportion of the rows."""
+        """Stored bytes in proportion to the rows."""
         import pyarrow.parquet
 
         return float(source.bytes * (offset + 1) / pyarrow.parquet.read_metadata(local).num_rows)
 
     def read(self, part: Part, local: Path, intake: Intake) -> Iterator[Document]:
-        """One document a row."""
+        """Yield one document per row."""
         source, fields = part.source, intake.fields
         with open_checked(source, local) as file, _opened(source, file) as parquet:
             with _failures(source, file):
@@ -73,13 +73,13 @@ class Parquet(InputKind):
 
 
 def group_sizes(source: Source, local: Path) -> list[int]:
-    """Size of each row group in unpacked bytes, from the footer alone.
+    """Uncompressed bytes of each row group, from the footer alone.
 
     Raises:
         DataError: the file cannot be opened, is cut or is not Parquet.
     """
     with open_checked(source, local) as file, _opened(source, file) as parquet:
-        # Not the packed sizes, which the columns hold: to look at a damaged column ends the whole process (pyarrow 26).
+        # Not the compressed sizes of the columns: reading those of a damaged column aborts the process (pyarrow 26).
         groups = map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups))
         return [max(0, group.total_byte_size) for group in groups]
 
@@ -101,7 +101,7 @@ def _document(row: int, text: Text, identity: Id, intake: Intake) -> Document | 
 def _batches(
     source: Source, file: io.FileIO, parquet: Any, group: int, text_column: str, id_column: str | None
 ) -> Iterator[tuple[list[Text], list[Id]]]:
-    """(texts, ids) of a row group, a bounded number of bytes at a time; strings as bytes, UTF-8 or not."""
+    """Yield (texts, ids) of a row group in batches of bounded bytes; strings as bytes, UTF-8 or not."""
     metadata = parquet.metadata.row_group(group)
     mean = max(1, metadata.total_byte_size // max(1, metadata.num_rows))
     rows = max(1, min(BATCH_ROWS, BATCH_BYTES // mean))
@@ -137,10 +137,10 @@ def _cells(column: Any) -> list[Any]:
 
 
 def _columns(source: Source, schema: Any, fields: Fields) -> tuple[str, str | None]:
-    """Names of the text column and of the id column, None if there is none of ids.
+    """Names of the text column and of the id column, which may be None.
 
     Raises:
-        DataError: no text column, or one of the two has a type that is of no use.
+        DataError: no text column, or one of the two has the wrong type.
     """
     import pyarrow as pa
 
@@ -177,13 +177,13 @@ def _demand(source: Source, name: str, arrow: Any, test: Callable[..., bool], wa
 
 @contextmanager
 def _opened(source: Source, file: io.FileIO) -> Iterator[Any]:
-    """The file as pyarrow sees it."""
+    """Open a file as :class:`pyarrow.parquet.ParquetFile`."""
     try:
         import pyarrow.parquet as pq
     except ImportError:
         raise DataError(f"{source.path}: pyarrow is needed for Parquet and is not installed; {EXTRA}") from None
     with _failures(source, file):
-        # Pages are read as they are needed, not whole columns, and their checksums looked at where there are any.
+        # Reads pages as they are needed, not whole columns, and checks their checksums if there are any.
         parquet = pq.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
     with parquet:
         yield parquet
@@ -191,7 +191,7 @@ def _opened(source: Source, file: io.FileIO) -> Iterator[Any]:
 
 @contextmanager
 def _failures(source: Source, file: io.FileIO) -> Iterator[None]:
-    """Whatever pyarrow raises, as a DataError."""
+    """Raise DataError for every exception of pyarrow."""
     import pyarrow as pa
 
     try:

@@ -1,4 +1,4 @@
-"""Plain text: a document a line, or a file with `--text-documents file`."""
+"""Plain text: a document per line, or per file with `--text-documents file`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from data_prep.sources.streams import open_stream
 
 
 class Text(InputKind):
-    """Plain text, a document a line or a file. An offset is the byte of the line."""
+    """Plain text, a document per line or per file. An offset is the byte of the line."""
 
     suffixes = (".txt",)
 
     def parts(self, source: Source, target_bytes: int) -> list[Part]:
-        """Stretches of lines."""
+        """Byte ranges of lines."""
         return line_parts(source, target_bytes)
 
     def read(self, part: Part, local: Path, intake: Intake) -> Iterator[Document]:
-        """One document for each line that is not blank, or for the file."""
+        """Yield one document per line that is not blank, or one for the file."""
         if intake.fields.text_documents == "file":
             if part.begin == 0:  # the only part in which the document starts
                 yield from _whole_file(part, local, intake)
@@ -45,7 +45,7 @@ def _whole_file(part: Part, local: Path, intake: Intake) -> Iterator[Document]:
         bom = len(BOM) if data.startswith(BOM) else 0
         size = len(data) - bom
         if size > records.MAX_DOCUMENT:
-            while stream.read(1 << 20):  # the rest may be damaged, which must not go unseen
+            while stream.read(1 << 20):  # the rest may be damaged, which must raise
                 pass
     try:
         if size > records.MAX_DOCUMENT:

@@ -1,4 +1,4 @@
-"""WebDataset tars, one document a sample: its `.txt` member, or the fields of its `.json` member."""
+"""WebDataset tars, one document per sample: its `.txt` member, or the fields of its `.json` member."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ TEXTS = ("txt", "json")
 
 
 class WebDataset(InputKind):
-    """WebDataset tars of text. Neighbouring members with one key are one sample; an offset is that of the payload.
+    """WebDataset tars of text. Consecutive members with one key are one sample. An offset is that of the payload.
 
-    The library groups members to samples; headers are checked here (:class:`TarMembers`), because the library reads a
-    tar that is cut between members without an error. Members are raw bytes: nothing is decoded but text and JSON.
-    A key is the name up to the first dot of the base name; members without a dot or with a hidden name belong to no
-    sample.
+    The library groups members into samples. :class:`TarMembers` checks the headers, because the library reads a tar
+    that is cut between members without an error. Only text and JSON members are decoded. A key is the name up to the
+    first dot of the base name; members without a dot and hidden files are ignored.
     """
 
     suffixes = (".tar",)
 
     def read(self, part: Part, local: Path, intake: Intake) -> Iterator[Document]:
-        """One document a sample, called by its key unless its JSON has an id."""
+        """Yield one document per sample; its id is that of the JSON, or the key."""
         try:
             from webdataset.tariterators import group_by_keys
         except ImportError:
@@ -56,7 +55,7 @@ class WebDataset(InputKind):
 
 @dataclass
 class _Member:
-    """A member of a sample; ``payload`` is None where it is not wanted or too big."""
+    """A member of a sample; ``payload`` is None if it is not needed or too big."""
 
     info: tarfile.TarInfo
     offset: int
@@ -66,10 +65,10 @@ class _Member:
 
 @dataclass
 class _Sample:
-    """What is needed of the members of one key."""
+    """Text and JSON of the members with one key."""
 
     key: str
-    offset: int  # of its text; of its first member while there is none
+    offset: int  # of its text, or else of its first member
     problem: str | None = None
     text: bytes | None = None
     meta: bytes | None = None
@@ -97,9 +96,9 @@ def _document(sample: _Sample, intake: Intake) -> Document | None:
 
 
 def _members(tar: TarMembers) -> Iterator[dict[str, Any]]:
-    """Members of samples in the form of :func:`webdataset.tariterators.group_by_keys`.
+    """Yield members of samples in the form for :func:`webdataset.tariterators.group_by_keys`.
 
-    The name is (key, number), so that two members of one name stay two.
+    The name is (key, number), so that the library does not merge two members of one name.
     """
     key, taken = None, set[str]()
     for number, info in enumerate(tar):
@@ -122,7 +121,7 @@ def _key_and_number(name: tuple[str, str]) -> tuple[str, str]:
 
 
 def _sample(key: str, members: list[_Member], seen: set[str]) -> _Sample:
-    """The sample of the members with one key, and what is wrong with it; ``seen`` has the keys before it."""
+    """Make the sample of the members with one key, with its problem, if any; ``seen`` has the earlier keys."""
     sample = _Sample(key, members[0].offset)
     if key in seen:
         sample.problem = f"a second sample with the key {key!r}; rename it"
@@ -134,7 +133,7 @@ def _sample(key: str, members: list[_Member], seen: set[str]) -> _Sample:
 
 
 def _take(sample: _Sample, member: _Member) -> str | None:
-    """Put the payload of a member into its sample; returns what is wrong with it, if anything."""
+    """Put the payload of a member into its sample; returns the problem, if any."""
     if not member.info.isreg():
         return f"member {member.info.name!r} is a link or device, not a file; store the file itself"
     if (sample.text if member.extension == "txt" else sample.meta) is not None:
