@@ -74,7 +74,7 @@ def make_manifest(
     nats = unigram_nats(counts["validation"], counts["train"] + 1)
     skipped = {why: sum(result.skipped.get(why, 0) for result in results) for why in ("short", "long")}
     return Manifest(
-        package_version=_version(),
+        package_version=package_version(),
         length=config.length,
         dtype="<u2" if token_dtype(special.vocab_size).itemsize == 2 else "<u4",
         vocab_size=special.vocab_size,
@@ -116,7 +116,8 @@ def _split(name: SplitName, jobs: Sequence[ShardJob], results: Sequence[Encoded]
     )
 
 
-def _version() -> str:
+def package_version() -> str:
+    """Version of this package, for manifests."""
     try:
         return metadata.version("bd3-megatron")
     except metadata.PackageNotFoundError:

@@ -4,6 +4,11 @@ A data set is a folder::
 
     manifest.json  tokenizer.json  rejects.jsonl (if any)
     train/train-000000.tar ...  validation/validation-000000.tar ...
+
+or a folder of token tars that others have written, with an index beside them (``bd3 prep --index``, version 3)::
+
+    manifest.json  tokenizer.json  index/train-*.npy  index/validation-*.npy
+    any/name.tar ...
 """
 
 from __future__ import annotations
@@ -12,11 +17,11 @@ import json
 import os
 import re
 import stat
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Final, Literal, NamedTuple, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from bd3_common.atomic import write_text
 from data_prep.errors import DataError
@@ -25,6 +30,8 @@ from data_prep.format.pack import Packing
 
 FORMAT: Final = "bd3-rows"
 VERSION: Final = 2
+INDEX_VERSION: Final = 3
+"""version of a manifest over token tars of others"""
 MANIFEST = "manifest.json"
 TOKENIZER: Final = "tokenizer.json"
 REJECTS = "rejects.jsonl"
@@ -64,6 +71,25 @@ class Shard(Record):
     members: list[tuple[Count, Count, Count, Count]]
 
 
+class IndexedShard(Shard):
+    """One tar of others, and which part of the split's index is about it. It has no members of ours.
+
+    Both splits may take samples of one tar: ``rows`` are those of this split.
+    """
+
+    name: str = Field(pattern=r"\.tar$", description="path below the data set's folder")
+    samples: Count = Field(description="samples that the split takes from it, the next ones of the index")
+    encoding: Literal["npy", "json"]
+    dtype: str | None = Field(description="of the arrays in npy members, as numpy writes it")
+
+    @field_validator("name")
+    @classmethod
+    def _stays_below(cls, name: str) -> str:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ValueError("leaves the folder of the data set")
+        return name
+
+
 class Split(Record):
     """One half of the data set. ``tokens`` = ``rows`` x length; ``dropped_tokens`` filled no row."""
 
@@ -73,7 +99,19 @@ class Split(Record):
     tokens: Count
     dropped_tokens: Count
     unigram_entropy: float = Field(description="nats per token of its own counts, position 0 left out")
-    shards: list[Shard]
+    # A list of ours is taken for what it is at once; other tars have keys that ours have not.
+    shards: list[Annotated[Shard | IndexedShard, Field(union_mode="left_to_right")]]
+
+
+class IndexedSplit(Split):
+    """A split of token tars that others have written.
+
+    The index is int64 ``[samples, 3]``, shard after shard: first byte of the sample's ids in the tar (behind an npy
+    header), bytes, and ids. Rows are cut from the ids of a shard, sample after sample; what fills no row is dropped.
+    """
+
+    index: str = Field(pattern=r"^index/(train|validation)-[0-9a-f]{12}\.npy$", description="named by its content")
+    index_sha256: Sha256
 
 
 class SourceFile(Record):
@@ -107,11 +145,17 @@ class Recipe(Record):
     rows_per_shard: int
 
 
+class IndexRecipe(Recipe):
+    """What decides the rows of token tars that others have written."""
+
+    index_member: str | None = Field(description="extension of the members that hold the ids")
+
+
 class Manifest(Record):
     """Contents of ``manifest.json``."""
 
     format: Literal["bd3-rows"] = FORMAT
-    version: Literal[2] = VERSION
+    version: Literal[2, 3] = VERSION
     package_version: str
     length: int = Field(ge=4, description="tokens per row, L")
     dtype: Literal["<u2", "<u4"]
@@ -121,7 +165,7 @@ class Manifest(Record):
     mask_id: Count
     tokenizer: Literal["tokenizer.json"] = TOKENIZER
     tokenizer_sha256: Sha256
-    recipe: Recipe
+    recipe: Annotated[Recipe | IndexRecipe, Field(union_mode="left_to_right")]
     sources: list[SourceFile]
     rejects: Count = Field(default=0, description=f"records left out as unreadable, listed in {REJECTS}")
     skipped: dict[str, Count] = Field(default={}, description="documents left out by length: short, long")
@@ -130,7 +174,12 @@ class Manifest(Record):
         "position 0 of each row is left out of both"
     )
     validation_unigram_perplexity: float = Field(description="exp(validation_unigram_nats): what a model must beat")
-    splits: dict[SplitName, Split]
+    splits: dict[SplitName, Annotated[Split | IndexedSplit, Field(union_mode="left_to_right")]]
+
+
+def shard_path(split: SplitName, shard: Shard) -> str:
+    """Path of a shard below the data set's folder, with ``/``."""
+    return shard.name if isinstance(shard, IndexedShard) else f"{split}/{shard.name}"
 
 
 def unigram_nats(counts: np.ndarray, weights: np.ndarray) -> float:
@@ -183,8 +232,9 @@ def parse_manifest(text: bytes, where: str | Path) -> Manifest:
         raise DataError(f"{where}: not JSON ({error}); {again}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{where}: not the manifest of a data set; name a folder that bd3 prep wrote")
-    if content.get("version") != VERSION:
-        raise DataError(f"{where}: version={content.get('version')}: this program reads version {VERSION}; {again}")
+    if content.get("version") not in (VERSION, INDEX_VERSION):
+        known = f"{VERSION} and {INDEX_VERSION}"
+        raise DataError(f"{where}: version={content.get('version')}: this program reads versions {known}; {again}")
     raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: damaged ({first['msg']}); {again}")
 
 
@@ -200,9 +250,8 @@ def check_files(folder: Path, manifest: Manifest, splits: tuple[SplitName, ...] 
     identities = []
     for split in splits:
         # One look per shard and no Path objects: data sets have tens of thousands of shards.
-        where = os.path.join(folder, split)
         for shard in manifest.splits[split].shards:
-            path = os.path.join(where, shard.name)
+            path = os.path.join(folder, shard_path(split, shard))
             try:
                 status = os.stat(path)
             except OSError:

@@ -5,25 +5,30 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
 from data_prep.format.manifest import (
     MANIFEST,
     MEND,
+    IndexedShard,
+    IndexedSplit,
     Manifest,
     SplitName,
     check_files,
     load_manifest,
     parse_manifest,
+    shard_path,
 )
 from data_prep.format.remote import fetch, is_remote
 from data_prep.read.cache import RemoteShard, ShardCache
+from data_prep.read.indexed import IndexedRows
 from data_prep.read.open_files import OpenFiles, ShardFile, bytes_of
 
 
@@ -61,10 +66,14 @@ class RowReader:
                 f"{folder}: its largest shard has {largest} bytes, more than the cache {cache.folder} may hold "
                 f"({cache.limit}); raise its limit (data.cache_gb)"
             )
-        self._index_members()
+        self._indexed: IndexedRows | None = None
+        if isinstance(stated := self.manifest.splits[split], IndexedSplit):
+            self._indexed = self._open_index(stated)
+        else:
+            self._index_members()
 
     def __len__(self) -> int:
-        return int(self._first[-1])
+        return self._rows
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """Rows ``[n, length]`` in the stored type for row numbers ``[n]``.
@@ -73,6 +82,8 @@ class RowReader:
             IndexError: a number is not in ``[0, len(self))``.
             DataError: a shard cannot be fetched, or was removed, replaced or cut since the data set was opened.
         """
+        if self._indexed is not None:
+            return self._indexed.rows(self._checked(indices))
         member, local = self._locate(indices)
         size = self.length * self.dtype.itemsize
         shard, offset = self._shard[member], self._tokens_offset[member] + local * size
@@ -96,6 +107,10 @@ class RowReader:
         Raises:
             IndexError, DataError: as :meth:`rows`.
         """
+        if self._indexed is not None and self.manifest.recipe.documents:
+            return self._indexed.document_numbers(self._checked(indices))
+        if self._indexed is not None:
+            return np.zeros((len(self._checked(indices)), self.length), np.int64)
         member, local = self._locate(indices)
         out = np.zeros((len(member), self.length), np.int64)
         for number in np.unique(member).tolist():
@@ -113,8 +128,8 @@ class RowReader:
         A failure is raised when rows of that shard are asked for.
         """
         if self.remote:
-            member, _ = self._locate(indices)
-            shards = dict.fromkeys(self._shard[member].tolist())
+            ends = np.cumsum(self.shard_rows())
+            shards = dict.fromkeys(np.searchsorted(ends, self._checked(indices), side="right").tolist())
             self._shard_cache.prefetch([self._remote_shard(number) for number in shards])
 
     def copy_tokenizer(self, to: Path) -> None:
@@ -154,7 +169,7 @@ class RowReader:
             for number in range(share, len(self.shards), shares):
                 self._shard_cache.ensure(self._remote_shard(number))
             return
-        expected = {self._root / self.split / shard.name: shard.sha256 for shard in self.shards[share::shares]}
+        expected = {self._root / shard_path(self.split, shard): shard.sha256 for shard in self.shards[share::shares]}
         if share == 0:
             expected[self._root / self.manifest.tokenizer] = self.manifest.tokenizer_sha256
         for path, digest in expected.items():
@@ -169,11 +184,15 @@ class RowReader:
     @property
     def documents_started(self) -> int:
         """Documents that have a token in the rows; 0 where the data set does not say."""
+        if self._indexed is not None:
+            return self._indexed.documents if self.manifest.recipe.documents else 0
         return int(self._starts.sum())
 
     @property
     def unfinished(self) -> np.ndarray:
         """Numbers, int64, of documents whose last tokens may have filled no row: the last one, or none."""
+        if self._indexed is not None:
+            return self._indexed.unfinished if self.manifest.recipe.documents else np.array([], np.int64)
         cut = self.manifest.splits[self.split].dropped_tokens > 0 and self.documents_started > 0
         return np.array([self.documents_started - 1] if cut else [], np.int64)
 
@@ -189,6 +208,7 @@ class RowReader:
         self._tokens_offset, self._docs_offset, rows, self._starts = map(np.ascontiguousarray, columns)
         self._shard = np.repeat(np.arange(len(counts)), counts)
         self._first = np.concatenate([[0], np.cumsum(rows)])  # row with which each member begins
+        self._rows = int(self._first[-1])
         self._first_document = np.cumsum(self._starts) - self._starts  # documents that start before each member
         sizes = np.array([shard.bytes for shard in self.shards], np.int64)[self._shard]
         bad = (self._tokens_offset + rows * self.length * self.dtype.itemsize > sizes) | (
@@ -197,6 +217,24 @@ class RowReader:
         if bad.any():
             name = self.shards[self._shard[bad.argmax()]].name
             raise DataError(f"{self.folder}/{self.split}/{name}: its rows lie outside it in the manifest; {MEND}")
+
+    def _open_index(self, split: IndexedSplit) -> IndexedRows:
+        """The samples of token tars that others have written."""
+        with ExitStack() as stack:
+            path = self._root / split.index
+            if self.remote:
+                path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "index.npy"
+                fetch(f"{self.folder}/{split.index}", path, sha256=split.index_sha256)
+            else:
+                self._check_digest(path, split.index_sha256)
+            try:
+                index = np.load(path, allow_pickle=False)
+                shards = [shard for shard in split.shards if isinstance(shard, IndexedShard)]
+                found = IndexedRows(shards, index, self.length, self.dtype, self._file)
+            except (ValueError, TypeError) as error:
+                raise DataError(f"{self.folder}/{split.index}: {error}; write it again with bd3 prep --index") from None
+        self._rows = sum(shard.rows for shard in split.shards)
+        return found
 
     def _document_starts(self, member: int) -> np.ndarray:
         """Document starts of a member, int32 ``[starts, 2]``: row within the member, and position, in that order."""
@@ -215,14 +253,20 @@ class RowReader:
         return self.cache
 
     def _path(self, number: int) -> Path:
-        return self._root / self.split / self.shards[number].name
+        return self._root / shard_path(self.split, self.shards[number])
 
     def _remote_shard(self, number: int) -> RemoteShard:
         shard = self.shards[number]
-        return RemoteShard(f"{self.folder}/{self.split}/{shard.name}", shard.bytes, shard.sha256)
+        return RemoteShard(f"{self.folder}/{shard_path(self.split, shard)}", shard.bytes, shard.sha256)
 
     def _locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(member, row within it) of each row number."""
+        indices = self._checked(indices)
+        member = np.searchsorted(self._first, indices, side="right") - 1
+        return member, indices - self._first[member]
+
+    def _checked(self, indices: np.ndarray) -> NDArray[np.int64]:
+        """Row numbers as int64; IndexError for anything else."""
         indices = np.asarray(indices)
         if indices.ndim != 1 or not (indices.dtype.kind in "iu" or indices.size == 0):
             raise IndexError(
@@ -235,8 +279,7 @@ class RowReader:
                 f"row {outside[0]}: the {self.split} split of {self.folder} has rows 0 to {len(self) - 1}; "
                 "take numbers from a RowOrder of its length"
             )
-        member = np.searchsorted(self._first, indices, side="right") - 1
-        return member, indices - self._first[member]
+        return indices
 
 
 def _runs(shard: np.ndarray, offset: np.ndarray, size: int) -> Iterator[tuple[int, list[tuple[int, int, int]]]]:

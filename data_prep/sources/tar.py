@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Protocol
 
 from data_prep.errors import DataError
 
@@ -15,6 +15,13 @@ EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 NO_PAYLOAD = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
 
 
+class Readable(Protocol):
+    """A stream of bytes that is read from front to back."""
+
+    def read(self, count: int, /) -> bytes:
+        """The next ``count`` bytes, fewer at the end."""
+
+
 class TarMembers:
     """Members of a tar stream, in order.
 
@@ -22,7 +29,7 @@ class TarMembers:
     members and a missing end for the end of the archive; each of them is an error here.
     """
 
-    def __init__(self, stream: BinaryIO, path: str):
+    def __init__(self, stream: Readable, path: str):
         self._stream, self._path = stream, path
         self._at = 0  # bytes read
         self._next = 0  # offset of the next header

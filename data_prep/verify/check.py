@@ -18,6 +18,7 @@ from data_prep.build.progress import Progress, Report
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
 from data_prep.format.manifest import (
+    INDEX_VERSION,
     MANIFEST,
     REJECTS,
     SPLITS,
@@ -107,10 +108,14 @@ def check(
             raise
         reasons = Reasons([str(error).removeprefix(f"{folder / MANIFEST}: ")])
         return Checked(folder, {str(folder / MANIFEST): reasons})
-    return _Check(folder, manifest, report).run(workers, samples, seed)
+    if manifest.version == INDEX_VERSION:
+        from data_prep.verify.check_index import IndexCheck  # which derives from this module's class
+
+        return IndexCheck(folder, manifest, report).run(workers, samples, seed)
+    return Check(folder, manifest, report).run(workers, samples, seed)
 
 
-class _Check:
+class Check:
     """One check of one data set."""
 
     def __init__(self, folder: Path, manifest: Manifest, report: Report):

@@ -1,4 +1,4 @@
-"""`bd3 prep`: text to a data set, from the command line."""
+"""`bd3 prep`: text to a data set, or an index over token tars that are there already."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import sys
 
 from pydantic import Field
 
+from data_prep.build.index import IndexConfig, index_folder
 from data_prep.build.plan import PrepConfig
 from data_prep.build.prep import prep
+from data_prep.format.manifest import Manifest
 from pretrain.config.command_line import Positional, parse_options
 
 
@@ -18,6 +20,15 @@ class PrepOptions(PrepConfig):
     dry_run: bool = Field(
         default=False, description="estimate tokens, shards, disk and time from a sample; write nothing"
     )
+    index: str | None = Field(
+        default=None,
+        description="instead of all this: index the WebDataset tars of token ids in this folder, in place; "
+        "bd3 prep --index DIR --help lists the options",
+    )
+
+
+class IndexOptions(IndexConfig):
+    """Index WebDataset tars of token ids in place: write a manifest over them, so that they train as they are."""
 
 
 def main(args: list[str]) -> None:
@@ -26,8 +37,11 @@ def main(args: list[str]) -> None:
     Raises:
         ConfigError, DataError: one line for the user.
     """
+    if any(word.partition("=")[0] == "--index" for word in args):
+        _index(args)
+        return
     options = parse_options(PrepOptions, args, "bd3 prep")
-    config = PrepConfig(**options.model_dump(exclude={"dry_run"}))
+    config = PrepConfig(**options.model_dump(exclude={"dry_run", "index"}))
     if options.dry_run:
         from data_prep.build.estimate import estimate
 
@@ -36,6 +50,15 @@ def main(args: list[str]) -> None:
     manifest = prep(config, lambda line: print(line, file=sys.stderr, flush=True))
     if manifest is None:
         return
-    print(f"{config.out}: {manifest.length} tokens per row, vocabulary {manifest.vocab_size:,}")
+    _print(config.out, manifest)
+
+
+def _index(args: list[str]) -> None:
+    options = parse_options(IndexOptions, args, "bd3 prep")
+    _print(options.index, index_folder(options, lambda line: print(line, file=sys.stderr, flush=True)))
+
+
+def _print(folder: str, manifest: Manifest) -> None:
+    print(f"{folder}: {manifest.length} tokens per row, vocabulary {manifest.vocab_size:,}")
     for name, split in manifest.splits.items():
         print(f"  {name}: {split.documents:,} documents, {split.rows:,} rows, {split.tokens:,} tokens")

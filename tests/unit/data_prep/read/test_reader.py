@@ -286,7 +286,7 @@ def test_folders_that_are_no_data_set(copy, tmp_path):
     path = copy / "manifest.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"version": 99}))
-    says("version=99: this program reads version 2")
+    says("version=99: this program reads versions 2 and 3")
     path.write_text(json.dumps(content | {"length": "ten"}))
     says("length: damaged")
     path.write_text(json.dumps(content | {"format": "other"}))
