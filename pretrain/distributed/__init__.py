@@ -1,1 +1,1 @@
-"""Ranks of a job: who they are, how they meet, and collectives that propagate exceptions."""
+"""Ranks of a job: environment, rendezvous, and collectives that propagate exceptions."""

@@ -20,7 +20,7 @@ from pretrain.distributed.collective_errors import collective_errors, is_collect
 T = TypeVar("T")
 
 _BROKEN = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting \d+ms")
-# What torch raises of NCCL and of the rendezvous store; gloo raises a plain RuntimeError.
+# Torch's errors of NCCL and of the rendezvous store; gloo raises a plain RuntimeError.
 _NETWORK = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
 
 
@@ -30,10 +30,10 @@ class LostRank(SystemExit):
 
 @contextlib.contextmanager
 def lost_ranks(rank: int, phase: Callable[[], str]) -> Iterator[None]:
-    """Turn what torch's backends raise when a connection breaks into :class:`LostRank`.
+    """Turn the error of a torch backend whose connection broke into :class:`LostRank`.
 
     Args:
-        phase: says where in the run this happened, as in ``in step 12``.
+        phase: returns the place in the run, as in ``in step 12``.
     """
     try:
         yield

@@ -34,10 +34,10 @@ class Ranks:
 def read_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
     """Read the launcher's variables: torchrun's first, then those of a Slurm task, else a world of 1.
 
-    Under Slurm a MASTER_ADDR or MASTER_PORT that the job script sets is respected.
+    Under Slurm, MASTER_ADDR and MASTER_PORT of the job script take precedence.
 
     Raises:
-        ConfigError: variables that are partly missing, garbled or contradictory, named in one line.
+        ConfigError: a variable is missing, no number, or contradicts another.
     """
     environ = os.environ if environ is None else environ
     if any(name in environ for name in TORCHRUN[:3]):
@@ -54,7 +54,7 @@ def read_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
 
 
 def rendezvous(ranks: Ranks) -> dist.Store | None:
-    """The store at which all ranks meet; None for a world of 1."""
+    """Rendezvous store of all ranks; None for a world of 1."""
     import torch.distributed as dist
 
     if ranks.world_size == 1:
@@ -65,7 +65,7 @@ def rendezvous(ranks: Ranks) -> dist.Store | None:
         ranks.world_size,
         is_master=ranks.rank == 0 and not ranks.store_served,
     )
-    # torchrun starts ranks again with the same store, where those before them have left their addresses.
+    # torchrun restarts ranks with the same store, which still has the addresses of those before.
     return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 

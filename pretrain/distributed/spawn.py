@@ -18,7 +18,7 @@ TIMEOUT = 300  # seconds
 
 
 def run_world(size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:
-    """``function(rank, size, store, *args)`` in ``size`` processes; results by rank.
+    """Run ``function(rank, size, store, *args)`` in ``size`` processes and return the results by rank.
 
     Args:
         function: a module-level function. ``store`` is a file store that all ranks share.
@@ -73,7 +73,7 @@ def _rank(rank: int, size: int, path: str, results: Any, function: Callable[...,
     torch.set_num_threads(1)
     try:
         result = function(rank, size, dist.FileStore(path, size), *args)
-        # Through bytes, because tensors in a queue die with the process that sent them.
+        # As bytes: a queue's tensors are lost with the process that sent them.
         results.put((rank, None, pickle.dumps(result)))
     except BaseException:
         results.put((rank, traceback.format_exc(), None))

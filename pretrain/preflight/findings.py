@@ -15,12 +15,12 @@ from pretrain.resilience.hang_detection import spans
 from slurm.environment import compress_hosts
 
 GIB = 2**30
-# What the process itself may hold of its GPU by then: its context and the buffers of the first communicator.
+# Memory that the process itself takes of its GPU by then: its context and the first communicator's buffers.
 OWN_MEMORY = 2 * GIB
 
 
 class Gpu(NamedTuple):
-    """A rank's GPU; memory in bytes. ``seen`` is how many GPUs the rank's process sees."""
+    """A rank's GPU; memory in bytes. ``seen`` is the number of GPUs that the rank's process sees."""
 
     name: str
     total: int
@@ -46,7 +46,7 @@ class Report:
 
 
 class Clock(NamedTuple):
-    """Seconds that a rank's clock is ahead of rank 0's, and how far from that it may be."""
+    """Offset of a rank's clock from rank 0's (positive: ahead), and its uncertainty; seconds."""
 
     offset: float
     uncertainty: float
@@ -57,7 +57,7 @@ class Place(NamedTuple):
 
     Attributes:
         sees: the first node's file is there.
-        error: why this node cannot write there; empty if it can.
+        error: of writing there; empty if it worked.
         free: bytes.
     """
 
@@ -68,11 +68,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what, where, the value, the remedy.
+    """A fault, as one line: place, value, remedy.
 
     Attributes:
-        hosts: to blame, and worth doing without.
-        fatal: the run cannot go on with this, strict or not.
+        hosts: nodes at fault, which ``preflight.strict`` excludes.
+        fatal: the run cannot start with this, strict or not.
     """
 
     line: str
@@ -89,9 +89,9 @@ def hosts_of(reports: Sequence[Report]) -> dict[str, list[int]]:
 
 
 def partners(members: int, rounds: int = 3) -> list[dict[int, int]]:
-    """Who meets whom in the first ``rounds`` rounds of a round-robin tournament, by the circle method.
+    """Partner of each member in the first ``rounds`` rounds of a round-robin tournament, by the circle method.
 
-    Every member meets another one in each round, at most one of an odd number sits a round out, and no two meet twice.
+    No two members meet twice. In each round every member has a partner, but one where their number is odd.
     """
     even = members + members % 2
     made = []
@@ -104,7 +104,7 @@ def partners(members: int, rounds: int = 3) -> list[dict[int, int]]:
 
 
 def slow(scores: Mapping[Hashable, float], share: float) -> tuple[float, list[Any]]:
-    """(median, those below ``share`` of it). Fewer than half are named; of two, the median is their mean."""
+    """Median of the scores, and names with a score below ``share`` of it: always fewer than half."""
     if not scores:
         return 0.0, []
     middle = median(scores.values())
@@ -114,7 +114,7 @@ def slow(scores: Mapping[Hashable, float], share: float) -> tuple[float, list[An
 def differing(values: Sequence[Hashable], reports: Sequence[Report]) -> str | None:
     """``"2.11.0 on node[1-3], 2.12.0 on node4"``, the most frequent value first; None if all ranks have the same.
 
-    A host whose ranks differ among themselves is told by ranks.
+    Where ranks of one host differ, the ranks are listed.
     """
     if len(set(values)) < 2:
         return None
@@ -129,27 +129,27 @@ def differing(values: Sequence[Hashable], reports: Sequence[Report]) -> str | No
 
 
 def versions(reports: Sequence[Report]) -> list[Finding]:
-    """Packages, drivers and sources that are not the same on all ranks."""
+    """Findings for packages, drivers and sources that differ between ranks."""
     found = []
     for name in dict.fromkeys(name for report in reports for name in report.versions):
-        # Of the ranks of a host, only the first may have looked.
-        looked = [report for report in reports if name in report.versions]
-        told = differing([report.versions[name] for report in looked], looked)
-        if told is not None:
-            found.append(Finding(f"{name}: {told}; all nodes must have the same", fatal=True))
+        # Some are looked up by the first rank of a host only.
+        having = [report for report in reports if name in report.versions]
+        text = differing([report.versions[name] for report in having], having)
+        if text is not None:
+            found.append(Finding(f"{name}: {text}; all nodes must have the same", fatal=True))
     return found
 
 
 def gpus(reports: Sequence[Report], free_share: float) -> list[Finding]:
-    """GPUs of another kind than most, too few of them on a node, and those that something else occupies."""
+    """Findings for GPUs of another kind than most, too few GPUs on a node, and GPUs that others occupy."""
     if all(report.gpu is None for report in reports):
         return []
     found = []
     kinds = ["no GPU" if r.gpu is None else f"{r.gpu.name} ({r.gpu.total / GIB:.0f} GiB)" for r in reports]
-    if (told := differing(kinds, reports)) is not None:
+    if (text := differing(kinds, reports)) is not None:
         usual = max(dict.fromkeys(kinds), key=kinds.count)
         others = tuple(dict.fromkeys(r.host for r, kind in zip(reports, kinds) if kind != usual))
-        found.append(Finding(f"GPU: {told}; the slowest one sets the pace, use nodes of one kind", others))
+        found.append(Finding(f"GPU: {text}; the slowest one sets the pace, use nodes of one kind", others))
     for host, ranks in hosts_of(reports).items():
         here = [report.gpu for rank in ranks if (report := reports[rank]).gpu]
         seen = max((gpu.seen for gpu in here), default=0)
@@ -161,44 +161,44 @@ def gpus(reports: Sequence[Report], free_share: float) -> list[Finding]:
             if gpu and (reports[rank].matmul == 0 or min(gpu.free + OWN_MEMORY, gpu.total) < free_share * gpu.total):
                 occupied.append(f"{_device(reports, rank)} has {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free")
         if occupied:
-            line = f"{host}: {_some(occupied)} (preflight.free_gpu_memory={free_share:g}); another job's process may "
+            line = f"{host}: {_some(occupied)} (preflight.free_gpu_memory={free_share:g}); "
             full = any(reports[rank].gpu and reports[rank].matmul == 0 for rank in ranks)
-            found.append(Finding(f"{line}be left there: nvidia-smi shows it", (host,), fatal=full))
+            found.append(Finding(f"{line}look with nvidia-smi for a process of another job", (host,), fatal=full))
     return found
 
 
 def rates(
     scores: Mapping[int, float], reports: Sequence[Report], share: float, what: str, unit: Callable[[float], str]
 ) -> list[Finding]:
-    """A line for each host on which ranks are slower than ``share`` of the median over ranks.
+    """A finding for each host with ranks slower than ``share`` of the median over ranks.
 
     Args:
-        scores: by rank, more is better; 0 has been told already.
-        what: is measured, as in ``matmul``.
-        unit: a score as people read it.
+        scores: by rank, more is better; 0 is another check's finding.
+        what: name of the measurement, as in ``matmul``.
+        unit: formats a score.
     """
     middle, named = slow({rank: score for rank, score in scores.items() if score > 0}, share)
     found = []
     for host, ranks in hosts_of(reports).items():
         here = [rank for rank in ranks if rank in named]
         if here:
-            told = [f"{_device(reports, rank)} {unit(scores[rank])}" for rank in here]
-            line = f"{host}: {what} is slow: {_some(told)}, median {unit(middle)} (preflight.slowest={share:g})"
-            found.append(Finding(f"{line}; do without the node until it is mended", (host,)))
+            scored = [f"{_device(reports, rank)} {unit(scores[rank])}" for rank in here]
+            line = f"{host}: {what} is slow: {_some(scored)}, median {unit(middle)} (preflight.slowest={share:g})"
+            found.append(Finding(f"{line}; exclude the node until it is repaired", (host,)))
     return found
 
 
 def links(
     measured: Sequence[Mapping[int, float]], reports: Sequence[Report], share: float, between: bool
 ) -> list[Finding]:
-    """Ranks that are slow with every partner, and single pairs that are slow although both are fast with others.
+    """Findings for ranks that are slow with every partner, and for slow pairs whose ranks are fast with others.
 
-    A pair is as slow as the slower of its two. So a rank counts for the best of its pairs, of which it has three
-    (:func:`partners`), lest all its partners are slow.
+    A pair is as slow as the slower of its two ranks. So a rank's rate is that of the best of its pairs; it has three
+    of them (:func:`partners`), because some partners may be slow.
 
     Args:
         measured: bytes/s in one direction by partner's rank, of each rank.
-        between: nodes, or inside of them.
+        between: links between nodes, not inside of them.
     """
     where = "network to other nodes" if between else "link to GPUs of the node"
     mine = [
@@ -215,17 +215,19 @@ def links(
         if rank < other and rate < share * middle and rank not in named and other not in named
     ]
     if single:
-        told = f"slow links: {_some(single)}, median {gigabytes(middle)} (preflight.slowest={share:g})"
-        found.append(Finding(f"{told}; both ends are fast with others"))
+        line = f"slow links: {_some(single)}, median {gigabytes(middle)} (preflight.slowest={share:g})"
+        found.append(Finding(f"{line}; both ends are fast with others"))
     return found
 
 
 def clocks(measured: Sequence[Clock], reports: Sequence[Report], limit: float) -> tuple[list[Finding], float]:
-    """Hosts whose clocks differ from the middle one's by more than ``limit`` seconds for certain, and how far two of
-    them may differ.
+    """Findings for hosts whose clocks certainly differ by more than ``limit`` seconds from the median host's.
 
     Args:
         measured: against rank 0, by rank.
+
+    Returns:
+        the findings, and the largest possible difference of two clocks, seconds.
     """
     by_host = {host: measured[ranks[0]] for host, ranks in hosts_of(reports).items()}
     order = sorted(by_host, key=lambda host: by_host[host].offset)
@@ -239,18 +241,18 @@ def clocks(measured: Sequence[Clock], reports: Sequence[Report], limit: float) -
         unsure = clock.uncertainty + by_host[middle].uncertainty
         if abs(apart) - unsure > limit:
             line = f"{host}: its clock is {abs(apart):.1f} s {'ahead of' if apart > 0 else 'behind'} {middle}'s"
-            # Of two nobody knows which one is right.
+            # With two hosts, either may be wrong.
             hosts = (host,) if len(by_host) > 2 else tuple(by_host)
             found.append(Finding(f"{line} (preflight.clock_skew={limit:g}); set it by NTP", hosts))
     return found, max(high for _, high in ends) - min(low for low, _ in ends)
 
 
 def folders(key: str, places: Mapping[str, Place], needed: float = 0.0) -> list[Finding]:
-    """Nodes that cannot write into a folder, or have another one under its name; too little space for checkpoints.
+    """Findings for nodes that cannot write into a folder or see another one there, and for too little space.
 
     Args:
-        key: what the user sets, as in ``run=runs/a``.
-        places: by host; the first one wrote the file that all are to see.
+        key: of the configuration, as in ``run=runs/a``.
+        places: by host; the first host wrote the file that all should see.
         needed: bytes.
     """
     first, *_ = places
@@ -265,7 +267,7 @@ def folders(key: str, places: Mapping[str, Place], needed: float = 0.0) -> list[
         if place.sees and place.error:
             errors.setdefault(place.error, []).append(host)
     for error, hosts in errors.items():
-        line = f"{key}: {compress_hosts(hosts)} cannot write there ({error}); mend its rights or mount, or use another"
+        line = f"{key}: {compress_hosts(hosts)} cannot write there ({error}); mend rights or mount, or use another"
         found.append(Finding(line, _few(hosts, places), fatal=True))
     if not found and places[first].free < needed:
         line = f"{key}: {places[first].free / 1e9:.1f} GB are free, the checkpoints to come take {needed / 1e9:.1f} GB"
@@ -274,13 +276,13 @@ def folders(key: str, places: Mapping[str, Place], needed: float = 0.0) -> list[
 
 
 def failures(errors: Sequence[str | None], reports: Sequence[Report]) -> list[Finding]:
-    """Errors of ranks, each once, with the hosts that have it if not all do."""
+    """Findings for errors of ranks, each error once, with its hosts unless all have it."""
     hosts = hosts_of(reports)
     found = []
     for error in dict.fromkeys(filter(None, errors)):
-        blamed = list(dict.fromkeys(reports[rank].host for rank, told in enumerate(errors) if told == error))
-        where = f" (on {compress_hosts(blamed)}, {len(blamed)} of {len(hosts)} nodes)" if len(hosts) > 1 else ""
-        found.append(Finding(error + where * (len(blamed) < len(hosts)), _few(blamed, hosts), fatal=True))
+        failed = list(dict.fromkeys(reports[rank].host for rank, other in enumerate(errors) if other == error))
+        where = f" (on {compress_hosts(failed)}, {len(failed)} of {len(hosts)} nodes)" if len(hosts) > 1 else ""
+        found.append(Finding(error + where * (len(failed) < len(hosts)), _few(failed, hosts), fatal=True))
     return found
 
 
@@ -295,7 +297,7 @@ def flops(rate: float) -> str:
 
 
 def spread(low: float, high: float, unit: Callable[[float], str]) -> str:
-    """``"612 to 655 TFLOP/s"``, and one number where they read the same."""
+    """``"612 to 655 TFLOP/s"``; one number where both look the same."""
     one, other = unit(low), unit(high)
     if one == other:
         return one
@@ -304,7 +306,7 @@ def spread(low: float, high: float, unit: Callable[[float], str]) -> str:
 
 
 def _few(hosts: Sequence[str], all_hosts: Mapping[str, Any]) -> tuple[str, ...]:
-    """The hosts, if they are so few that the fault is theirs."""
+    """The hosts if they are fewer than half; else none, because the fault is not theirs."""
     return tuple(hosts) if 2 * len(hosts) < len(all_hosts) else ()
 
 

@@ -1,7 +1,6 @@
-"""Measurements of a preflight: of this process alone, and between ranks.
+"""Measurements of a preflight: in this process alone, and between ranks.
 
-All transfers go over the group of all ranks, which is there anyway: a group for each pair would take NCCL longer to
-make than to measure.
+All transfers use the group of all ranks: NCCL would take longer to make a group for each pair than to measure it.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _PACKAGES = (
     "numpy",
 )
 _DRIVER = Path("/proc/driver/nvidia/version")
-# Sides of matrices, and bytes: of GPUs and networks enough for their full rates, of CPUs little.
+# Sides of matrices, and bytes: enough for the full rates of GPUs and networks, little for CPUs.
 _SIDE = {"cuda": 8192, "cpu": 256}
 _MATMULS = {"cuda": 20, "cpu": 5}
 _ALL_REDUCE = {"cuda": 2**28, "cpu": 2**20}
@@ -48,17 +47,17 @@ _EXCHANGE = {"cuda": 2**26, "cpu": 2**18}
 _REPEATS = 3
 _CLOCK_ROUNDS = 4
 SHARDS_LOOKED_UP = 2  # of each remote data set, by the first rank of each node
-SEEN_WITHIN = 10.0  # seconds in which a file on a shared file system is to appear on other nodes
+SEEN_WITHIN = 10.0  # seconds until a file on a shared file system must have appeared on other nodes
 MARK = ".preflight-"
 
 
 def host_name() -> str:
-    """This node's name: Slurm's, so that Slurm can be told to do without it, or the system's."""
+    """This node's name: Slurm's, so that a job can exclude it, or else the system's."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def report(local_rank: int, device: torch.device) -> Report:
-    """Measurements of this rank. The first rank of a node also digests the sources, for all there."""
+    """Measurements of this rank; the digest of the sources on the first rank of a node only."""
     gpu = None
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -68,7 +67,7 @@ def report(local_rank: int, device: torch.device) -> Report:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Versions of what decides results and speed, by name."""
+    """Versions of packages and drivers that affect results and speed, by name."""
     found = {"python": platform.python_version()} | {name: _installed(name) for name in _PACKAGES}
     found["torch"] = torch.__version__
     if device.type == "cuda":
@@ -82,7 +81,7 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def source_digest() -> str:
-    """Digest of the project's own files, which tells checkouts apart that have the same version."""
+    """Digest of the project's own files: checkouts of one version may differ."""
     digest = hashlib.sha256()
     for room in PACKAGES:
         for path in sorted(path for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".yaml")):
@@ -93,14 +92,14 @@ def source_digest() -> str:
 def matmul_rate(device: torch.device) -> float:
     """FLOP/s of square matmuls, bf16 on a GPU and fp32 on the CPU; 0 where the GPU has no memory left for them."""
     side, cuda = _SIDE[device.type], device.type == "cuda"
-    # With numbers that a GPU's power depends on, and without a draw from the generators that training uses.
+    # Random, because a GPU's power depends on the numbers; not from the generators that training uses.
     generator = torch.Generator(device).manual_seed(0)
     try:
         shape, dtype = (side, side), torch.bfloat16 if cuda else torch.float32
         left, right = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(2))
         out = torch.empty_like(left)
         _multiply(left, right, out, device, 3 if cuda else 1)
-        if cuda:  # as long as they take together: the clock of a GPU that is too hot falls meanwhile
+        if cuda:  # the mean of many in a row: a GPU that is too hot lowers its clock
             seconds = _multiply(left, right, out, device, _MATMULS["cuda"]) / _MATMULS["cuda"]
         else:
             seconds = min(_multiply(left, right, out, device, 1) for _ in range(_MATMULS["cpu"]))
@@ -116,9 +115,9 @@ def matmul_rate(device: torch.device) -> float:
 def clocks(device: torch.device) -> list[Clock]:
     """Each rank's clock against rank 0's, by rank.
 
-    Nobody leaves an all-gather before everybody has entered it. With the times at which ranks enter and leave on their
-    own clocks, rank r is ahead of rank 0 by ``enter_r - leave_0`` at least and by ``leave_r - enter_0`` at most: it is
-    Cristian's round trip, with all at once. Several of them narrow it down; the first one also lets all arrive.
+    No rank leaves an all-gather before all ranks have entered it. By the times at which they enter and leave, each on
+    its own clock, rank r is ahead of rank 0 by at least ``enter_r - leave_0`` and at most ``leave_r - enter_0``:
+    Cristian's algorithm for all ranks at once. Several rounds narrow the bounds; the first also waits for late ranks.
     """
     size = dist.get_world_size()
     mine = torch.zeros(2, dtype=torch.int64, device=device)
@@ -156,11 +155,11 @@ def all_reduce_rate(device: torch.device) -> float:
 def link_rates(reports: Sequence[Report], rank: int, device: torch.device, within: bool) -> dict[int, float]:
     """Bytes/s in one direction, while both directions are used, by partner's rank.
 
-    All pairs of a round exchange at the same time: first inside the nodes, then each rank with the rank at its place on
-    another node, so that a node uses all its ports as it does in training.
+    All pairs of a round exchange at the same time: first inside the nodes, then each rank with the rank of the same
+    index on another node, so that a node uses all its ports, as in training.
 
     Args:
-        within: whether to measure inside the nodes, too: processes of a machine without GPUs share its memory.
+        within: measure inside the nodes, too. Without GPUs it says nothing, because processes share memory there.
     """
     hosts = list(hosts_of(reports).values())
     mine = next(ranks for ranks in hosts if rank in ranks)
@@ -180,7 +179,7 @@ def link_rates(reports: Sequence[Report], rank: int, device: torch.device, withi
 
 @contextlib.contextmanager
 def mark(folder: Path) -> Iterator[str]:
-    """Leave a file for other nodes to see; its name.
+    """Make a file that other nodes look for, and remove it at the end; yields its name.
 
     Raises:
         OSError: the folder cannot be written.
@@ -196,7 +195,7 @@ def mark(folder: Path) -> Iterator[str]:
 
 
 def place(folder: Path, name: str | None) -> Place:
-    """Check that this node sees the file ``name`` in a folder and can write there; with the free bytes."""
+    """Look for the file ``name`` in a folder, write another one there, and count the free bytes."""
     if name is not None and not _appears(folder / name):
         return Place(False)
     path, content = folder / f"{MARK}{uuid.uuid4().hex}", os.urandom(64)
@@ -214,10 +213,10 @@ def place(folder: Path, name: str | None) -> Place:
 
 
 def look_up_shards(stream: RowStream, share: int, shares: int) -> None:
-    """Ask for the sizes of a few remote shards of this share; those here were looked at when they were opened.
+    """Compare the sizes of a few remote shards of this share with the manifest; local ones were checked at opening.
 
     Raises:
-        DataError: one is missing, has another size, or cannot be asked for.
+        DataError: one is missing or has another size, or the server does not answer.
     """
     for reader in stream.readers:
         for shard in reader.shards[share::shares][:SHARDS_LOOKED_UP] if reader.remote else ():
@@ -233,7 +232,7 @@ def _appears(path: Path) -> bool:
     while not path.exists():
         if time.monotonic() > end:
             return False
-        for folder in (path.parent.parent, path.parent):  # NFS asks the server again for a folder that is read
+        for folder in (path.parent.parent, path.parent):  # reading a folder makes NFS look at the server again
             with contextlib.suppress(OSError):
                 os.listdir(folder)
         time.sleep(0.1)
@@ -263,13 +262,13 @@ def _multiply(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor, device
 
 
 def _exchange(sent: torch.Tensor, received: torch.Tensor, other: int) -> None:
-    # In one batch, NCCL uses the communicator of the group; alone, it would make one for the pair.
+    # In a batch, NCCL uses the group's communicator; single calls would make one for the pair.
     for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, sent, other), dist.P2POp(dist.irecv, received, other)]):
         work.wait()
 
 
 def _best(function, device: torch.device) -> float:
-    """Seconds of the fastest call, after one that makes connections and lets all arrive."""
+    """Seconds of the fastest call, after one that makes connections and waits for late ranks."""
     function()
     _synchronize(device)
     seconds = []

@@ -49,7 +49,7 @@ Opened = tuple[RunConfig, RowStream, RowStream]
 
 
 def check(config: RunConfig) -> None:
-    """Check the nodes that this is started on, for a run of this configuration.
+    """Check the nodes of this job for a run of this configuration.
 
     Raises:
         ConfigError, BadNodes: as :class:`Preflight`.
@@ -68,15 +68,15 @@ def check(config: RunConfig) -> None:
 
 
 class BadNodes(SystemExit):
-    """The run would go better without the nodes in ``layout.BAD_NODES``; all ranks exit with ``BAD_NODE``."""
+    """Some nodes are at fault, listed in ``layout.BAD_NODES``; all ranks exit with ``BAD_NODE``."""
 
 
 class Preflight:
-    """The checks of one start, in the order of the methods. Without ``preflight.enabled`` they check nothing.
+    """Checks of one start; call the methods in their order. With ``preflight.enabled=false`` they check nothing.
 
     Raises:
-        ConfigError: from each method, on all ranks, for what the run cannot go on with.
-        BadNodes: likewise, with ``preflight.strict``, where some nodes are to blame for it.
+        ConfigError: from each method, on all ranks: the run cannot start.
+        BadNodes: likewise, with ``preflight.strict``: some nodes are at fault.
     """
 
     def __init__(self, config: RunConfig, ranks: Ranks, world: World, watchdog: Watchdog):
@@ -89,7 +89,7 @@ class Preflight:
         self.findings: list[Finding] = []
 
     def nodes(self) -> None:
-        """Versions, GPUs, matmuls; between ranks clocks, the all-reduce and links."""
+        """Check versions, GPUs and matmuls, and between ranks clocks, all-reduce and links."""
         if not self.options.enabled:
             return
         with self._timed("of the nodes"):
@@ -106,7 +106,7 @@ class Preflight:
             self._conclude(found)
 
     def data(self, open_data: Callable[[], Opened]) -> Opened:
-        """Open the data sets on all ranks; the same ones everywhere, with what is missing and where."""
+        """Open the data sets on all ranks; check that they are the same ones everywhere."""
         if not self.options.enabled:
             return raise_on_all_ranks(open_data)
         opened: list[Opened] = []
@@ -116,25 +116,25 @@ class Preflight:
             return data_identity(*opened[0][1].manifests)[:12]
 
         self.watchdog.tick("in the preflight of the data", may_take_long=True)  # checksums of all shards
-        told = gather_outcomes(identify)
-        errors = [error for _, error in told if error is not None]
+        outcomes = gather_outcomes(identify)
+        errors = [error for _, error in outcomes if error is not None]
         for error in errors:
-            # A mistake on all nodes is not about nodes, and a bug is shown as it is.
-            if user_line(error) is None or len(self._hosts_with(told)) == len(findings.hosts_of(self.reports)):
+            # An error of all nodes is no fault of nodes; a bug keeps its traceback.
+            if user_line(error) is None or len(self._failed_hosts(outcomes)) == len(findings.hosts_of(self.reports)):
                 raise mark_collective(error)
-        lines = [None if error is None else user_line(error) for _, error in told]
+        lines = [None if error is None else user_line(error) for _, error in outcomes]
         self._conclude(findings.failures(lines, self.reports))
-        if (differing := findings.differing([identity for identity, _ in told], self.reports)) is not None:
+        if (differing := findings.differing([identity for identity, _ in outcomes], self.reports)) is not None:
             line = f"data set (digest of its shards): {differing}; give all nodes the same {' '.join(self._sources)}"
             self._conclude([Finding(line, fatal=True)])
         gather_from_ranks(lambda: self._look_up_shards(*opened[0][1:]))
         return opened[0]
 
     def folders(self, config: RunConfig) -> None:
-        """Run and checkpoint folder, which must be there on the first rank; writes and prints what was found.
+        """Check the run and checkpoint folders, which must exist on rank 0; write the report and log its summary.
 
         Args:
-            config: with what the data sets decide.
+            config: with the values that the data sets decide.
         """
         if not self.options.enabled:
             return
@@ -205,18 +205,18 @@ class Preflight:
         hosts = findings.hosts_of(self.reports)
         with ExitStack() as stack:
             name = on_rank_0(lambda: stack.enter_context(probes.mark(folder))) if len(hosts) > 1 else None
-            places = gather_from_ranks(lambda: probes.place(folder, name) if self._speaks_for_node() else None)
+            places = gather_from_ranks(lambda: probes.place(folder, name) if self._is_first_of_node() else None)
         by_host = {host: places[ranks[0]] for host, ranks in hosts.items()}
         return findings.folders(f"run={folder}", by_host, needed)
 
     def _look_up_shards(self, *splits: RowStream) -> None:
-        """Each node looks up a share of the remote shards, so that one that is missing says nothing about the node."""
+        """Look up this node's share of the remote shards. A missing one is no fault of the node."""
         hosts = list(findings.hosts_of(self.reports))
-        for split in splits if self._speaks_for_node() else ():
+        for split in splits if self._is_first_of_node() else ():
             probes.look_up_shards(split, hosts.index(self._mine.host), len(hosts))
 
     def _checkpoints_to_come(self, config: RunConfig) -> float:
-        """Bytes that the checkpoints kept, and one while it is written, take beside those that are there."""
+        """Bytes of the checkpoints still to be written: those kept, and one more while it is written."""
         if config.model.vocab_size is None:  # no data set is given
             return 0.0
         one = memory.checkpoint_bytes(config.engine(), self.world.data_size)
@@ -224,12 +224,12 @@ class Preflight:
         return float(one * max(1, config.checkpoint.keep + 1 - there))
 
     def _conclude(self, found: Sequence[Finding]) -> None:
-        """End the run, or warn: on all ranks, which have the same findings."""
+        """End the run or warn, on all ranks alike: they have the same findings."""
         self.findings += found
         fatal = [finding for finding in found if finding.fatal]
-        blamed = [finding for finding in found if finding.hosts] if self.options.strict else []
-        if blamed and all(finding.hosts for finding in fatal):
-            on_rank_0(lambda: self._name_suspects(blamed))
+        faulty = [finding for finding in found if finding.hosts] if self.options.strict else []
+        if faulty and all(finding.hosts for finding in fatal):
+            on_rank_0(lambda: self._write_bad_nodes(faulty))
             signals.ignore()
             raise BadNodes(BAD_NODE)
         if fatal:
@@ -237,19 +237,19 @@ class Preflight:
         for finding in found:
             _LOG.warning(f"preflight: {finding.line}")
 
-    def _name_suspects(self, blamed: Sequence[Finding]) -> None:
+    def _write_bad_nodes(self, faulty: Sequence[Finding]) -> None:
         reasons: dict[str, str] = {}
-        for finding in blamed:
+        for finding in faulty:
             for host in finding.hosts:
                 reasons[host] = "; ".join(filter(None, [reasons.get(host), finding.line]))
         self.run.mkdir(parents=True, exist_ok=True)
         self._write_report()
         named = {"hosts": list(reasons), "reasons": reasons}
         write_bytes(self.run / layout.BAD_NODES, f"{json.dumps(named, indent=1)}\n".encode())
-        _LOG.warning(f"preflight: {_joined(blamed)}; preflight.strict=true: start again without {', '.join(reasons)}")
+        _LOG.warning(f"preflight: {_joined(faulty)}; preflight.strict=true: start again without {', '.join(reasons)}")
 
     def _write_report(self) -> None:
-        """A line per host, so that a person can read what a thousand ranks have measured."""
+        """Write the measurements, one line per host: a person can read those of a thousand ranks."""
         record = self.record()
         hosts = ",\n".join(f"  {json.dumps(host)}: {json.dumps(values)}" for host, values in record["hosts"].items())
         text = json.dumps(record | {"hosts": {}}, indent=1).replace(
@@ -258,9 +258,9 @@ class Preflight:
         write_bytes(self.run / layout.PREFLIGHT, text.encode())
 
     @contextmanager
-    def _timed(self, what: str) -> Iterator[None]:
+    def _timed(self, part: str) -> Iterator[None]:
         start = time.monotonic()
-        self.watchdog.tick(f"in the preflight {what}")
+        self.watchdog.tick(f"in the preflight {part}")
         try:
             yield
         finally:
@@ -275,11 +275,11 @@ class Preflight:
     def _sources(self) -> list[str]:
         return list(self.config.data.weights())
 
-    def _speaks_for_node(self) -> bool:
+    def _is_first_of_node(self) -> bool:
         return findings.hosts_of(self.reports)[self._mine.host][0] == self.world.rank
 
-    def _hosts_with(self, told: Sequence[tuple[Any, Exception | None]]) -> set[str]:
-        return {report.host for report, (_, error) in zip(self.reports, told) if error is not None}
+    def _failed_hosts(self, outcomes: Sequence[tuple[Any, Exception | None]]) -> set[str]:
+        return {report.host for report, (_, error) in zip(self.reports, outcomes) if error is not None}
 
 
 def _joined(found: Sequence[Finding]) -> str:

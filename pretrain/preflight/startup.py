@@ -1,4 +1,4 @@
-"""Start-up of a job's ranks: rendezvous, process groups, watchdog, log; and their end, in the right order."""
+"""Start-up of a job's ranks, and their shutdown: rendezvous, process groups, watchdog, log."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Job:
     Attributes:
         world: the process groups.
         watchdog: finds ranks that hang.
-        owns_run_folder: the run folder is this job's to write into; a job that was refused has not touched it.
+        owns_run_folder: this job may write into the run folder; a refused job has not touched it.
     """
 
     world: World
@@ -40,11 +40,11 @@ class Job:
 
     @property
     def phase(self) -> str:
-        """Where the run is, as in ``in step 12``."""
+        """Place in the run, as in ``in step 12``."""
         return self.watchdog.phase if hasattr(self, "watchdog") else "at the start"
 
     def take_run_folder(self, prepare: Callable[[], int]) -> None:
-        """Make the run folder this job's.
+        """Lock the run folder for this job.
 
         Args:
             prepare: locks the folder, on rank 0, and returns the lock's descriptor.
@@ -53,15 +53,15 @@ class Job:
         self.owns_run_folder = True
 
     def log_to_run_folder(self) -> None:
-        """Write this rank's messages into the run folder from now on, those so far included."""
+        """Write this rank's messages into the run folder, earlier ones included."""
         path = layout.rank_log(self.run, self.ranks.rank)
         raise_on_all_ranks(lambda: logs.to_file(path))
 
     def close(self, error: BaseException | None) -> None:
-        """End the watch, give the run folder back, and leave the process groups.
+        """Stop the watchdog, unlock the run folder, and leave the process groups.
 
         Args:
-            error: what ends the job.
+            error: ended the job; None at its regular end.
         """
         if hasattr(self, "watchdog"):
             self.watchdog.close(error)
@@ -73,7 +73,7 @@ class Job:
 
 @contextmanager
 def start_ranks(config: RunConfig, ranks: Ranks) -> Iterator[Job]:
-    """This rank of a job whose ranks have met; leaving the context ends it.
+    """This rank of a job after the rendezvous; leaving the context ends it.
 
     Raises:
         LostRank: the connection to another rank broke.

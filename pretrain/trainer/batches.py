@@ -11,7 +11,7 @@ from bd3_megatron.diffusion.noise import Purpose, SampleKeys, draw_noise
 from data_prep.read.reader import RowReader
 from data_prep.read.stream import RowStream
 
-_AHEAD = 4  # steps whose shards are fetched before they are due, of data sets that lie elsewhere
+_AHEAD = 4  # steps ahead for which shards of remote data sets are fetched
 
 
 class Batches:
@@ -21,8 +21,8 @@ class Batches:
         stream: the rows in their order.
         global_batch: rows per batch over all data-parallel ranks.
         micro_batch: rows per micro-batch.
-        rank, size: this data-parallel rank's coordinates; :meth:`RowStream.slots` says which rows of a batch it takes.
-        noise_seed: of the noise.
+        rank, size: data-parallel rank and number of ranks; :meth:`RowStream.slots` gives the rank's rows of a batch.
+        noise_seed: seed of the noise.
         document_mask: attention stays within the documents of a row.
     """
 
@@ -43,7 +43,7 @@ class Batches:
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.size = rank, size
         self.noise_seed, self.document_mask = noise_seed, document_mask
-        self._fetched = 0  # steps before this one have been prefetched
+        self._fetched = 0  # shards of steps before this one are fetched
 
     def at(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global batch ``step`` (0 is the first); the last may be smaller."""
@@ -81,7 +81,7 @@ def make_batch(
     purpose: Purpose = Purpose.TRAIN,
     document_mask: bool = False,
 ) -> Batch:
-    """Read the keyed rows and noise them as the objective asks; with ``document_mask`` also their documents."""
+    """Read the keyed rows, with ``document_mask`` also their documents, and add the objective's noise."""
     tokens = reader.rows(keys.rows).astype(np.int64)
     documents = reader.documents(keys.rows) if document_mask else None
     if diffusion.objective == "causal":

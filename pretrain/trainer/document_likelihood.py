@@ -1,4 +1,4 @@
-"""Evaluation by document: each one's nll, joined over the rows it lies in, and statistics over documents."""
+"""Evaluation by document: nll of every document, summed over its rows, and statistics over documents."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from bd3_common.errors import ConfigError
 from data_prep.read.reader import RowReader
 from data_prep.read.stream import RowStream
 
-_ROWS = 4096  # rows whose documents are read at once
+_ROWS = 4096  # rows per chunk
 
 
 @dataclass(frozen=True)
 class DocumentEvaluation:
-    """Result over whole documents, which are the independent units. Position 0 of a row is no token of any.
+    """Statistics over whole documents, the independent samples. Position 0 of a row belongs to no document.
 
     Attributes:
-        documents: how many lie wholly in the rows evaluated and have a token that counts.
-        documents_cut: how many were left out because a part of them lies in other rows.
-        document_tokens: of the documents, together.
-        document_nelbo, document_nelbo_stderr: nats per token over all of them, each weighted by its tokens: an upper
-            bound on the negative log-likelihood; its standard error, of a ratio estimator over documents.
-        document_perplexity, document_perplexity_stderr: exp of that, and its standard error to first order.
-        document_mean, document_mean_stderr: mean over documents of nats per token, each weighted alike.
+        documents: number of those that lie wholly in the evaluated rows and have a token that counts.
+        documents_cut: number of those left out, because they go on in other rows.
+        document_tokens: number of all their tokens.
+        document_nelbo, document_nelbo_stderr: nats per token over all tokens, an upper bound on the negative
+            log-likelihood, and its standard error: that of a ratio estimator over documents.
+        document_perplexity, document_perplexity_stderr: exp(document_nelbo), and its standard error to first order.
+        document_mean, document_mean_stderr: mean over documents of each one's nats per token.
     """
 
     documents: int
@@ -52,8 +52,14 @@ class DocumentEvaluation:
 
 @dataclass(frozen=True)
 class Documents:
-    """Whole documents ``[n]``: their numbers in the split, nats (sums of weighted nll) and tokens; and how many others
-    were cut."""
+    """Whole documents of the evaluated rows.
+
+    Attributes:
+        numbers: in the split, ``[n]``.
+        nats: sums of the weighted nll, ``[n]``.
+        tokens: ``[n]``.
+        cut: number of other documents, which go on in other rows.
+    """
 
     numbers: NDArray[np.int64]
     nats: NDArray[np.float64]
@@ -75,14 +81,14 @@ class Documents:
         return DocumentEvaluation(*counts, nelbo, error, perplexity, perplexity * error, mean, mean_error)
 
     def write(self, path: Path) -> None:
-        """One line of JSON per document, in the order of their numbers; the file is whole or as it was before."""
+        """Write one line of JSON per document, in the order of their numbers, atomically."""
         columns = self.numbers.tolist(), self.tokens.tolist(), self.nats.tolist()
         lines = [json.dumps({"document": d, "tokens": t, "nats": x}) + "\n" for d, t, x in zip(*columns)]
         write_bytes(path, "".join(lines).encode())
 
 
 class DocumentTally:
-    """Adds up nll by document while rows are evaluated, on every rank those of its rows."""
+    """Sums of nll by document, over the rows that this rank evaluates."""
 
     def __init__(self, reader: RowReader | RowStream):
         self.reader = reader
@@ -90,7 +96,7 @@ class DocumentTally:
         self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # numbers, nats, tokens
 
     def add(self, rows: NDArray[np.int64], nats: NDArray[np.float64], counted: NDArray[np.bool_]) -> None:
-        """Add ``nats`` ``[n, L]`` of the tokens of ``rows`` ``[n]``; ``counted`` ``[n, L]`` says where one counts."""
+        """Add ``nats`` ``[n, L]`` of the tokens of ``rows`` ``[n]``; ``counted`` ``[n, L]`` masks those that count."""
         numbers, place = np.unique(self.reader.documents(rows), return_inverse=True)
         place = place.ravel()
         self._rows.append(rows)
@@ -98,7 +104,7 @@ class DocumentTally:
         self._parts.append((numbers, np.bincount(place, nats.ravel(), len(numbers)), tokens))
 
     def gather(self) -> Documents:
-        """The whole documents among the rows of all data-parallel ranks; every rank calls it and gets all."""
+        """All-gather the whole documents of all data-parallel ranks' rows."""
         group = parallel_state.get_data_parallel_group()
         gathered: list[tuple] = [()] * dist.get_world_size(group)
         dist.all_gather_object(gathered, (np.concatenate(self._rows), self._parts), group)
@@ -108,7 +114,7 @@ class DocumentTally:
         numbers, place = np.unique(numbers, return_inverse=True)
         place = place.ravel()
         nats, tokens = (np.bincount(place, x, len(numbers)) for x in (nats, tokens))
-        # A document may have no token but one at position 0 of a row.
+        # The only token of a document may be at position 0 of a row.
         present = tokens > 0
         cut = np.isin(numbers, cut_documents(self.reader, rows))
         whole = present & ~cut
@@ -116,17 +122,17 @@ class DocumentTally:
 
 
 def cut_documents(reader: RowReader | RowStream, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Numbers of the documents of ``rows`` that go on in the row before or after, where that is not one of ``rows``,
-    or may go on where a data set ends.
+    """Numbers of the documents that ``rows`` cut: they also lie in a neighbouring row that is not one of ``rows``.
 
-    Position 0 of a row, which no evaluation counts, does not make a document go on there.
+    Documents that the end of a data set may have cut are among them. A token at position 0 of a row, which no
+    evaluation counts, does not continue a document.
     """
     chosen = np.zeros(len(reader), bool)
     chosen[rows] = True
     cut = [reader.unfinished]
-    # Pairs of rows one after the other of which one was chosen.
+    # Neighbouring rows of which only one is chosen.
     edges = np.flatnonzero(chosen[:-1] != chosen[1:])
-    for some in _pieces(edges):
+    for some in _chunks(edges):
         before, after = reader.documents(some)[:, -1], reader.documents(some + 1)[:, 1]
         cut.append(before[before == after])
     return np.concatenate(cut)
@@ -135,17 +141,17 @@ def cut_documents(reader: RowReader | RowStream, rows: NDArray[np.int64]) -> NDA
 def ratio(sums: NDArray[np.float64], counts: NDArray[np.int64] | int) -> tuple[float, float]:
     """Sum of ``sums`` ``[n]`` over the sum of ``counts`` (one for all, or ``[n]``), and its standard error.
 
-    The n pairs are independent samples; the error is that of a ratio estimator (Cochran, Sampling Techniques, 2.11),
-    which for equal counts is the mean's. A single sample has none: NaN.
+    The n pairs are independent samples. The error is that of a ratio estimator (Cochran, Sampling Techniques, 2.11);
+    for equal counts it is that of the mean. For a single sample it is NaN.
     """
     count, mean_count = len(sums), np.mean(counts)
     scaled = sums / mean_count
     mean = float(scaled.mean())
-    # With equal counts exactly ``scaled``. The mean of the residuals is the ratio itself, which std subtracts.
+    # Equal to ``scaled`` for equal counts. Their mean is the ratio itself, which std subtracts.
     residuals = scaled - mean * (counts / mean_count - 1)
     return mean, float(residuals.std(ddof=1) / math.sqrt(count)) if count > 1 else math.nan
 
 
-def _pieces(numbers: np.ndarray) -> Iterator[np.ndarray]:
+def _chunks(numbers: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(numbers), _ROWS):
         yield numbers[start : start + _ROWS]

@@ -1,4 +1,4 @@
-"""Evaluation: the NELBO per token on the validation split, with a standard error; `bd3 eval`."""
+"""Evaluation: NELBO per token on the validation split, with its standard error."""
 
 from __future__ import annotations
 
@@ -22,20 +22,22 @@ from pretrain.config.schema import EvalConfig
 from pretrain.trainer.batches import make_batch
 from pretrain.trainer.document_likelihood import DocumentTally, ratio
 
-# Micro-batches given to the engine at once: enough to fill a pipeline, few enough to hold their results.
+# Micro-batches per call of the engine: enough to fill a pipeline, few enough to keep their results in memory.
 _GROUP = 16
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result over the validation rows; position 0 (BOS) is left out of sums and counts (objective, step 6), and under
-    the causal objective with document masks so is every first token of a document, which nothing predicts.
+    """Result over validation rows.
+
+    Tokens that nothing predicts do not count: position 0 (BOS), and under the causal objective with document masks
+    the first token of every document.
 
     Attributes:
         nelbo: negative evidence lower bound, nats per token: an upper bound on the negative log-likelihood.
-        nelbo_stderr: its standard error over rows (rows are independent samples; tokens of one row are not).
+        nelbo_stderr: its standard error over rows; rows are independent samples, tokens of one row are not.
         perplexity, perplexity_stderr: exp(nelbo), and its standard error to first order.
-        rows, tokens: what the mean runs over.
+        rows, tokens: numbers of rows and tokens in the mean.
     """
 
     nelbo: float
@@ -51,11 +53,10 @@ class Evaluation:
 
 
 def likelihood_bound(diffusion: DiffusionConfig) -> DiffusionConfig:
-    """The objective under which likelihood is reported, whatever interval and schedule it was trained on.
+    """Objective of evaluations: the log-linear schedule on the full interval of noise levels.
 
-    It is the log-linear schedule on the full interval: the bound does not depend on the schedule, and clipping would
-    no longer bound anything. With blocks of one token everything is masked (t = 1), which gives the same expectation
-    without noise, so that the value is exact.
+    The bound does not depend on the schedule, but on a clipped interval it is none. With blocks of one token all are
+    masked (t = 1): the expectation is the same, and the value exact.
     """
     beta = 1.0 if diffusion.block_size == 1 else 1e-3
     full = {"schedule": "loglinear", "beta": beta, "omega": 1.0, "resample": False, "stratify": True}
@@ -75,24 +76,27 @@ def evaluate(
 ) -> Evaluation:
     """NELBO of the engine's current weights over ``options.rows`` rows and ``options.draws`` noise draws each.
 
-    ``progress`` is called after every group of micro-batches; ``document_mask`` is that of training; ``tally``
-    gets the nll of every token of this rank's rows.
-
     Rows are split over data-parallel ranks; the result is the same on every rank and under every layout.
+
+    Args:
+        micro: rows per micro-batch.
+        progress: called after every group of micro-batches.
+        document_mask: as in training.
+        tally: collects the nll of every token of this rank's rows.
     """
     diffusion = likelihood_bound(diffusion)
     count = min(options.rows or len(reader), len(reader))
-    # Always the same rows, whatever the seed: it is of the noise alone. Documents lie in consecutive rows: among rows
-    # at random only short ones would be whole.
+    # The same rows for every seed, which is that of the noise. With a tally the first rows: documents go on from row to
+    # row, and among random rows only short ones would be whole.
     rows = np.arange(count)
     if tally is None:
         _, rows = RowOrder(len(reader), 0).epoch_and_row(rows)
     share = -(-count // engine.world.data_size)
-    # Every rank has as many rows, because ranks may need each other in a forward pass (ZeRO-3 gathers weights there):
-    # the last row stands in for those that are missing.
+    # Every rank runs the same number of rows, because a forward pass may have collectives (ZeRO-3 gathers weights):
+    # the last row pads the last share.
     mine = np.arange(engine.world.data_rank * share, (engine.world.data_rank + 1) * share)
     sums, tokens = np.zeros(len(mine)), np.zeros(len(mine), np.int64)
-    # The causal objective has no noise: one pass is all there is.
+    # The causal objective has no noise to draw.
     draws = 1 if diffusion.objective == "causal" else options.draws
     for draw in range(draws):
         for group in _groups(mine, micro):
@@ -110,7 +114,7 @@ def evaluate(
                 if tally is not None:
                     own = slots < count
                     nats = _nats_by_token(weighted, len(slots), diffusion) / draws
-                    # Later draws bring further parts of the mean, but no further tokens.
+                    # Tokens count once, in the first draw.
                     tally.add(rows[slots[own]], nats[own], counted[own] & (draw == 0))
             progress()
     gathered: list[tuple] = [()] * engine.world.data_size
@@ -120,8 +124,7 @@ def evaluate(
 
 
 def counted_tokens(batch: Batch, diffusion: DiffusionConfig) -> np.ndarray:
-    """Which tokens of its rows count, bool ``[b, L]``: all but position 0 and what the causal objective predicts from
-    nothing."""
+    """Mask of the tokens that count, bool ``[b, L]``: all but position 0 and tokens that nothing predicts."""
     if diffusion.objective == "causal":
         return (batch.weight != 0).roll(1, 1).numpy()  # position l predicts token l + 1
     rows, length = batch.labels.shape
@@ -129,13 +132,13 @@ def counted_tokens(batch: Batch, diffusion: DiffusionConfig) -> np.ndarray:
 
 
 def _nats_by_token(weighted: torch.Tensor, rows: int, diffusion: DiffusionConfig) -> np.ndarray:
-    """Nats of every token ``[b, L]``, the mean over K draws, from the weighted nll of every prediction ``[K b, L]``."""
+    """Nats of every token ``[b, L]``: the mean over K draws of the weighted nll ``[K b, L]`` of predictions."""
     nats = weighted.double().view(-1, rows, weighted.shape[1]).mean(0)
     return (nats.roll(1, 1) if diffusion.objective == "causal" else nats).numpy()
 
 
 def summarize(row_sums: np.ndarray, tokens: np.ndarray | int) -> Evaluation:
-    """Mean and standard error from each row's nll in nats ``[n]`` and its tokens, one number for all or ``[n]``."""
+    """Mean and standard error from the nll of rows, nats ``[n]``, and their tokens: ``[n]`` or one number for all."""
     mean, error = ratio(row_sums, tokens)
     perplexity = math.exp(min(mean, 700.0))
     count = len(row_sums)
@@ -143,7 +146,7 @@ def summarize(row_sums: np.ndarray, tokens: np.ndarray | int) -> Evaluation:
 
 
 def _groups(slots: np.ndarray, micro: int) -> Iterator[list[np.ndarray]]:
-    """Micro-batches in groups of equal size (a pipeline needs that); a smaller last one comes alone."""
+    """Groups of micro-batches of equal size, which a pipeline needs; a smaller last one is a group of its own."""
     whole = len(slots) // micro * micro
     batches = [slots[start : start + micro] for start in range(0, whole, micro)]
     for start in range(0, len(batches), _GROUP):

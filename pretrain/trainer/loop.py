@@ -43,12 +43,12 @@ _LOG = logging.getLogger(__name__)
 
 
 def train(config: RunConfig) -> Path:
-    """Run the configuration to its last step and return the run folder.
+    """Train to the configuration's last step and return the run folder.
 
     Raises:
-        ConfigError, DataError: one line for a mistake of the user, before anything is written.
-        LostRank: another rank died; the run goes on from its last checkpoint when it is started again.
-        Stopped: a signal asked for it; there is a checkpoint, and the run goes on when it is started again.
+        ConfigError, DataError: a mistake of the user, before anything is written.
+        LostRank: another rank died; a new start goes on from the last checkpoint.
+        Stopped: a signal stopped the run; a new start goes on from its checkpoint.
     """
     ranks = read_ranks()
     with collective_errors():
@@ -87,7 +87,7 @@ def _check(config: RunConfig, ranks: Ranks) -> None:
 
 
 class _StopRequested(Exception):
-    """A signal that asks the run to stop has reached at least one rank; raised on all."""
+    """A signal to stop has reached at least one rank; raised on all ranks."""
 
     def __init__(self, signal: int):
         super().__init__(signal)
@@ -135,7 +135,7 @@ class Trainer:
         on_rank_0(self._open_metrics)
         self.stability = StabilityMonitor(config, run, self.batches, engine.world)
         self.stability.resume(self.step)
-        self.computed = 0  # steps of this process, those that it did again included
+        self.computed = 0  # steps of this process, repeated ones included
         self.progress = Progress(train.steps, self.step, config.log.every) if self.first else None
         self.profiler = Profiler(config.profile, run, engine.world.rank, self.step)
         self.throughput = Throughput(
@@ -159,10 +159,10 @@ class Trainer:
             self.metrics.close()
 
     def run(self) -> None:
-        """Train to the last step, leave a checkpoint, an evaluation and the curves of it.
+        """Train to the last step; write its checkpoint, evaluation and curves.
 
         Raises:
-            Stopped: a signal asked for it; there is a checkpoint of the last step done.
+            Stopped: a signal stopped the run; its last step has a checkpoint.
         """
         try:
             self._train()
@@ -200,13 +200,13 @@ class Trainer:
         return self.step in (0, self.config.train.steps) or _due(self.step, self.config.eval.every)
 
     def _check_signals(self) -> None:
-        """Stop the run if a signal has reached any rank; all ranks call it at the same place."""
+        """Stop the run if a signal has reached any rank; a collective of all ranks."""
         (signal,) = max_over_ranks([signals.received()], self.engine.world.device)
         if signal:
             raise _StopRequested(signal)
 
     def _stop(self, signal: int) -> None:
-        """Leave a checkpoint of the last step done, and the run."""
+        """Write a checkpoint of the last step and end the run."""
         if self.step > self.saved:
             self._save()
         self.watchdog.tick("in the last checkpoint", may_take_long=True)
@@ -243,7 +243,7 @@ class Trainer:
         self.progress.update(self.step, values | speed | {"steps_skipped": self.stability.skipped + bool(skipped)})
 
     def _go_back(self) -> None:
-        """Resume from the checkpoint before a loss spike, as a new start would."""
+        """Resume from the checkpoint before a loss spike, as a new start does."""
         self.watchdog.tick(f"going back after step {self.step}", may_take_long=True)
         with self.throughput.paused():
             self.writer.wait()
@@ -262,7 +262,7 @@ class Trainer:
 
         def progress() -> None:
             self.watchdog.tick(phase)
-            self._check_signals()  # an evaluation that is left is made when the run goes on
+            self._check_signals()  # after a stop, the next start evaluates again
 
         self.watchdog.tick(phase, may_take_long=self.step == self.first_step)
         with self.throughput.paused(), self.engine.averaged():
@@ -287,7 +287,7 @@ class Trainer:
         return result
 
     def _save(self) -> None:
-        on_rank_0(lambda: self.metrics.sync())  # the other ranks have none
+        on_rank_0(lambda: self.metrics.sync())  # only rank 0 has metrics
         meta = position(self.config, self.step, self.stream) | {
             "tokens": self._tokens(self.step),
             "data": data_identity(*self.stream.manifests),

@@ -17,7 +17,7 @@ from pretrain.config.schema import ProfileConfig, RunConfig
 from pretrain.run_folder.layout import PROFILE, memory_snapshot, trace_file
 
 _LOG = logging.getLogger(__name__)
-# Steps before the trace with profile.start=0: kernels are compiled and buffers allocated in the first ones.
+# Steps before a trace with profile.start=0: the first ones compile kernels and allocate buffers.
 _WARM_UP = 2
 
 
@@ -47,7 +47,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Step ``number`` (1 is the first) happens inside."""
+        """Trace step ``number`` (1 is the first), which runs inside the context, if it is a configured one."""
         if number == self._first:
             self._start()
         if self._profile is None:
@@ -68,7 +68,7 @@ class Profiler:
         self._profile.start()
 
     def close(self) -> None:
-        """Write the trace of the steps so far, if one is being taken; a run goes on without a trace that fails."""
+        """Write the trace of the steps so far, if there is one; its errors are warnings."""
         if self._profile is None:
             if self._first is not None and self._last is None:
                 _LOG.warning(
@@ -80,7 +80,7 @@ class Profiler:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             traced.stop()
-            if self._last is not None:  # else the first of them failed
+            if self._last is not None:  # else the first step failed
                 self._write(traced, self._last)
         except (OSError, RuntimeError) as error:
             _LOG.warning(f"no trace in {self.folder / PROFILE}: {' '.join(str(error).split())}")
@@ -94,7 +94,7 @@ class Profiler:
 
 
 def record_allocations(options: ProfileConfig) -> None:
-    """Keep the stacks of the newest allocations on this process's GPU, where ``profile.memory_history`` asks for it."""
+    """Record the stacks of the newest ``profile.memory_history`` allocations on this process's GPU."""
     if options.memory_history and torch.cuda.is_available():
         torch.cuda.memory._record_memory_history(stacks="python", max_entries=options.memory_history)
 
@@ -106,24 +106,24 @@ def out_of_memory(
     """Turn torch's out-of-memory error into one line, and leave a snapshot in ``<run>/oom/rank-N.pickle``.
 
     Args:
-        phase: says where in the run this happened, as in ``in step 12``.
+        phase: returns the place in the run, as in ``in step 12``.
         dump: writes the snapshot; None means torch's, on CUDA.
 
     Raises:
-        ConfigError: memory ran out; what to change, and where the snapshot is.
+        ConfigError: memory ran out; names keys to change, and the snapshot.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
-        where = f"{phase()} rank {rank} ran out of memory" + (f" when it asked for {asked[1]}" if asked else "")
+        requested = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        where = f"{phase()} rank {rank} ran out of memory" + (f" when it asked for {requested[1]}" if requested else "")
         key, remedies = _remedies(config, "evaluation" in where)
-        seen = _snapshot(memory_snapshot(Path(config.run), rank), dump)
-        raise ConfigError(f"{key}: {where}; use {' or '.join(remedies)}; {seen}") from None
+        snapshot = _snapshot(memory_snapshot(Path(config.run), rank), dump)
+        raise ConfigError(f"{key}: {where}; use {' or '.join(remedies)}; {snapshot}") from None
 
 
 def _remedies(config: RunConfig, evaluating: bool) -> tuple[str, list[str]]:
-    """The setting that decides, and what takes less memory: the cheapest in time first, two at the most."""
+    """The key in question, and one or two settings that take less memory: the one that costs least time first."""
     train, parallel, model = config.train, config.parallel, config.model
     if evaluating:
         rows = config.eval.micro_batch or train.micro_batch
@@ -143,7 +143,7 @@ def _remedies(config: RunConfig, evaluating: bool) -> tuple[str, list[str]]:
 
 
 def _snapshot(path: Path, dump: Callable[[str], None] | None) -> str:
-    """Write the snapshot; says where it is, or why there is none."""
+    """Write the snapshot; returns the text about it, or about its failure."""
     if dump is None:
         if not torch.cuda.is_available():
             return "there is no snapshot without CUDA"

@@ -18,16 +18,16 @@ from pretrain.run_folder import layout
 from pretrain.run_folder.data import data_identity, order_seed
 from pretrain.trainer.stability import check_skips, read_ranges, undone
 
-# What may change when a run goes on: how long, where and how it is watched. (A decaying learning rate follows
-# train.steps, so a longer run has another rate from here on.) All kernels compute one function up to rounding, and the
-# next machine may not have those of the last; FP8 rounds more. guard.skip changes what is trained, but of steps to come
-# only (pretrain.trainer.stability.check_skips).
+# Keys that may change when a run goes on: its length, machine, layout and logs. A decaying learning rate follows
+# train.steps, so a longer run has another rate from here on. All kernels compute one function up to rounding, and the
+# next machine may not have those of the last; FP8 rounds more. guard.skip may change for steps to come only
+# (pretrain.trainer.stability.check_skips).
 _FREE = ("run", "parallel", "zero", "kernels", "fp8", "log", "profile", "preflight", "eval", "checkpoint")
 _FREE += ("guard", "train.steps", "train.micro_batch", "data.path", "data.cache", "data.cache_gb", "data.verify_gb")
 
 
 def check_same_run(run: Path, config: RunConfig) -> None:
-    """Check that the run folder was started with this configuration.
+    """Check that the run in the folder was started with this configuration.
 
     Raises:
         ConfigError: names the first key that differs, with both values.
@@ -43,7 +43,7 @@ def check_same_run(run: Path, config: RunConfig) -> None:
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
-    """The configuration as values; of a mix the weights alone, because data sets may move."""
+    """Values of the configuration; of a mix the weights only, because data sets may move."""
     values = config.model_dump()
     if config.data.mix is not None:
         values["data"]["mix"] = list(config.data.mix.values())
@@ -60,9 +60,9 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
 
 
 def position(config: RunConfig, step: int, stream: RowStream) -> dict[str, Any]:
-    """Position in the data: with the data set it decides the rows and noise after ``step`` steps, on any layout.
+    """Position in the data after ``step`` steps: it fixes rows and noise of later steps, on any layout.
 
-    ``data_positions`` is how many rows of each data set have been read.
+    ``data_positions`` is the number of rows read of each data set.
     """
     rows, data = step * config.train.global_batch, config.data
     return {
@@ -82,7 +82,12 @@ def _named(config: RunConfig) -> str:
 
 
 def checkpoint_to_resume(run: Path, config: RunConfig, stream: RowStream, world: World) -> Checkpoint | None:
-    """The newest good checkpoint, or None for a new run; refuses to go on from another position or with other data."""
+    """The newest complete checkpoint, or None for a new run.
+
+    Raises:
+        ConfigError: no checkpoint is complete, or it has other data or another position than the configuration; on all
+            ranks.
+    """
     left_out = on_rank_0(lambda: read_ranges(run))
     found = newest_on_all_ranks(
         run,
@@ -93,7 +98,7 @@ def checkpoint_to_resume(run: Path, config: RunConfig, stream: RowStream, world:
         if on_rank_0(lambda: folders(run)):
             raise mark_collective(
                 ConfigError(
-                    f"{run / layout.CHECKPOINTS}: none is whole; put one back, or start again with another --run"
+                    f"{run / layout.CHECKPOINTS}: none is complete; put one back, or start again with another --run"
                 )
             )
         return None

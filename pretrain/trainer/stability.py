@@ -1,13 +1,12 @@
 """Loss spikes and steps without a finite loss: skipped batches, and resumes from before a spike.
 
-Every rank has the same :class:`StabilityMonitor` and takes the same decisions, from losses and norms that are equal on
-all ranks. Its state after a resume follows from ``metrics.jsonl`` up to the step that the run resumes from, so a run
-that was killed decides as one that was not.
+Losses and norms are equal on all ranks, so every rank's :class:`StabilityMonitor` decides the same. Its state after a
+resume follows from ``metrics.jsonl`` up to the resumed step, so a killed run decides as one that was not killed.
 
-A step without a finite loss and gradient makes no update (:mod:`bd3_megatron.engine.base`); its batch is written down.
-After a spike of the loss the run goes back to a checkpoint from before it and leaves the batches around it out, as in
-PaLM (arXiv 2204.02311, section 5.1). The steps left out are on the disk before anything is undone, and a checkpoint
-says how many such ranges it knows: one that has trained on what is left out is never taken again.
+A step without a finite loss and gradient makes no update (:mod:`bd3_megatron.engine.base`); its batch is recorded.
+After a loss spike the run goes back to a checkpoint from before it and skips the batches around it, as in PaLM
+(arXiv 2204.02311, section 5.1). The skipped range is on the disk before anything is undone. A checkpoint records how
+many ranges it knows, so one that has trained on a batch skipped later is never used again.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _NORMAL = 1.4826  # standard deviations of a normal distribution in its median a
 
 @dataclass(frozen=True)
 class Range:
-    """Steps ``first`` to ``last``, left out because the losses of ``spike_first`` to ``spike_last`` were a spike."""
+    """Skipped steps ``first`` to ``last``; the losses of steps ``spike_first`` to ``spike_last`` were a spike."""
 
     first: int
     last: int
@@ -51,12 +50,12 @@ class Range:
 
 @dataclass(frozen=True)
 class History:
-    """State of the monitor, from the records of a run.
+    """State of the monitor, derived from the records of a run.
 
     Attributes:
         skipped: steps without an update.
         nonfinite: steps of the last ``guard.window`` without a finite loss and gradient.
-        losses: (step, loss) of the last updates, as many as spikes depend on.
+        losses: (step, loss) of the last updates, as many as the spike detector needs.
     """
 
     skipped: int
@@ -65,10 +64,10 @@ class History:
 
 
 class SpikeDetector:
-    """Finds losses that are high for several steps in a row; a function of the last losses alone.
+    """Detector of losses that are high for several steps in a row; it depends on the last losses alone.
 
     A loss is high above ``median + spike * 1.4826 * MAD`` of the ``spike_window`` losses before it (MAD: median
-    absolute deviation), once there are so many.
+    absolute deviation). With fewer losses before it, none is high.
     """
 
     def __init__(self, config: GuardConfig):
@@ -77,7 +76,7 @@ class SpikeDetector:
         self.high: list[int] = []
 
     def observe(self, step: int, loss: float) -> tuple[int, int] | None:
-        """Take the loss of a step; first and last step of the spike that it completes, or None."""
+        """Add the loss of a step; returns first and last step of the spike that it completes, or None."""
         limit = self.limit()
         self.high = [*self.high, step] if limit is not None and loss > limit else []
         self.losses.append(loss)
@@ -93,10 +92,10 @@ class SpikeDetector:
 
 
 class StabilityMonitor:
-    """Skips batches by hand and after loss spikes, and counts steps without a finite loss; every rank calls it.
+    """Monitor of loss spikes and nonfinite losses, and list of skipped batches. All ranks call it.
 
     Args:
-        batches: of the run; which rows a batch is made of.
+        batches: of the run, for the rows of a batch.
     """
 
     def __init__(self, config: RunConfig, run: Path, batches: Batches, world: World):
@@ -157,19 +156,19 @@ class StabilityMonitor:
             )
 
     def go_back(self) -> Checkpoint:
-        """Skip the batches around ``self.spike`` from now on; returns the newest checkpoint from before them.
+        """Skip the batches around ``self.spike`` from now on; returns the newest checkpoint from before the spike.
 
         Raises:
-            ConfigError: the run went back too often, or there is no checkpoint from before.
+            ConfigError: the run went back ``guard.spike_limit`` times already, or there is no such checkpoint.
         """
         first, last = self.spike
         options, known = self.options, list(self.ranges)
         begin, end = max(1, first - options.spike_before), last + options.spike_after
-        what = f"the losses of steps {first} to {last} are a spike (last {self._detector.losses[-1]:.4g})"
+        cause = f"the losses of steps {first} to {last} are a spike (last {self._detector.losses[-1]:.4g})"
         if len(known) >= options.spike_limit:
             raise mark_collective(
                 ConfigError(
-                    f"guard.spike_limit={options.spike_limit}: {what}, and {len(known)} ranges of steps are left out "
+                    f"guard.spike_limit={options.spike_limit}: {cause}, and {len(known)} ranges of steps are left out "
                     f"already ({self.run / layout.SKIPPED_RANGES}); lower train.lr={self.config.train.lr:g} in "
                     f"another --run, or raise guard.spike_limit"
                 )
@@ -182,15 +181,15 @@ class StabilityMonitor:
         if found is None:
             raise mark_collective(
                 ConfigError(
-                    f"guard.spike={options.spike:g}: {what}, and there is no checkpoint from before step {begin} to go "
-                    f"back to; start another --run with --guard.skip {begin}-{end} or a lower train.lr, or a smaller "
+                    f"guard.spike={options.spike:g}: {cause}, and there is no checkpoint from before step {begin}; "
+                    f"start another --run with --guard.skip {begin}-{end} or a lower train.lr, or a smaller "
                     f"checkpoint.every"
                 )
             )
         self.ranges = [*known, Range(begin, end, first, last)]
         on_rank_0(lambda: self._remember())
         _LOG.warning(
-            f"{what}: going back to step {found.step} and leaving out steps {begin} to {end} "
+            f"{cause}: going back to step {found.step} and leaving out steps {begin} to {end} "
             f"({len(self.ranges)} of guard.spike_limit={options.spike_limit}, {self.run / layout.SKIPPED_RANGES})"
         )
         return found
@@ -213,12 +212,12 @@ class StabilityMonitor:
         stream, position = batches.stream, step - 1
         slots = stream.slots(position, batches.global_batch, 0, 1)
         epochs, numbers = stream.at(position * batches.global_batch + slots)
-        blamed: set[int] = set()
+        flagged: set[int] = set()
         for rank, micros in nonfinite:
             mine = stream.slots(position, batches.global_batch, rank, self._world.data_size).tolist()
-            blamed.update(slot for n in micros for slot in mine[n * train.micro_batch : (n + 1) * train.micro_batch])
+            flagged.update(slot for n in micros for slot in mine[n * train.micro_batch : (n + 1) * train.micro_batch])
         rows = [
-            {"slot": slot, "epoch": epoch, "number": number, **place} | ({"suspect": True} if slot in blamed else {})
+            {"slot": slot, "epoch": epoch, "number": number, **place} | ({"suspect": True} if slot in flagged else {})
             for slot, epoch, number, place in zip(
                 slots.tolist(), epochs.tolist(), numbers.tolist(), stream.locate(numbers)
             )
@@ -239,7 +238,7 @@ class StabilityMonitor:
 
 
 def read_history(run: Path, step: int, options: GuardConfig) -> History:
-    """History of a run's first ``step`` steps, from its records."""
+    """Derive the history of a run's first ``step`` steps from its records."""
     records = [r for r in read_metrics(run) if r["split"] == "train" and r["step"] <= step]
     nonfinite = [r["step"] for r in records if r.get("skipped") and "grad_norm" in r]
     last = (r for r in reversed(records) if not r.get("skipped"))
@@ -253,7 +252,7 @@ def read_history(run: Path, step: int, options: GuardConfig) -> History:
 
 
 def read_ranges(run: Path) -> list[Range]:
-    """The steps that a run has decided to leave out, in the order of the decisions.
+    """Ranges that a run skips after spikes, in the order of the decisions.
 
     Raises:
         ConfigError: the file is damaged.
@@ -269,15 +268,15 @@ def read_ranges(run: Path) -> list[Range]:
 
 
 def undone(ranges: Sequence[Range], step: int, meta: Mapping[str, Any]) -> bool:
-    """True for a checkpoint that has trained on batches skipped later: it lists too few ranges for its step."""
+    """True for a checkpoint that has trained on batches skipped later: it knows too few ranges for its step."""
     return any(step >= found.first for found in ranges[meta.get("skips", 0) :])
 
 
 def check_skips(run: Path, options: GuardConfig, step: int) -> None:
-    """Check that a run that goes on from ``step`` has not trained on what ``guard.skip`` leaves out.
+    """Check that a run that goes on from ``step`` has not trained on a batch of ``guard.skip``.
 
     Raises:
-        ConfigError: it has; which checkpoint to go back to.
+        ConfigError: it has; names the checkpoint to go back to.
     """
     if not options.skip or step == 0:
         return
@@ -300,7 +299,7 @@ def check_skips(run: Path, options: GuardConfig, step: int) -> None:
 
 
 def _remove_undone(run: Path, ranges: Sequence[Range]) -> None:
-    """Remove checkpoints that will never be taken again, so that retention does not count them."""
+    """Remove checkpoints that will never be used again, so that retention does not count them."""
     for path in folders(run) if ranges else ():
         listing = read_listing(path)
         if isinstance(listing, dict) and undone(ranges, listing["step"], listing["meta"]):

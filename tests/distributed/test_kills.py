@@ -212,4 +212,4 @@ def test_a_damaged_newest_checkpoint_is_passed_over_by_all_ranks_with_one_warnin
         (path / COMPLETE).unlink()
     first, second = run.start("--train.steps", 5, before={1: _quick}).finish()
     assert (first.code, second.code, second.err) == (2, 2, "")
-    assert first.err.splitlines()[-1].endswith("none is whole; put one back, or start again with another --run")
+    assert first.err.splitlines()[-1].endswith("none is complete; put one back, or start again with another --run")

@@ -301,7 +301,7 @@ def test_a_spike_without_a_checkpoint_from_before_ends_the_run(tmp_path, data_se
     done = recipe.finish()
     assert done.code == 2
     assert done.err.splitlines()[-1].endswith(
-        "there is no checkpoint from before step 7 to go back to; start another --run with --guard.skip 7-9 or a lower "
+        "there is no checkpoint from before step 7; start another --run with --guard.skip 7-9 or a lower "
         "train.lr, or a smaller checkpoint.every"
     )
     assert not (recipe.run / "skips.json").exists()
