@@ -1,1 +1,1 @@
-"""TODO."""
+"""Building of data sets: tokenize, pack, write shards, publish."""

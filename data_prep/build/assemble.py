@@ -1,4 +1,4 @@
-"""Token streams to shards: each shard is cut from the streams by itself, in any process, at any time."""
+"""Token streams to shards. Shards are independent jobs, for any process in any order."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from data_prep.format.pack import RowFormat, Rows
 from data_prep.format.shards import shard_name, write_shard
 
 
-class Piece(NamedTuple):
-    """A stretch of the stream that one part of the input has of a split."""
+class Segment(NamedTuple):
+    """A range of tokens of one split in the stream of one input part."""
 
     folder: Path
     begin: int  # in the part's stream
@@ -29,54 +29,54 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Stream:
-    """The token stream of a split: pieces one after another."""
+    """The token stream of a split: consecutive segments."""
 
     split: str
-    pieces: tuple[Piece, ...]
+    segments: tuple[Segment, ...]
     rows: RowFormat
     dtype: str
 
     @property
     def tokens(self) -> int:
-        return sum(piece.tokens for piece in self.pieces)
+        return sum(segment.tokens for segment in self.segments)
 
     def sections(self, size: int) -> Iterator[Stream]:
-        """Consecutive streams of ``size`` tokens, the last one smaller; each knows its own pieces only."""
-        ends = np.cumsum([piece.tokens for piece in self.pieces]).tolist()
+        """Consecutive streams of ``size`` tokens, the last one smaller; each has its own segments only."""
+        ends = np.cumsum([segment.tokens for segment in self.segments]).tolist()
         for begin in range(0, self.tokens, size):
             end = min(begin + size, self.tokens)
-            pieces = []
+            segments = []
             for i in range(bisect_right(ends, begin), bisect_left(ends, end) + 1):
-                piece, offset = self.pieces[i], ends[i] - self.pieces[i].tokens
+                segment, offset = self.segments[i], ends[i] - self.segments[i].tokens
                 low, high = max(begin, offset), min(end, ends[i])
                 if low < high:
-                    pieces.append(Piece(piece.folder, piece.begin + low - offset, high - low))
-            yield replace(self, pieces=tuple(pieces))
+                    segments.append(Segment(segment.folder, segment.begin + low - offset, high - low))
+            yield replace(self, segments=tuple(segments))
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
-        """All tokens and the places among them where documents start."""
+        """Read all tokens ``[n]`` and the offsets of document starts ``[m]`` in them."""
         tokens, starts, offset = [], [], 0
-        for piece in self.pieces:
-            tokens.append(self._tokens(piece))
-            places = self._starts(piece)
-            first, last = np.searchsorted(places, [piece.begin, piece.begin + piece.tokens])
-            starts.append(places[first:last] + (offset - piece.begin))
-            offset += piece.tokens
+        for segment in self.segments:
+            tokens.append(self._tokens(segment))
+            places = self._starts(segment)
+            first, last = np.searchsorted(places, [segment.begin, segment.begin + segment.tokens])
+            starts.append(places[first:last] + (offset - segment.begin))
+            offset += segment.tokens
         return np.concatenate(tokens), np.concatenate(starts)
 
-    def _tokens(self, piece: Piece) -> np.ndarray:
-        dtype, path = np.dtype(self.dtype), piece.folder / f"{self.split}.tokens"
-        return np.fromfile(path, dtype, piece.tokens, offset=piece.begin * dtype.itemsize)
+    def _tokens(self, segment: Segment) -> np.ndarray:
+        dtype, path = np.dtype(self.dtype), segment.folder / f"{self.split}.tokens"
+        return np.fromfile(path, dtype, segment.tokens, offset=segment.begin * dtype.itemsize)
 
-    def _starts(self, piece: Piece) -> np.ndarray:
-        # Mapped, not read: most calls want few of them.
-        path = piece.folder / f"{self.split}.starts"
+    def _starts(self, segment: Segment) -> np.ndarray:
+        # Mapped, because most calls need few of them.
+        path = segment.folder / f"{self.split}.starts"
         return np.memmap(path, "<i8", mode="r") if path.stat().st_size else np.empty(0, np.int64)
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """What :func:`build_shard` needs. Counts of token ids go to ``notes``, next to the shard's record."""
+    """Arguments of :func:`build_shard`. ``notes`` takes the counts of token ids and the shard's record."""
 
     stream: Stream
     number: int
@@ -91,7 +91,7 @@ class ShardJob:
 
 
 def shard_jobs(stream: Stream, rows_per_shard: int, **options: Any) -> list[ShardJob]:
-    """One job for each shard of a split; the tokens that fill no row are left."""
+    """One job for each shard of a split; tokens that do not fill a row are dropped."""
     width = stream.rows.width
     sections = enumerate(stream.sections(rows_per_shard * width))
     return [ShardJob(section, number, **options) for number, section in sections if section.tokens >= width]
@@ -101,7 +101,7 @@ def build_shard(job: ShardJob) -> Shard:
     """Write one shard and, once it is complete, its record.
 
     Raises:
-        OSError: the disk does not take it.
+        OSError: the disk is full or cannot be written.
     """
     counts = np.zeros(job.vocab_size, np.int64)  # of tokens at positions 1 to L-1
     shard = write_shard(job.folder, job.stream.split, job.number, _samples(job, counts))
@@ -112,7 +112,7 @@ def build_shard(job: ShardJob) -> Shard:
 
 
 def finished_shard(job: ShardJob) -> Shard | None:
-    """The record of a shard that is complete; None for one that has to be written."""
+    """The record of a complete shard; None if it must be written."""
     with suppress(OSError, ValidationError):
         shard = Shard.model_validate_json(job.note(".json").read_bytes())
         if (job.folder / shard.name).stat().st_size == shard.bytes:

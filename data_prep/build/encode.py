@@ -1,4 +1,4 @@
-"""One part of the input to token streams: the work of prep that many processes share."""
+"""Tokenizing of one input part into token streams, a job for a worker process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RESULT = "done.json"
 
 
 class Reject(Record):
-    """A record left out as unreadable, and where it begins: a byte of the decompressed file, or a row."""
+    """A record that cannot be used, and its offset: a byte of the decompressed file, or a row."""
 
     source: str
     offset: Count
@@ -35,9 +35,9 @@ class Reject(Record):
 
 
 class Encoded(Record):
-    """Result of one part, written once its streams are on the disk. Per split: documents, text bytes, tokens."""
+    """Result of one part, written once its streams are on disk. Per split: documents, text bytes, tokens."""
 
-    sha256: Sha256 | None  # of the whole source, known to its first part
+    sha256: Sha256 | None  # of the whole source; in the result of its first part
     documents: dict[SplitName, Count]
     text_bytes: dict[SplitName, Count]
     tokens: dict[SplitName, Count]
@@ -48,7 +48,7 @@ class Encoded(Record):
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """What :func:`encode_part` needs; ``folder`` is the part's own."""
+    """Arguments of :func:`encode_part`; ``folder`` is the part's own."""
 
     part: Part
     folder: Path
@@ -63,29 +63,29 @@ class EncodeJob:
 
 
 def share(identity: str, seed: int) -> float:
-    """A document's place in [0, 1): sha256 of ``"<seed>:<id>"`` read as a fraction. Nothing else matters."""
+    """Map a document to [0, 1) by the sha256 of ``"<seed>:<id>"`` alone."""
     digest = hashlib.sha256(f"{seed}:{identity}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "big") * 2.0**-64
 
 
 def in_validation(identity: str, seed: int, fraction: float) -> bool:
-    """Whether a document is held out. It stays in its split when others are added."""
+    """True for documents of the validation split. Adding documents moves none to the other split."""
     return share(identity, seed) < fraction
 
 
 def encode_part(job: EncodeJob) -> Encoded:
-    """Tokenize a part into ``<split>.tokens`` and ``<split>.starts`` (int64 places of documents in the stream).
+    """Tokenize a part into ``<split>.tokens`` and ``<split>.starts`` (int64 offsets of documents in the stream).
 
-    The streams of all parts, one after another, are the streams that rows are cut from, wherever parts begin.
+    The concatenated streams of all parts do not depend on where the parts begin. Rows are cut from them.
 
     Raises:
-        DataError: the source is broken or changed, or has too many bad records.
-        OSError: the disk does not take it.
+        DataError: the source is damaged or has changed, or has too many bad records.
+        OSError: the disk is full or cannot be written.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     source = job.part.source
     digest: str | None
-    fetched = job.folder / f"fetched-{unique_suffix()}"  # two processes may run the same share
+    fetched = job.folder / f"fetched-{unique_suffix()}"  # two processes may run the same part
     try:
         if source.remote:
             digest, local = fetch(source.path, fetched, source.bytes), fetched
@@ -108,10 +108,10 @@ def encode_part(job: EncodeJob) -> Encoded:
 
 
 def read_result(folder: Path) -> Encoded | None:
-    """What :func:`encode_part` has left in ``folder``; None where it has not ended, or its streams are not whole."""
+    """Read the result of :func:`encode_part`; None if it has not finished or a stream is incomplete."""
     try:
         result = Encoded.model_validate_json((folder / RESULT).read_bytes())
-        # A stream cut since then would shift all rows behind it without an error.
+        # A truncated stream would silently shift all rows after it.
         whole = all((folder / name).stat().st_size == size for name, size in result.files.items())
     except (FileNotFoundError, ValidationError):
         return None
@@ -119,11 +119,11 @@ def read_result(folder: Path) -> Encoded | None:
 
 
 class _PartEncoder:
-    """Holds one batch of text and writes its tokens to the streams of both splits."""
+    """Collects documents into batches and writes their tokens to the streams of both splits."""
 
     def __init__(self, job: EncodeJob, files: ExitStack):
         self.job, self.tokenizer = job, shared_tokenizer(job.tokenizer)
-        # Special tokens spelled out in a text are encoded as text, and a new mask is no entry at all.
+        # Text that spells a special token is encoded as text, and an added mask is not in the vocabulary.
         mask = self.tokenizer.get_added_tokens_decoder().get(job.mask)
         self.mask_may_occur = mask is not None and not mask.special
         names = {(split, kind): job.folder / f"{split}.{kind}" for split in SPLITS for kind in ("tokens", "starts")}
@@ -155,9 +155,9 @@ class _PartEncoder:
         """Tokenize and write the batch."""
         job, batch = self.job, self.batch
         ids = encode(self.tokenizer, [document.text for document in batch])
-        held_out = [in_validation(document.id, job.seed, job.validation_fraction) for document in batch]
+        validation = [in_validation(document.id, job.seed, job.validation_fraction) for document in batch]
         for split, wanted in zip(SPLITS, (False, True)):
-            self._write(split, [n for n, held in enumerate(held_out) if held is wanted], ids)
+            self._write(split, [n for n, found in enumerate(validation) if found is wanted], ids)
         self.batch, self.batch_bytes = [], 0
 
     def _write(self, split: SplitName, numbers: Sequence[int], ids: Sequence[Sequence[int] | None]) -> None:
@@ -169,10 +169,10 @@ class _PartEncoder:
         stream = np.empty(ends[-1], self.job.dtype)
         for found, begin, end in zip(taken.values(), ends.tolist(), ends[1:].tolist()):
             stream[begin : begin + len(head)] = head
-            # Half the cost of having numpy read the list.
+            # Half the cost of converting the list in numpy.
             stream[begin + len(head) : end - len(tail)] = np.frombuffer(array("I", found), np.uintc)
             stream[end - len(tail) : end] = tail
-        # A text without tokens leaves no trace in a stream without BOS and EOS.
+        # A text without tokens adds nothing to a stream without BOS and EOS.
         starts = ends[:-1][np.diff(ends) > 0] + self.tokens[split]
         self.streams[split, "tokens"].write(stream.data)
         self.streams[split, "starts"].write(starts.astype("<i8").data)
@@ -183,15 +183,15 @@ class _PartEncoder:
         pool.count(size)
 
     def _accepted(self, number: int, ids: Sequence[int] | None) -> Sequence[int] | None:
-        """``ids``, or None for a document that is rejected."""
+        """``ids``, or None after rejecting the document."""
         if ids is None:
             reason = (
-                f"a text of {len(self.batch[number].text)} characters without a place where this tokenizer lets it be "
-                "cut; split it into documents"
+                f"a text of {len(self.batch[number].text)} characters that this tokenizer cannot encode in "
+                "chunks; split it into documents"
             )
         elif self.mask_may_occur and self.job.mask in ids:
             reason = (
-                f"the text holds the mask {self.tokenizer.id_to_token(self.job.mask)!r}, which no clean text may hold; "
+                f"the text has the mask {self.tokenizer.id_to_token(self.job.mask)!r}, which no clean text may have; "
                 "remove it, or mark the mask as special in the tokenizer"
             )
         else:
@@ -212,7 +212,7 @@ class _PartEncoder:
 
 
 def too_many_rejects(count: int, first: Reject, most: int) -> DataError:
-    """The error that ends a prep with more bad records than it may have."""
+    """The error for more bad records than ``max_rejects``."""
     where = f"{first.source}: at {first.offset}: {first.reason}"
     if most == 0:
         return DataError(where)

@@ -1,4 +1,4 @@
-"""What a prep would take, from a sample of the text: tokens, shards, disk, time. Nothing is written."""
+"""Estimates of a prep from a sample of the text: tokens, shards, disk, time. Nothing is written."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from data_prep.sources import Document, Source, expand, read_part, split
 from data_prep.sources.kinds import INPUT_KINDS
 
 SAMPLED_FILES = 16
-FETCHED_FILES = 2  # of those that lie elsewhere
-SAMPLE_BYTES = 4 << 20  # of text, from all sampled files together
-TAR_OVERHEAD = 1.002  # of samples with hundreds of rows
+FETCHED_FILES = 2  # of remote sources
+SAMPLE_BYTES = 4 << 20  # of text, over all sampled files
+TAR_OVERHEAD = 1.002  # for samples of hundreds of rows
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Expected outcome of a prep. ``seconds`` on ``workers`` processes of this machine."""
+    """Expected result of a prep; ``seconds`` are for ``workers`` processes on this machine."""
 
     files: int
     stored_bytes: int
@@ -49,7 +49,7 @@ class Estimate:
     rejects: int
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The estimate as text, line by line."""
         rows, shards = (", ".join(f"{name} {n[name]:,}" for name in SPLITS) for n in (self.rows, self.shards))
         lines = [
             f"input     {self.files:,} files, {size(self.stored_bytes)}, about {size(self.text_bytes)} of text",
@@ -74,7 +74,7 @@ class Estimate:
 
 @dataclass
 class _Sample:
-    """Documents from the beginnings of some files. ``stored`` estimates the stored bytes that they came from."""
+    """Documents from the beginnings of some files; ``stored`` estimates their stored bytes."""
 
     documents: list[Document]
     text_bytes: int = 0
@@ -85,10 +85,10 @@ class _Sample:
 
 
 def estimate(config: PrepConfig) -> Estimate:
-    """Tokenize a sample and scale it up. A tokenizer ``bpe:N`` is trained on the sample, so its figures are rougher.
+    """Tokenize a sample and scale it up. ``bpe:N`` trains on the sample, so its figures are rougher.
 
     Raises:
-        DataError: as prep raises it for what it meets in the sample.
+        DataError: an error that prep would raise for the sample.
     """
     sources = expand(config.inputs)
     sample = _read(config, sources)
@@ -108,17 +108,17 @@ def estimate(config: PrepConfig) -> Estimate:
         seconds = sample.seconds + time.process_time() - began
     total = sum(source.bytes for source in sources)
     scale = total / sample.stored
-    held_out = np.array([in_validation(d.id, config.seed, config.validation_fraction) for d in sample.documents])
-    # The sample's own split is chance; what is expected is the fraction.
+    validation = np.array([in_validation(d.id, config.seed, config.validation_fraction) for d in sample.documents])
+    # The split of a small sample varies by chance; the whole follows the fraction.
     fractions = {"train": 1 - config.validation_fraction, "validation": config.validation_fraction}
     if scale <= 1:
-        fractions = {"train": (lengths * ~held_out).sum() / lengths.sum(), "validation": 0.0}
+        fractions = {"train": (lengths * ~validation).sum() / lengths.sum(), "validation": 0.0}
         fractions["validation"] = 1 - fractions["train"]
     tokens = float(lengths.sum() * scale)
     rows = {name: int(tokens * fractions[name] // form.width) for name in SPLITS}
     itemsize = token_dtype(special.vocab_size).itemsize
     workers = workers_of(config)
-    passes = 1 if entries is None else 1.2  # training a tokenizer reads everything once more
+    passes = 1 if entries is None else 1.2  # training a tokenizer reads all text once more
     return Estimate(
         files=len(sources),
         stored_bytes=total,
@@ -137,7 +137,7 @@ def estimate(config: PrepConfig) -> Estimate:
 
 
 def _read(config: PrepConfig, sources: Sequence[Source]) -> _Sample:
-    """A share of the sample from the beginning of each of some files, spread over all."""
+    """Read the beginnings of some files, evenly spaced over all."""
     most = min(FETCHED_FILES if any(source.remote for source in sources) else SAMPLED_FILES, len(sources))
     chosen = [sources[i] for i in np.linspace(0, len(sources) - 1, most).round().astype(int)]
     sample = _Sample([])
@@ -152,7 +152,7 @@ def _read(config: PrepConfig, sources: Sequence[Source]) -> _Sample:
 
 
 def _read_beginning(config: PrepConfig, source: Source, path: Path, most: int, sample: _Sample) -> None:
-    """Read up to ``most`` bytes of text, and estimate what share of the file they are."""
+    """Read up to ``most`` bytes of text and estimate their stored bytes."""
 
     def reject(offset: int, reason: str) -> None:
         sample.rejects += 1
@@ -175,7 +175,7 @@ def _read_beginning(config: PrepConfig, source: Source, path: Path, most: int, s
 
 
 def _stored(source: Source, path: Path, offset: int) -> float:
-    """Stored bytes of a file's beginning that ends at ``offset``, as the documents of its kind count it."""
+    """Stored bytes of a file before ``offset``, which is in the unit of its kind."""
     stored = INPUT_KINDS.instance(source.kind).stored_before(source, path, offset)
     if stored is not None:
         return stored

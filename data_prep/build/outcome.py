@@ -1,4 +1,4 @@
-"""What the parts of a prep add up to: whether it is a data set, and its manifest."""
+"""Results of all parts of a prep: checks of the data set, and its manifest."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def all_rejects(results: Sequence[Encoded]) -> list[Reject]:
 
 
 def check_rejects(config: PrepConfig, results: Sequence[Encoded]) -> None:
-    """The bad records of all parts together must not be too many: DataError."""
+    """Raise DataError if the bad records of all parts exceed ``max_rejects``."""
     rejects = all_rejects(results)
     if len(rejects) > config.max_rejects:
         raise too_many_rejects(len(rejects), rejects[0], config.max_rejects)
 
 
 def check_documents(config: PrepConfig, results: Sequence[Encoded]) -> None:
-    """Both splits need a document: DataError."""
+    """Raise DataError if a split has no document."""
     rejects = all_rejects(results)
     counts = {name: sum(result.documents[name] for result in results) for name in SPLITS}
     documents = sum(counts.values())
@@ -50,7 +50,7 @@ def check_documents(config: PrepConfig, results: Sequence[Encoded]) -> None:
 
 
 def check_rows(config: PrepConfig, jobs: Jobs, results: Sequence[Encoded]) -> None:
-    """Both splits need a row: DataError."""
+    """Raise DataError if a split has no row."""
     for name in SPLITS:
         if not jobs[name]:
             raise DataError(
@@ -69,7 +69,7 @@ def make_manifest(
     results: Sequence[Encoded],
     jobs: Jobs,
 ) -> Manifest:
-    """The manifest of a data set whose shards are all finished; nothing in it depends on how it was made."""
+    """The manifest of a data set whose shards are all finished; equal for every number of parts and processes."""
     counts = {name: counts_of(jobs[name]) for name in SPLITS}
     nats = unigram_nats(counts["validation"], counts["train"] + 1)
     skipped = {why: sum(result.skipped.get(why, 0) for result in results) for why in ("short", "long")}
@@ -93,7 +93,7 @@ def make_manifest(
 
 
 def _source_files(parts: Sequence[Part], results: Sequence[Encoded]) -> list[SourceFile]:
-    """The input files; the first part of each knows its sha256."""
+    """The input files; the first part of each has its sha256."""
     return [
         SourceFile(name=part.source.name, bytes=part.source.bytes, sha256=result.sha256)
         for part, result in zip(parts, results)

@@ -1,4 +1,4 @@
-"""Options of ``bd3 prep``, and the recipe: those that decide the rows."""
+"""Options of ``bd3 prep``, and the recipe: the options that determine the rows."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from data_prep.sources import Fields
 
 
 class PrepConfig(Fields):
-    """Options of ``bd3 prep``: inputs, output, and what decides the rows."""
+    """Options of ``bd3 prep``: inputs, output, recipe and processes."""
 
     inputs: tuple[str, ...] = Field(min_length=1, description="text to tokenize: files, folders, globs or URLs")
-    out: str = Field(min_length=1, description="folder of the data set, created in one piece at the end")
+    out: str = Field(min_length=1, description="folder of the data set, created at the end by one rename")
     length: int = Field(default=256, ge=4, description="tokens per row, L")
     tokenizer: str = Field(default="bpe:4096", description="bpe:N trains one on the train split; else a tokenizer.json")
-    tokenizer_sample: float = Field(default=1.0, gt=0, le=1, description="share of documents that bpe:N is trained on")
+    tokenizer_sample: float = Field(default=1.0, gt=0, le=1, description="fraction of documents to train bpe:N on")
     packing: Packing = Field(
         default="wrap", description="wrap: rows are BOS, L-2 tokens, EOS; stream: rows cut anywhere"
     )
     documents: bool = Field(default=True, description="store document starts, for masks and evaluation by document")
     add_bos: bool = Field(default=True, description="BOS before each document (packing=stream)")
     add_eos: bool = Field(default=True, description="EOS after each document (packing=stream)")
-    validation_fraction: float = Field(default=0.1, gt=0, lt=1, description="documents held out, by hash of id")
+    validation_fraction: float = Field(
+        default=0.1, gt=0, lt=1, description="fraction of documents for validation, chosen by a hash of the id"
+    )
     seed: int = Field(default=0, ge=0, description="seed of the split")
     bos: str | None = Field(default=None, description="token that begins a row; null looks for the usual names")
     eos: str | None = Field(default=None, description="token that ends a document; null looks for the usual names")
     rows_per_member: int = Field(default=512, ge=1, description="rows in one sample of a tar")
     rows_per_shard: int = Field(default=16384, ge=1, description="rows in one tar")
-    max_rejects: int = Field(
-        default=100, ge=0, description="most unreadable records left out; 0: the first one ends it"
-    )
+    max_rejects: int = Field(default=100, ge=0, description="most bad records to skip; 0: fail at the first one")
     workers: int | None = Field(default=None, ge=1, description="processes; null means one per core")
     part: str | None = Field(
         default=None,
-        description="take a share of the inputs: K/N (K from 0), or slurm for this task of an array; "
-        "the last share to end writes the data set",
+        description="process a share of the inputs: K/N (K from 0), or slurm for this task of an array job; "
+        "the last share to finish writes the data set",
     )
-    overwrite: bool = Field(default=False, description="replace a data set that is already there")
+    overwrite: bool = Field(default=False, description="replace an existing data set")
 
     @model_validator(mode="after")
     def _fits_together(self) -> PrepConfig:
@@ -69,15 +69,15 @@ class PrepConfig(Fields):
 
     @property
     def bpe_size(self) -> int | None:
-        """N of ``tokenizer=bpe:N``, None for a path.
+        """N of ``tokenizer=bpe:N``; None for a path.
 
         Raises:
-            DataError: no number there.
+            DataError: N is not a number.
         """
         if not self.tokenizer.startswith("bpe:"):
             return None
         digits = self.tokenizer[4:]
-        if not digits.isdecimal() or len(digits) > 8:  # the trainer reserves memory for all entries it may find
+        if not digits.isdecimal() or len(digits) > 8:  # the trainer reserves memory for all entries
             raise DataError(
                 f"tokenizer={self.tokenizer[:40]}: after bpe: goes a number of entries below 100000000; write bpe:4096"
             )
@@ -88,10 +88,10 @@ class PrepConfig(Fields):
         return Fields(**{name: getattr(self, name) for name in Fields.model_fields})
 
     def recipe(self) -> Recipe:
-        """What decides the rows, apart from the text.
+        """Options that determine the rows, apart from the text.
 
         Raises:
-            DataError: the tokenizer file is missing or is none.
+            DataError: the tokenizer file is missing or not a tokenizer.
         """
         tokenizer = self.tokenizer
         if self.bpe_size is None:

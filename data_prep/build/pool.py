@@ -1,4 +1,4 @@
-"""Jobs in worker processes that never outlive the process that started them."""
+"""Pool of worker processes, which never outlive their parent."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from typing import Any
 
 from data_prep.errors import DataError
 
-TICK = 1.0  # seconds between calls of the caller's tick
+TICK = 1.0  # seconds between calls of ``tick``
 _PR_SET_PDEATHSIG = 1
 
-_counter: Any = None  # in a worker: the shared count of bytes
+_counter: Any = None  # in a worker: the shared counter of bytes
 
 
 def run(
     function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, tick: Callable[[int], None]
 ) -> Iterator[tuple[Any, Any]]:
-    """``(job, result)`` of ``function(job)`` for every job, as they end, with ``workers`` processes.
+    """Run ``function(job)`` in ``workers`` processes; yields ``(job, result)`` as jobs finish.
 
-    A result is what the function returned, or the DataError that it raised; any other exception is raised here and
-    ends the workers. A single worker is this process itself.
+    A result is the function's return value, or the DataError that it raised; any other exception is raised here and
+    stops the workers. A single worker is this process.
 
     Args:
-        function: of a module's top level; what it does so far it tells by :func:`count`.
-        tick: called now and then with the sum of all counts.
+        function: of a module's top level; it reports progress through :func:`count`.
+        tick: called about once a second with the sum of all counts.
 
     Raises:
         DataError: a worker died.
@@ -41,14 +41,14 @@ def run(
     if min(workers, len(jobs)) <= 1:
         _counter = _Local(tick)
         for job in jobs:
-            yield job, _guarded(function, job)
+            yield job, _result_of(function, job)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks and half of torch
+    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks and torch's state
     counter = context.Value("q", 0)
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (counter, os.getpid()))
     try:
-        waiting = {pool.submit(_guarded, function, job): job for job in jobs}
+        waiting = {pool.submit(_result_of, function, job): job for job in jobs}
         while waiting:
             done, _ = wait(waiting, TICK, FIRST_COMPLETED)
             tick(counter.value)
@@ -65,14 +65,14 @@ def run(
 
 
 def count(amount: int) -> None:
-    """Add to the sum that the caller's tick is told."""
+    """Add to the sum that ``tick`` gets."""
     if _counter is not None:
         with _counter.get_lock():
             _counter.value += amount
 
 
 class _Local:
-    """The counter of a single process, which ticks by itself."""
+    """Counter of a single process; calls ``tick`` by itself."""
 
     def __init__(self, tick: Callable[[int], None]):
         self._tick, self._told, self._value = tick, time.monotonic(), 0
@@ -92,7 +92,7 @@ class _Local:
             self._tick(value)
 
 
-def _guarded(function: Callable[[Any], Any], job: Any) -> Any:
+def _result_of(function: Callable[[Any], Any], job: Any) -> Any:
     try:
         return function(job)
     except DataError as error:
@@ -100,13 +100,13 @@ def _guarded(function: Callable[[Any], Any], job: Any) -> Any:
 
 
 def _start(counter: Any, parent: int) -> None:
-    """Set up a worker."""
+    """Initialize a worker."""
     global _counter
     _counter = counter
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one process a core
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops it
     if sys.platform == "linux":
-        # Else workers of a killed parent would go on until their jobs are done.
+        # Otherwise workers of a killed parent would finish their jobs.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

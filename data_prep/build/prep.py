@@ -1,8 +1,8 @@
-"""Text to a data set: tokenize the parts of the input, cut shards from their streams, publish all at once.
+"""Text to a data set: tokenize the parts of the input, cut shards from their streams, publish by one rename.
 
-Both steps are many jobs that any process can do, each with a marker once it is done, so that a prep that was killed
-goes on where it was. The shards depend on the text and the recipe alone: not on how the input is cut into parts, on
-the number of processes, or on interruptions.
+Both steps consist of independent jobs. Each writes a marker when it is done, so a killed prep continues where it was.
+The shards depend on the text and the recipe alone: not on the division into parts, the number of processes, or
+interruptions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from bd3_common.atomic import atomic_file, unique_suffix, write_text
 from data_prep.build import pool
-from data_prep.build.assemble import Piece, ShardJob, Stream, build_shard, finished_shard, shard_jobs
+from data_prep.build.assemble import Segment, ShardJob, Stream, build_shard, finished_shard, shard_jobs
 from data_prep.build.encode import (
     Encoded,
     EncodeJob,
@@ -58,24 +58,24 @@ if TYPE_CHECKING:
 
 __all__ = ["PrepConfig", "in_validation", "prep"]
 
-SMALLEST_PART, LARGEST_PART = 1 << 20, 64 << 20  # stored bytes of a file that one job reads, where it can be cut
+SMALLEST_PART, LARGEST_PART = 1 << 20, 64 << 20  # stored bytes that one job reads, if the file can be split
 _LITTLE = 64 << 20  # bytes of token streams
-_SAMPLE = 1  # seed of the sample that a tokenizer is trained on, unlike most seeds of the split
+_SAMPLE = 1  # seed of the tokenizer's training sample, not the default seed of the split
 
 
 def prep(config: PrepConfig, report: Report = lambda line: None) -> Manifest | None:
-    """Write the data set that ``config`` asks for and return its manifest.
+    """Write a data set and return its manifest.
 
-    A data set already there is returned untouched if recipe and sources are the same. Nothing is seen under
-    ``config.out`` before all of it is on the disk. Finished parts of a prep that failed or was killed are kept beside
-    it, and the same call goes on from there. With ``config.part`` set, None is returned while other parts are missing.
+    An existing data set of the same recipe and sources is kept. ``config.out`` appears once all of it is on disk.
+    Finished parts of a prep that failed or was killed are kept beside it, and the same call continues from them. With
+    ``config.part`` set, None is returned while other parts are missing.
 
     Args:
-        config: what to do.
-        report: called with one line of text now and then.
+        config: inputs, output, recipe and processes.
+        report: called with one line of text every few seconds.
 
     Raises:
-        DataError: anything wrong with inputs, tokenizer or output, in one line.
+        DataError: inputs, tokenizer or output cannot be used; one line.
     """
     sources = expand(config.inputs)
     out = Path(config.out).absolute()
@@ -89,15 +89,15 @@ def prep(config: PrepConfig, report: Report = lambda line: None) -> Manifest | N
 
 
 def workers_of(config: PrepConfig) -> int:
-    """Processes to use: as asked for, or one for each core that this process may run on."""
+    """Number of processes: ``config.workers``, or one for each core that this process may run on."""
     return config.workers or len(os.sched_getaffinity(0))
 
 
 def parts_of(sources: Sequence[Source]) -> list[Part]:
-    """What one job each reads, in order.
+    """The parts of all sources in order, one job each.
 
-    Parts of a file depend on the file alone, so that finished ones stay valid when others change. A remote file is
-    fetched whole, so it is one part.
+    Parts of a file depend on the file alone, so finished ones stay valid when other files change. A remote file is one
+    part, because it is fetched whole.
     """
     sizes = [
         source.bytes + 1 if source.remote else min(max(source.bytes // 16, SMALLEST_PART), LARGEST_PART)
@@ -127,7 +127,7 @@ def share_of(part: str) -> tuple[int, int]:
     if last - first != (count - 1) * step:
         raise DataError(
             f"part=slurm: an array of {count} tasks from {first} to {last} leaves some out, so their shares are not "
-            "known; to run single shares again, use --part K/N with the N of the first array"
+            "known; to repeat single shares, use --part K/N with the N of the first array"
         )
     return (task - first) // step, count
 
@@ -160,7 +160,7 @@ class _Prep:
                 return self._finish() if unfinished else load_manifest(self.work.out)
 
     def _encode(self, parts: Sequence[Part]) -> None:
-        """Tokenize the parts that are not done yet. One that fails does not keep others from being done."""
+        """Tokenize the parts that are not done yet; if one fails, the others are still done."""
         special = self.special
         dtype = token_dtype(special.vocab_size).str
         config = self.config
@@ -181,7 +181,7 @@ class _Prep:
             if read_result(self.work.part(part)) is None
         ]
         if len(jobs) < len(parts):
-            self.report(f"going on: {len(parts) - len(jobs)} of {len(parts)} parts are done already")
+            self.report(f"continuing: {len(parts) - len(jobs)} of {len(parts)} parts are done already")
         progress = Progress(self.report, "tokenized", sum(job.part.weight for job in jobs))
         failed = []
         with one_thread():
@@ -194,7 +194,7 @@ class _Prep:
         if jobs:
             progress.line()
         if failed:
-            kept = f"; {len(parts) - len(failed)} of {len(parts)} parts are done and kept: run again once it is mended"
+            kept = f"; {len(parts) - len(failed)} of {len(parts)} parts are done and kept; fix this and run again"
             more = f"; {len(failed) - 1} more failed" if len(failed) > 1 else ""
             raise DataError(f"{failed[0]}{more}{kept if len(parts) > len(failed) else ''}")
 
@@ -209,7 +209,7 @@ class _Prep:
             check_documents(self.config, results)
             check_rows(self.config, jobs, results)
         except DataError:
-            self.work.remove()  # only other options help, and these would need other streams
+            self.work.remove()  # the remedy changes options, which need other streams
             raise
         self._build([job for split_jobs in jobs.values() for job in split_jobs])
         data, rejects = self.work.data, all_rejects(results)
@@ -243,8 +243,8 @@ class _Prep:
         )
 
     def _shard_jobs(self, name: SplitName, special: SpecialIds, results: Sequence[Encoded]) -> list[ShardJob]:
-        pieces = [Piece(self.work.part(part), 0, result.tokens[name]) for part, result in zip(self.parts, results)]
-        stream = Stream(name, tuple(pieces), self.config.rows(special), token_dtype(special.vocab_size).str)
+        segments = [Segment(self.work.part(part), 0, result.tokens[name]) for part, result in zip(self.parts, results)]
+        stream = Stream(name, tuple(segments), self.config.rows(special), token_dtype(special.vocab_size).str)
         return shard_jobs(
             stream,
             self.config.rows_per_shard,
@@ -262,7 +262,7 @@ class _Prep:
         itemsize = np.dtype(jobs[0].stream.dtype).itemsize
         size = sum(job.stream.tokens * itemsize for job in missing)
         progress = Progress(self.report, "packed", size)
-        # Starting processes takes longer than a few shards do.
+        # Starting processes takes longer than a few shards.
         for job, result in pool.run(build_shard, missing, self.workers if size > _LITTLE else 1, progress.tick):
             if isinstance(result, DataError):
                 raise result
@@ -277,13 +277,12 @@ class _Prep:
 
     @cached_property
     def special(self) -> SpecialIds:
-        """Of the tokenizer, trained or copied once for all processes that share the work: a given file is kept as it
-        is."""
+        """Ids of the tokenizer, which is trained or copied once for all processes that share the work."""
         path, size = self.work.tokenizer, self.config.bpe_size
         with self.work.exclusively("tokenizer") as unfinished:
             if not unfinished:
                 out = self.work.out
-                raise _Published(f"{out}: was written by another task meanwhile; run again to have it checked")
+                raise _Published(f"{out}: another task has written it meanwhile; run again to check it")
             if not path.exists() and size is None:
                 with atomic_file(path) as temporary:
                     shutil.copyfile(self.config.tokenizer, temporary)
@@ -292,13 +291,13 @@ class _Prep:
         return special_ids(shared_tokenizer(path), self.config.bos, self.config.eos)
 
     def _train_once(self, size: int) -> None:
-        """Train the tokenizer, or keep the one that was trained on the same inputs before."""
+        """Train the tokenizer, or keep the one trained on the same inputs."""
         work = self.work
         if not work.tokenizer_is_of(self.parts):
             if work.tokenizer.exists():
-                if self.config.part is not None:  # others may be using it
+                if self.config.part is not None:  # other tasks may be using it
                     raise DataError(
-                        f"{work.folder}: holds unfinished work with a tokenizer trained on other inputs; give every "
+                        f"{work.folder}: has unfinished work with a tokenizer trained on other inputs; give every "
                         "share the same inputs, or remove the folder"
                     )
                 self.report("the inputs have changed: training the tokenizer again")
@@ -329,7 +328,7 @@ class _Prep:
             progress.done(part.weight, total - began)
 
     def _rejects(self, part: Part) -> Callable[[int, str], None]:
-        """A callback that lets as many bad records pass as one part may have."""
+        """A callback that raises DataError for more than ``max_rejects`` bad records of one part."""
         found: list[Reject] = []
 
         def reject(offset: int, reason: str) -> None:
@@ -341,7 +340,7 @@ class _Prep:
 
     @contextmanager
     def _local(self, source: Source) -> Iterator[Path]:
-        """Where a source can be read on this machine; a remote one is fetched for the time of the block."""
+        """Path of a source on this machine; a remote one is fetched and removed at the end of the block."""
         if not source.remote:
             yield Path(source.path)
             return
@@ -358,7 +357,7 @@ class _Published(DataError):
 
 
 def _reuse(config: PrepConfig, sources: Sequence[Source], out: Path, report: Report) -> Manifest:
-    """The manifest in ``out`` if it is what ``config`` asks for, else DataError."""
+    """Return the manifest in ``out``, or raise DataError if recipe or sources differ."""
     if not (out / MANIFEST).is_file():
         raise DataError(f"{config.out}: exists and is not a data set; choose another --out")
     manifest = load_manifest(out)
@@ -373,7 +372,7 @@ def _reuse(config: PrepConfig, sources: Sequence[Source], out: Path, report: Rep
 
 
 def _same_sources(sources: Sequence[Source], recorded: Sequence[SourceFile]) -> bool:
-    """Whether the files are those of the data set: by content, and remote ones, which stay there, by size."""
+    """Compare the files with those of the data set: local ones by content, remote ones by size."""
     if [(source.name, source.bytes) for source in sources] != [(file.name, file.bytes) for file in recorded]:
         return False
     return all(s.remote or sha256_source(s, Path(s.path)) == file.sha256 for s, file in zip(sources, recorded))
@@ -381,7 +380,7 @@ def _same_sources(sources: Sequence[Source], recorded: Sequence[SourceFile]) -> 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep ``tokenizers`` from starting threads of its own: one process takes one core."""
+    """Keep ``tokenizers`` from starting threads, so that one process uses one core."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

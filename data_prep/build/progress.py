@@ -1,4 +1,4 @@
-"""How far a long step is: MB/s of text and the time that is left."""
+"""Progress of a long step: MB/s of text and the remaining time."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import time
 from collections.abc import Callable
 
 REPORT_SECONDS = 2.0
-GUESS = 1.0  # stored bytes per byte of text, before any part has told
+GUESS = 1.0  # stored bytes per byte of text, until the first part is finished
 
 Report = Callable[[str], None]
 
 
 class Progress:
-    """Reports at most every ``REPORT_SECONDS``, but for the last line.
+    """Reports at most every ``REPORT_SECONDS``, and once at the end.
 
-    What is left is known in stored bytes, what is done in bytes of text: finished parts tell how they compare.
+    The total is in stored bytes, progress in bytes of text; finished parts give the ratio.
 
     Args:
-        report: takes one line.
-        verb: what is being done.
+        report: called with one line of text.
+        verb: name of the step, for example ``tokenized``.
         weight: stored bytes of all parts.
     """
 
@@ -28,13 +28,13 @@ class Progress:
         self.bytes = self.finished_weight = self.finished_bytes = 0
 
     def tick(self, total: int) -> None:
-        """So many bytes of text are done, those of unfinished parts included."""
+        """Set the bytes of text done, including those of unfinished parts."""
         self.bytes = max(self.bytes, total)
         if time.monotonic() - self.told >= REPORT_SECONDS:
             self.line()
 
     def done(self, weight: int, size: int) -> None:
-        """A part of ``weight`` stored and ``size`` text bytes is finished."""
+        """Record a finished part of ``weight`` stored bytes and ``size`` bytes of text."""
         self.finished_weight += weight
         self.finished_bytes += size
         self.tick(self.finished_bytes)
@@ -47,7 +47,7 @@ class Progress:
         self.report(text if left is None else f"{text}, about {duration(left)} left")
 
     def seconds_left(self, seconds: float) -> float | None:
-        """Estimate after ``seconds``; None when all is done or nothing is known yet."""
+        """Estimate after ``seconds``; None if all is done or nothing is known yet."""
         if self.finished_weight >= self.weight or not self.bytes:
             return None
         ratio = self.finished_weight / self.finished_bytes if self.finished_bytes else GUESS

@@ -1,10 +1,10 @@
-"""The folder in which a data set is built, beside its place: what is finished there is never done again.
+"""Work folder of an unfinished data set, beside it: finished parts and shards are kept and never repeated.
 
 ::
 
-    .<name>.partial/  recipe.json  tokenizer.json  tokenizer.inputs (what it was trained on)  lock
+    .<name>.partial/  recipe.json  tokenizer.json  tokenizer.inputs (digest of its training inputs)  lock
         parts/<key>/  token streams of one part of the input; done.json once they are complete
-        notes/        what is known of finished shards, and of which inputs they are
+        notes/        records of finished shards, and a digest of their inputs
         data/         becomes the data set by one rename
 """
 
@@ -39,23 +39,23 @@ class Work:
         self.data = self.folder / "data"
 
     def part(self, part: Part) -> Path:
-        """Folder of a part; a source that has changed has other parts."""
+        """Folder of a part; a changed source gets other folders."""
         source = part.source
         key = f"{source.path}\n{source.bytes}\n{source.stamp}\n{part.begin}\n{part.end}"
         return self.folder / "parts" / hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:20]
 
     def tokenizer_is_of(self, parts: Sequence[Part]) -> bool:
-        """Whether the tokenizer here was, or is to be, trained on these parts and no others."""
+        """True if the tokenizer here was, or will be, trained on exactly these parts."""
         return _text(self._trained_on) == _digest(self, parts)
 
     def begin_tokenizer(self, parts: Sequence[Part]) -> None:
-        """Make place for a tokenizer trained on these parts; streams of another are removed with it."""
+        """Record these parts as the tokenizer's; remove an earlier tokenizer and its streams."""
         self.tokenizer.unlink(missing_ok=True)
         shutil.rmtree(self.folder / "parts", ignore_errors=True)
         write_text(self._trained_on, _digest(self, parts))
 
     def keep_shards_of(self, parts: Sequence[Part]) -> None:
-        """Remove finished shards unless they were cut from the streams of these parts, in this order."""
+        """Remove finished shards unless they come from these parts in this order."""
         path = self.notes / "inputs"
         if _text(path) == _digest(self, parts):
             return
@@ -70,13 +70,13 @@ class Work:
 
     @contextmanager
     def opened(self, recipe: Recipe, discard: bool, shared: bool = False) -> Iterator[None]:
-        """Make the folder, or go on in the one that is there, holding its lock.
+        """Create the folder or continue in an existing one, under its lock.
 
         A failure before any part was finished leaves nothing behind.
 
         Args:
-            discard: begin anew where unfinished work has another recipe.
-            shared: whether others may work in the folder at the same time.
+            discard: start again if unfinished work has another recipe.
+            shared: other processes may work in the folder at the same time.
 
         Raises:
             DataError: unfinished work has another recipe, another process works there, or the disk refuses.
@@ -91,13 +91,13 @@ class Work:
                         folder.mkdir(parents=True, exist_ok=True)
                     yield
                 except BaseException as error:
-                    # Under the lock: once it is free, the folder may be another's, as it may be after a publication.
+                    # Under the lock: without it, or after publishing, the folder may belong to another process.
                     mine = not shared and not isinstance(error, _Busy) and lies_at(lock, self.folder / "lock")
                     if mine and not any(self.folder.glob(f"parts/*/{RESULT}")):
                         self.remove()
                     raise
         except BaseException as error:
-            for folder in (self.folder, *created):  # if they are empty
+            for folder in (self.folder, *created):  # only empty ones
                 with suppress(OSError):
                     folder.rmdir()
             if isinstance(error, OSError):
@@ -109,7 +109,7 @@ class Work:
 
     @contextmanager
     def exclusively(self, name: str) -> Iterator[bool]:
-        """Wait until no other process is in a block of this name; false where the work was published meanwhile."""
+        """Wait until no other process is in a block of this name; yields False if the work was published meanwhile."""
         path = self.folder / f"{name}.lock"
         with ExitStack() as stack:
             try:
@@ -124,17 +124,17 @@ class Work:
         """Move the finished data set to its place and remove the rest.
 
         Raises:
-            OSError: something else is there by now.
+            OSError: another data set was published there meanwhile.
         """
         for folder in (*(self.data / split for split in SPLITS), self.data):
             sync(folder)
         aside = None
         if replace and self.out.exists():
             aside = self.folder / "replaced"
-            shutil.rmtree(aside, ignore_errors=True)  # of a prep that was killed after it had published
+            shutil.rmtree(aside, ignore_errors=True)  # of a prep that was killed after publishing
             self.out.rename(aside)
         try:
-            self.data.rename(self.out)  # fails if another process has put a data set there meanwhile
+            self.data.rename(self.out)  # fails if another process has published meanwhile
         except OSError:
             if aside:
                 aside.rename(self.out)
@@ -143,12 +143,12 @@ class Work:
         self.remove()
 
     def sweep(self) -> None:
-        """Remove what killed processes have left in the data set; nobody else may be writing to it."""
+        """Remove temporary files of killed processes; no other process may be writing."""
         for path in self.data.glob("*/.*.tmp"):
             path.unlink()
 
     def tidy(self) -> None:
-        """Remove what is left of work that was published and then killed."""
+        """Remove the work folder of a prep that was killed after publishing."""
         if self.folder.exists() and not self.data.exists():
             with suppress(_Busy), self._locked(shared=False):
                 self.remove()
@@ -158,10 +158,7 @@ class Work:
 
     @contextmanager
     def _locked(self, shared: bool) -> Iterator[int]:
-        """Hold the lock of the folder, which the system releases when the process ends, however it does.
-
-        Gives the descriptor of the lock.
-        """
+        """Lock the folder and yield the lock's descriptor. The system releases the lock when the process dies."""
         while True:
             self.folder.mkdir(exist_ok=True)
             with (self.folder / "lock").open("a") as handle:
@@ -198,7 +195,7 @@ class Work:
 
 
 def _digest(work: Work, parts: Sequence[Part]) -> str:
-    """Of the inputs, their order included."""
+    """Digest of the inputs and their order."""
     return hashlib.sha256("".join(work.part(part).name for part in parts).encode()).hexdigest()
 
 
@@ -209,22 +206,22 @@ def _text(path: Path) -> str | None:
 
 
 class _Busy(DataError):
-    """The folder is somebody else's and stays as it is."""
+    """The folder belongs to other work and stays as it is."""
 
 
-def recipe_difference(made: Recipe, asked: Recipe) -> str | None:
-    """``"length=128, not 256"`` for the first difference, None where the recipes are the same."""
+def recipe_difference(made: Recipe, wanted: Recipe) -> str | None:
+    """``"length=128, not 256"`` for the first difference; None for equal recipes."""
     for key in Recipe.model_fields:
-        if getattr(asked, key) != getattr(made, key):
-            return f"{key}={getattr(made, key)}, not {getattr(asked, key)}"
+        if getattr(wanted, key) != getattr(made, key):
+            return f"{key}={getattr(made, key)}, not {getattr(wanted, key)}"
     return None
 
 
 def check_replaceable(out: Path) -> None:
-    """Refuse to delete what ``bd3 prep`` has not written.
+    """Refuse to replace a folder that ``bd3 prep`` has not written.
 
     Raises:
-        DataError: ``out`` is not a data set or holds other files too.
+        DataError: ``out`` is not a data set or has other files.
     """
     foreign = None
     if out.is_symlink() or not out.is_dir():

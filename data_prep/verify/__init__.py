@@ -1,1 +1,1 @@
-"""TODO."""
+"""Verification of data sets: damage, duplicate rows, counts."""

@@ -16,15 +16,18 @@ import pytest
 from pydantic import ValidationError
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from bd3_common import atomic
+from bd3_common.atomic import atomic_file
 from data_prep import sources as sources_module
 from data_prep.build import encode as encode_module
 from data_prep.build import prep as prep_module
+from data_prep.build import work_folder
 from data_prep.build.estimate import estimate
 from data_prep.build.prep import PrepConfig, in_validation, prep
 from data_prep.build.progress import Progress, duration
 from data_prep.build.work_folder import Work
 from data_prep.errors import DataError
-from data_prep.format import files, remote
+from data_prep.format import remote
 from data_prep.format.manifest import Manifest, load_manifest
 from data_prep.format.tokenizer import encode, load_tokenizer, train_bpe
 from data_prep.read.reader import RowReader
@@ -186,8 +189,8 @@ def test_the_same_again_is_no_work_and_another_is_an_error(data_set, tmp_path):
     assert len(lines) == 1
     assert "nothing to do" in lines[0]
     assert before == {p: p.stat().st_mtime_ns for p in Path(config.out).rglob("*")}
-    for change, says in (({"length": 32}, "length=16, not 32"), ({"seed": 1}, "split_seed=0, not 1")):
-        with pytest.raises(DataError, match=f"{says}; choose another --out or pass --overwrite"):
+    for change, message in (({"length": 32}, "length=16, not 32"), ({"seed": 1}, "split_seed=0, not 1")):
+        with pytest.raises(DataError, match=f"{message}; choose another --out or pass --overwrite"):
             prep(config.model_copy(update=change))
     other = corpus(tmp_path, documents=10)
     with pytest.raises(DataError, match="other sources"):
@@ -219,7 +222,7 @@ def test_a_data_set_with_a_cut_shard_is_not_reused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"length": 100_000}, "fill no row"),
         ({"validation_fraction": 1e-9}, "none of 60 documents falls into the validation split"),
@@ -233,9 +236,9 @@ def test_a_data_set_with_a_cut_shard_is_not_reused(tmp_path):
         ({"inputs": ["missing.jsonl"]}, "missing.jsonl: no such"),
     ],
 )
-def test_mistakes_leave_nothing_behind(tmp_path, changes, says):
+def test_mistakes_leave_nothing_behind(tmp_path, changes, message):
     corpus(tmp_path)
-    assert says in refused(tmp_path, asked(tmp_path, out=str(tmp_path / "new" / "data"), **changes))
+    assert message in refused(tmp_path, asked(tmp_path, out=str(tmp_path / "new" / "data"), **changes))
 
 
 def test_a_broken_source_fails_alone(tmp_path):
@@ -247,12 +250,12 @@ def test_a_broken_source_fails_alone(tmp_path):
     tokenizer = trained(tmp_path)
     config = asked(tmp_path, inputs=[str(packed), str(whole)], tokenizer=tokenizer)
     lines: list[str] = []
-    with pytest.raises(DataError, match=r"packed.jsonl.gz: .*; 1 of 2 parts are done and kept: run again"):
+    with pytest.raises(DataError, match=r"packed.jsonl.gz: .*; 1 of 2 parts are done and kept; fix this and run again"):
         prep(config, lines.append)
     assert not (tmp_path / "data").exists()
     packed.write_bytes(gzip.compress(text, mtime=0))
     assert prep(config, lines.append)
-    assert any("going on: 1 of 2 parts are done already" in line for line in lines)
+    assert any("continuing: 1 of 2 parts are done already" in line for line in lines)
     at_once = asked(tmp_path, inputs=[str(packed), str(whole)], tokenizer=tokenizer, out=str(tmp_path / "again"))
     prep(at_once)
     assert contents(tmp_path / "data") == contents(tmp_path / "again")
@@ -300,13 +303,13 @@ def test_bad_records_are_listed_and_left_out(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "data/rejects.jsonl").read_text().splitlines()]
     assert [record["offset"] for record in records] == offsets
     assert {record["source"] for record in records} == {"text.jsonl"}
-    for record, says in zip(records, ("UTF-8", "no field 'text'", "not JSON")):
-        assert says in record["reason"]
+    for record, message in zip(records, ("UTF-8", "no field 'text'", "not JSON")):
+        assert message in record["reason"]
     assert manifest.splits == clean.splits  # the rest is as if they had never been there
 
-    for most, says in ((2, "that is the first of 3 bad records, and max_rejects=2"), (0, "at ")):
+    for most, message in ((2, "that is the first of 3 bad records, and max_rejects=2"), (0, "at ")):
         config = asked(tmp_path, tokenizer=trained(tmp_path), max_rejects=most, out=str(tmp_path / "strict"))
-        assert says in refused(tmp_path, config)
+        assert message in refused(tmp_path, config)
     config = asked(tmp_path, inputs=[str(path), *more_bad(tmp_path)], tokenizer=trained(tmp_path), max_rejects=4)
     with pytest.raises(DataError, match="first of 6 bad records"):  # none of the files has too many by itself
         prep(config.model_copy(update={"out": str(tmp_path / "sum")}))
@@ -389,7 +392,7 @@ def test_shares_of_a_slurm_array(monkeypatch):
 
 
 def test_sharing_tasks_at_once(tmp_path):
-    """All tasks of an array start together: one trains the tokenizer, one publishes, and all end well."""
+    """All tasks of an array start at once: one trains the tokenizer, one publishes, and all succeed."""
     corpus(tmp_path)
     prep(asked(tmp_path))
     script = (
@@ -428,7 +431,7 @@ def test_a_killed_prep_goes_on_to_the_same_bytes(tmp_path, workers, moments):
 
 def small_parts() -> None:
     prep_module.SMALLEST_PART, prep_module._LITTLE = 8000, 0
-    files.sync = lambda path: None  # a killed process loses nothing that it has written
+    atomic.sync = work_folder.sync = lambda path: None  # a killed process loses nothing that it has written
 
 
 @pytest.mark.parametrize(
@@ -444,7 +447,7 @@ def test_a_prep_that_fails_late_goes_on(tmp_path, monkeypatch, where):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"data_prep.{module}.{name}", stop)
+        patch.setattr(f"data_prep.build.{module}.{name}", stop)
         with pytest.raises(KeyboardInterrupt):
             prep(config)
     assert not (tmp_path / "data").exists()
@@ -512,7 +515,7 @@ def test_overwrite_after_a_kill_right_behind_the_move(tmp_path, monkeypatch):
 def test_one_file_written_by_processes_of_one_id(tmp_path):
     """As tasks of an array do on several hosts: the second to end must find its own temporary file."""
     path = tmp_path / "recipe.json"
-    with files.written(path) as one, files.written(path) as other:
+    with atomic_file(path) as one, atomic_file(path) as other:
         one.write_text("1")
         other.write_text("1")
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
@@ -538,7 +541,7 @@ def test_a_data_set_published_meanwhile_is_taken(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Work, "exclusively", late)
     assert prep(asked(tmp_path, part="0/2")) == manifest
-    with pytest.raises(DataError, match="was written by another task meanwhile; run again to have it checked"):
+    with pytest.raises(DataError, match="another task has written it meanwhile; run again to check it"):
         prep(asked(tmp_path, out=str(tmp_path / "other")))
 
 
@@ -601,11 +604,11 @@ def test_text_that_encodes_to_the_mask_is_refused(tmp_path):
     tokenizer.save(str(tmp_path / "t.json"))
     manifest = prep(asked(tmp_path, tokenizer=str(tmp_path / "t.json")))
     assert manifest.rejects == 1
-    assert "the text holds the mask '<mask>'" in (tmp_path / "data/rejects.jsonl").read_text()
-    says = refused(
+    assert "the text has the mask '<mask>'" in (tmp_path / "data/rejects.jsonl").read_text()
+    message = refused(
         tmp_path, asked(tmp_path, out=str(tmp_path / "x"), tokenizer=str(tmp_path / "t.json"), max_rejects=0)
     )
-    assert "the text holds the mask '<mask>'" in says
+    assert "the text has the mask '<mask>'" in message
 
 
 def test_output_that_cannot_be_written(tmp_path, monkeypatch):
@@ -624,8 +627,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bd3_common.atomic.os.fsync", full)
-    says = refused(tmp_path, asked(tmp_path))
-    assert says.startswith(f"{tmp_path / 'data'}: cannot be written (No space left on device); make room")
+    message = refused(tmp_path, asked(tmp_path))
+    assert message.startswith(f"{tmp_path / 'data'}: cannot be written (No space left on device); make room")
 
 
 def test_a_dry_run_comes_near_and_writes_nothing(tmp_path):
@@ -650,8 +653,10 @@ def test_a_dry_run_tells_what_prep_will_refuse(tmp_path):
     assert [line.partition(";")[0] for line in lines if "refuse" in line] == [
         f"prep will refuse this: the {name} split would get no row" for name in ("train", "validation")
     ]
-    says = r"no documents at the beginning of the input; text.jsonl at 0: no field 'txt'.*--text-field text; give files"
-    with pytest.raises(DataError, match=says):
+    message = (
+        r"no documents at the beginning of the input; text.jsonl at 0: no field 'txt'.*--text-field text; give files"
+    )
+    with pytest.raises(DataError, match=message):
         estimate(asked(tmp_path, text_field="txt"))
 
 

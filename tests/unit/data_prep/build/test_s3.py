@@ -70,13 +70,13 @@ def test_a_damaged_shard_in_the_store_is_named(stored, s3, tmp_path):
     flipped[len(whole) // 2] ^= 1
     cache = ShardCache(tmp_path / "cache", 1 << 30, attempts=2)
     rows = np.array([24])  # of the second shard
-    for body, says in ((bytes(flipped), "sha256 is"), (whole[:5120], "it has 5120 bytes, 10240 are expected")):
+    for body, message in ((bytes(flipped), "sha256 is"), (whole[:5120], "it has 5120 bytes, 10240 are expected")):
         s3.put_object(Bucket="texts", Key=key, Body=body)
         reader = RowReader("s3://texts/data", "train", cache)
         reader.rows(np.array([0]))
         with pytest.raises(DataError, match=f"s3://texts/{key}: cannot be fetched after 2 attempts") as caught:
             reader.rows(rows)
-        assert says in str(caught.value)
+        assert message in str(caught.value)
     s3.delete_object(Bucket="texts", Key=key)
     with pytest.raises(DataError, match=f"s3://texts/{key}: no such file"):
         reader.rows(rows)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.build.assemble import Piece, Stream
+from data_prep.build.assemble import Segment, Stream
 from data_prep.format.pack import RowFormat, Rows
 
 BOS, EOS = 1, 2
@@ -65,25 +65,25 @@ def test_document_starts(mode, docs, length):
     st.lists(st.lists(st.integers(1, 9), max_size=6), min_size=1, max_size=6), st.integers(1, 40), st.integers(1, 12)
 )
 def test_a_stream_is_the_same_however_it_is_cut(parts, size, smaller):
-    """Parts hold documents of these lengths; sections of sections give back every token and every start."""
+    """Parts have documents of these lengths; sections of sections give back every token and every start."""
     rows = form(8, "stream")
     tokens = np.arange(sum(map(sum, parts)), dtype="<u2")
     starts = np.cumsum([0, *(n for part in parts for n in part)])[:-1]
     with tempfile.TemporaryDirectory() as folder:
-        pieces, begin = [], 0
+        segments, begin = [], 0
         for number, part in enumerate(parts):
             place = Path(folder) / str(number)
             place.mkdir()
             tokens[begin : begin + sum(part)].tofile(place / "train.tokens")
             np.cumsum([0, *part])[:-1].astype("<i8").tofile(place / "train.starts")
-            pieces.append(Piece(place, 0, sum(part)))
+            segments.append(Segment(place, 0, sum(part)))
             begin += sum(part)
-        stream = Stream("train", tuple(pieces), rows, "<u2")
+        stream = Stream("train", tuple(segments), rows, "<u2")
         found, places, at = [], [], 0
         for section in stream.sections(size):
             assert section.tokens == min(size, len(tokens) - at)
-            for piece in section.sections(smaller):
-                got, here = piece.read()
+            for part in section.sections(smaller):
+                got, here = part.read()
                 found += got.tolist()
                 places += (here + at).tolist()
                 at += len(got)

@@ -1,4 +1,4 @@
-"""Input kinds: what the registry tells, and a kind from a plugin file in all processes of a prep."""
+"""Input kinds: the registry's entries, and a kind from a plugin file in all processes of a prep."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Finding, cutting and reading text files: what is read, and what each kind of damage says."""
+"""Finding, cutting and reading text files: documents read, and the error of each kind of damage."""
 
 import gzip
 import io
@@ -210,14 +210,14 @@ LINES = st.lists(
 
 
 @settings(max_examples=60, deadline=None)
-@given(lines=LINES, ending=st.sampled_from(["\n", "\r\n"]), last=st.booleans(), target=st.integers(1, 200))
-def test_parts_together_are_the_whole(tmp_path_factory, lines, ending, last, target):
+@given(lines=LINES, line_end=st.sampled_from(["\n", "\r\n"]), last=st.booleans(), target=st.integers(1, 200))
+def test_parts_in_order_are_the_whole(tmp_path_factory, lines, line_end, last, target):
     folder = tmp_path_factory.mktemp("parts")
-    body = ending.join(lines) + (ending if last else "")
-    objects = ending.join(json.dumps({"text": line}, ensure_ascii=False) if line.strip() else line for line in lines)
+    body = line_end.join(lines) + (line_end if last else "")
+    objects = line_end.join(json.dumps({"text": line}, ensure_ascii=False) if line.strip() else line for line in lines)
     for path in (
         write(folder / "x.txt", body.encode()),
-        write(folder / "x.jsonl", objects.encode() + (ending.encode() if last else b"")),
+        write(folder / "x.jsonl", objects.encode() + (line_end.encode() if last else b"")),
     ):
         (source,) = expand([str(path)])
         parts = split(source, target)
@@ -267,7 +267,7 @@ def test_what_cannot_be_split_is_one_part(tmp_path):
 
 @pytest.mark.parametrize("packed", PACKERS)
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "message"),
     [
         (b'{"text": "caf\xe9"}', "not UTF-8 at byte 30 (0xe9)"),
         (b'{"text": "cut', "not JSON (Unterminated string"),
@@ -289,13 +289,13 @@ def test_what_cannot_be_split_is_one_part(tmp_path):
         (b"\xff\xfe{\x00", "not UTF-8 at byte 17 (0xff)"),
     ],
 )
-def test_a_bad_line_is_handed_over(tmp_path, line, says, packed):
+def test_a_bad_line_is_handed_over(tmp_path, line, message, packed):
     before = b'{"text": "fine"}\n'
     path = write(tmp_path / f"x.jsonl{packed}", before + line + b'\n{"text": "also"}')
     read = Read(path)
     assert read.texts == ["fine", "also"]
     assert list(read.rejects) == [len(before)]
-    assert says in read.rejects[len(before)]
+    assert message in read.rejects[len(before)]
     assert unpacked(path)[len(before) :].startswith(line)
 
 
@@ -314,17 +314,17 @@ def test_text_that_is_not_utf8(tmp_path):
 
 def test_text_that_holds_nul(tmp_path):
     """As UTF-16 without a mark at its beginning does, which is UTF-8 too."""
-    says = "holds a NUL character, as UTF-16 or binary data do; convert it to UTF-8 text"
+    message = "holds a NUL character, as UTF-16 or binary data do; convert it to UTF-8 text"
     body = "one\ntwo".encode("utf-16-le")
     path = write(tmp_path / "x.txt", body)
-    assert (Read(path).texts, Read(path).rejects) == ([], {0: says, 7: says})
-    assert Read(path, text_documents="file").rejects == {0: says}
+    assert (Read(path).texts, Read(path).rejects) == ([], {0: message, 7: message})
+    assert Read(path, text_documents="file").rejects == {0: message}
     for path in (
         write(tmp_path / "x.jsonl", jsonl(["a\0b", "c"])),
         write(tmp_path / "x.tar", tar_of([("0.txt", b"a\0b"), ("1.txt", b"c")])),
         table(tmp_path / "x.parquet", {"text": ["a\0b", "c"]}),
     ):
-        assert (Read(path).texts, list(Read(path).rejects.values())) == (["c"], [says])
+        assert (Read(path).texts, list(Read(path).rejects.values())) == (["c"], [message])
 
 
 @pytest.mark.parametrize("packed", PACKERS)
@@ -348,7 +348,7 @@ def test_what_is_too_big_is_handed_over(tmp_path, monkeypatch, packed):
     assert list(read.rejects) == [1, 2]
 
 
-def test_a_long_line_is_not_held(tmp_path, monkeypatch):
+def test_a_long_line_is_never_in_memory_whole(tmp_path, monkeypatch):
     import tracemalloc
 
     monkeypatch.setattr(records, "MAX_LINE", 1 << 20)
@@ -429,7 +429,7 @@ def test_samples_of_a_tar(tmp_path):
         assert data[read.documents[0].offset :].startswith(b"\xef\xbb\xbftext a")
         assert data[read.documents[1].offset :].startswith(b"\xef\xbb\xbf{")
         reasons = [(data[o : o + 3], reason) for o, reason in read.rejects.items()]
-        for (head, reason), (expected, says) in zip(
+        for (head, reason), (expected, message) in zip(
             reasons,
             [
                 (b"ima", "sample 'c' has neither a .txt nor a .json member"),
@@ -441,7 +441,7 @@ def test_samples_of_a_tar(tmp_path):
             ],
             strict=True,
         ):
-            assert says in reason
+            assert message in reason
             assert expected in (None, head)
         wrong = next(reason for reason in read.rejects.values() if "0xe9" in reason)
         assert data[int(wrong.split("byte ")[1].split()[0])] == 0xE9
@@ -696,7 +696,7 @@ def test_files_in_memory(tmp_path, fresh_fsspec):
     before = expand(["memory://c"])[0]
     memory.pipe("/c/a.jsonl", jsonl(["two"]))
     assert expand(["memory://c"])[0].stamp != before.stamp
-    for url, says in [
+    for url, message in [
         ("memory://c/none.jsonl", "no such file"),
         ("memory://c/*.txt", "nothing matches"),
         ("memory://c/notes.md", "not a file type"),
@@ -704,7 +704,7 @@ def test_files_in_memory(tmp_path, fresh_fsspec):
         ("nothing://c/x.jsonl", "Protocol not known"),
         ("simplecache::memory://c", "chained"),
     ]:
-        assert says in failure(url)
+        assert message in failure(url)
     with pytest.raises(DataError, match="given twice"):
         expand(["memory://c", "memory://c/a.jsonl"])
 
@@ -732,10 +732,10 @@ def test_files_in_s3(tmp_path, s3):
     put("corpus/a.jsonl", jsonl(["ONE"]))
     (changed,) = expand(["s3://texts/corpus/a.jsonl"])
     assert (changed.bytes, changed.stamp != alone.stamp) == (alone.bytes, True)
-    for url, says in [
+    for url, message in [
         ("s3://texts/corpus/none.jsonl", "no such file"),
         ("s3://nowhere/none.jsonl", "no such file"),
         ("s3://texts/corpus/*.parquet", "nothing matches"),
         ("s3://texts/corpus/_SUCCESS", "not a file type"),
     ]:
-        assert says in failure(url)
+        assert message in failure(url)
