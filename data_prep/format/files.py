@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and what identifies their content."""
+"""Hashes and identities of files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def sha256_file(path: Path) -> str:
 
 
 def lies_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file still lies at ``path``: who held a lock before may have removed it with its folder."""
+    """True if an open file is still at ``path``; the former owner of a lock may have removed it with its folder."""
     with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), path.stat())
     return False
 
 
 Identity = tuple[int, int, int, int]
-"""device, inode, bytes and modification time in ns: the same as long as a file is neither replaced nor changed"""
+"""device, inode, bytes and modification time in ns; changes when a file is replaced or written"""
 
 
 def identity_of(status: os.stat_result) -> Identity:

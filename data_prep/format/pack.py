@@ -19,11 +19,11 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How the documents of a split, in order, become one stream of tokens, and the stream rows of ``length``.
+    """Packing of a split's documents into one stream of tokens, and of the stream into rows of ``length``.
 
-    ``wrap`` (the paper's) ends each document with EOS, cuts that stream every ``length - 2`` tokens, and writes each
-    row as ``[BOS] + piece + [EOS]``. ``stream`` writes ``BOS document EOS`` one after another (either may be left
-    out) and cuts every ``length`` tokens. In both, a row may begin within a document, whose start an earlier row has.
+    ``wrap`` (the paper's) ends each document with EOS, cuts the stream every ``length - 2`` tokens, and writes each
+    row as ``[BOS] + chunk + [EOS]``. ``stream`` concatenates ``BOS document EOS``, of which BOS and EOS are optional,
+    and cuts every ``length`` tokens. In both, a row may begin within a document that starts in an earlier row.
     """
 
     length: int
@@ -54,13 +54,13 @@ class RowFormat:
         return (self.eos,) if self.packing == "wrap" or self.add_eos else ()
 
     def cut(self, stream: np.ndarray, starts: np.ndarray) -> Rows:
-        """Rows of ``stream [n width]``; ``starts`` are the places in it where documents begin, ascending."""
-        pieces = stream.reshape(-1, self.width)
-        tokens = np.empty((len(pieces), self.length), stream.dtype)
-        tokens[:, self.shift : self.shift + self.width] = pieces
+        """Cut ``stream`` ``[n * width]`` into rows; ``starts`` are the offsets of documents in it, ascending."""
+        chunks = stream.reshape(-1, self.width)  # [n, width]
+        tokens = np.empty((len(chunks), self.length), stream.dtype)  # [n, L]
+        tokens[:, self.shift : self.shift + self.width] = chunks
         if self.packing == "wrap":
             tokens[:, 0], tokens[:, -1] = self.bos, self.eos
         row, position = np.divmod(starts, self.width)
-        # A document that begins right behind the wrapping BOS begins with it.
+        # A document that begins right after the wrapping BOS begins with it.
         position = np.where(position == 0, 0, position + self.shift)
         return Rows(tokens, np.stack([row, position], axis=1).astype("<i4"))

@@ -1,4 +1,4 @@
-"""Files elsewhere: fetched whole through fsspec, with retries, checked, and never half there."""
+"""Remote files: listing and fetching through fsspec, with retries and checks of size and sha256."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from bd3_common.atomic import atomic_file
 from data_prep.errors import DataError
 
 PARTIAL = ".partial"
-"""ending of a copy under way"""
-ATTEMPTS = 5
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before the second attempt, and at most before any
+"""suffix of an unfinished copy"""
+TRIES = 5
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds before the second try, and at most before any
 CHUNK = 8 << 20
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether ``path`` is a URL such as ``s3://bucket/key`` rather than a place in this file system."""
+    """True for a URL such as ``s3://bucket/key``, false for a local path."""
     return "://" in str(path)
 
 
 def open_remote(url: str) -> Any:
-    """An fsspec file to read (a context manager); credentials and endpoints come from fsspec's own configuration.
+    """Open a remote file to read, as a context manager; credentials and endpoints come from fsspec's configuration.
 
     Raises:
-        DataError: no such protocol, or its package is not installed.
+        DataError: unknown protocol, or its package is not installed.
     """
     import fsspec
 
@@ -38,23 +38,23 @@ def open_remote(url: str) -> Any:
         raise DataError(f"{url}: cannot be opened ({error}); install the package or correct the address") from None
 
 
-def fetch(url: str, to: Path, size: int | None = None, sha256: str | None = None, attempts: int = ATTEMPTS) -> str:
+def fetch(url: str, to: Path, size: int | None = None, sha256: str | None = None, tries: int = TRIES) -> str:
     """Copy a remote file to ``to`` and return its sha256; ``to`` is complete and checked, or absent.
 
-    A failed or wrong copy is tried again after a pause that doubles, with jitter.
+    A failed or wrong copy is retried with exponential backoff and jitter.
 
     Args:
-        size, sha256: what the copy must have, if known.
+        size, sha256: expected values, if known.
 
     Raises:
-        DataError: no attempt succeeded, or the file is missing; names the file and the last reason.
+        DataError: no try succeeded, or the file is missing; names the file and the last reason.
         OSError: ``to`` cannot be written.
     """
     problem = remedy = ""
     with atomic_file(to, durable=False, suffix=PARTIAL) as partial:
-        for attempt in range(attempts):
-            if attempt:
-                time.sleep(min(FIRST_WAIT * 2 ** (attempt - 1), LONGEST_WAIT) * random.uniform(0.5, 1.5))
+        for number in range(tries):
+            if number:
+                time.sleep(min(FIRST_WAIT * 2 ** (number - 1), LONGEST_WAIT) * random.uniform(0.5, 1.5))
             try:
                 found, digest = _copy(url, partial)
             except FileNotFoundError:
@@ -72,11 +72,11 @@ def fetch(url: str, to: Path, size: int | None = None, sha256: str | None = None
             else:
                 return digest
         problem = " ".join(problem.split())
-        raise DataError(f"{url}: cannot be fetched after {attempts} attempts ({problem}); {remedy}")
+        raise DataError(f"{url}: cannot be fetched after {tries} tries ({problem}); {remedy}")
 
 
 class _SourceError(Exception):
-    """Reading the remote side failed; everything else is about this machine's disk."""
+    """Reading the remote file failed; other errors are those of the local disk."""
 
     def __init__(self, cause: Exception):
         super().__init__(str(cause))
@@ -84,7 +84,7 @@ class _SourceError(Exception):
 
 
 def _copy(url: str, to: Path) -> tuple[int, str]:
-    """(bytes, sha256) of what was copied."""
+    """Copy a file; returns (bytes, sha256)."""
     digest, size = hashlib.sha256(), 0
     with to.open("wb") as target:
         for chunk in _chunks(url):
@@ -101,30 +101,30 @@ def _chunks(url: str) -> Iterator[bytes]:
                 yield chunk
     except (DataError, FileNotFoundError, PermissionError):
         raise
-    except Exception as error:  # every protocol has exceptions of its own
+    except Exception as error:  # each protocol has its own exceptions
         raise _SourceError(error) from error
 
 
 class RemoteFile(NamedTuple):
-    """One file of a store, as its listing describes it."""
+    """One remote file as listed."""
 
     url: str
-    bytes: int | None  # None where the store does not say
-    stamp: str  # changes when the file does, as far as the store tells
+    bytes: int | None  # None if the store does not tell
+    stamp: str  # changes when the file does, if the store tells
 
 
 class RemoteListing(NamedTuple):
-    """What a URL stands for: a single file, or the files of a folder or glob."""
+    """Files of a URL: a single one, or those of a folder or glob."""
 
     single: RemoteFile | None
     files: list[RemoteFile]
 
 
 def list_remote(url: str) -> RemoteListing:
-    """Describe the file at ``url``, or the files directly in that folder or behind that glob, sorted by URL.
+    """List the file at ``url``, or the files directly in that folder or matched by that glob, sorted by URL.
 
     Raises:
-        DataError: nothing is there, access is denied, or the store or its package cannot be reached.
+        DataError: nothing is there, access is denied, the store cannot be reached, or its package is missing.
     """
     try:
         return _list_remote(url)
@@ -136,7 +136,7 @@ def list_remote(url: str) -> RemoteListing:
         raise DataError(f"{url}: access denied ({_line(error)}); check the credentials") from None
     except ImportError as error:
         raise DataError(f"{url}: cannot be opened ({_line(error)}); pip install 'bd3-megatron[data]'") from None
-    except Exception as error:  # every protocol has exceptions of its own
+    except Exception as error:  # each protocol has its own exceptions
         reason = f"{type(error).__name__}: {_line(error)}"
         raise DataError(f"{url}: cannot be listed ({reason}); check address and credentials") from None
 
@@ -145,8 +145,8 @@ def _list_remote(url: str) -> RemoteListing:
     import fsspec
 
     files, path = fsspec.url_to_fs(url)
-    files.invalidate_cache()  # a stamp must be of now
-    magic = "*[" if url.startswith(("http://", "https://")) else "*?["  # a query is no pattern
+    files.invalidate_cache()  # the stamp must be current
+    magic = "*[" if url.startswith(("http://", "https://")) else "*?["  # a query is not a pattern
     if any(sign in url for sign in magic):
         infos = list(files.glob(path, detail=True).values())
         if not infos:
@@ -164,7 +164,7 @@ def _list_remote(url: str) -> RemoteListing:
 
 def _describe(files: Any, info: dict[str, Any], url: str | None = None) -> RemoteFile:
     url = url or files.unstrip_protocol(info["name"])
-    if info.get("size") is None:  # the pages of a web folder list names alone
+    if info.get("size") is None:  # a web folder lists names only
         info = files.info(info["name"])
     strong = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "generation")
     dates = ("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "modified", "created")

@@ -1,7 +1,7 @@
-"""Writing rows as tar shards: valid WebDataset, equal bytes for equal rows, no half-written file.
+"""Tar shards of rows: valid WebDataset, equal bytes for equal rows, written atomically.
 
-Python's ``tarfile`` does the writing. ``webdataset.TarWriter(mtime=0)`` gives equally reproducible tars, but
-importing it imports torch, and it does not tell where a payload lies, which the manifest records.
+``tarfile`` writes them. ``webdataset.TarWriter(mtime=0)`` is as reproducible, but it imports torch and does not give
+the offsets of payloads, which the manifest records.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def shard_name(split: str, number: int) -> str:
 def write_shard(folder: Path, split: str, number: int, samples: Iterable[Rows]) -> Shard:
     """Write ``<folder>/<split>-<number>.tar``, one WebDataset sample for each of ``samples``.
 
-    A sample has the key ``<split>-<shard>-<member>``, unique over the data set, and the parts ``tokens.npy``
+    A sample has the key ``<split>-<shard>-<member>``, unique in the data set, and the parts ``tokens.npy``
     ``[n, L]`` and ``docs.npy`` ``[m, 2]`` (:class:`data_prep.format.pack.Rows`). The file appears under its name
-    once all of it is on the disk.
+    once all of it is on disk.
 
     Raises:
-        OSError: as the disk does; nothing is left then.
+        OSError: the disk is full or cannot be written; nothing is left.
     """
     path = folder / shard_name(split, number)
     members: list[Member] = []
     with atomic_file(path) as temporary:
-        # Large writes leave large pages in the page cache, from which rows are read faster.
+        # Large writes make large pages in the page cache, which are faster to read.
         with tarfile.TarFile(temporary, "w", format=tarfile.USTAR_FORMAT, copybufsize=8 << 20) as tar:
             for rows in samples:
                 key = f"{split}-{number:06d}-{len(members):06d}"
@@ -52,14 +52,14 @@ def write_shard(folder: Path, split: str, number: int, samples: Iterable[Rows]) 
 
 
 def _add(tar: tarfile.TarFile, name: str, array: np.ndarray, align: int = 1) -> int:
-    """Append ``array`` as an npy file and return the offset of its raw bytes in the tar, a multiple of ``align``.
+    """Append ``array`` as an npy file; returns the offset of its raw bytes in the tar, a multiple of ``align``.
 
-    The header of an npy file may end in any number of spaces, which moves what comes behind it.
+    Spaces at the end of the npy header, which the format allows, align the data.
     """
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(array))
     header = buffer.getvalue()
-    begin = tar.offset + tarfile.BLOCKSIZE  # behind the member's own header
+    begin = tar.offset + tarfile.BLOCKSIZE  # after the member's header
     text = header[_NPY_TEXT:-1] + b" " * (-(begin + len(header)) % align) + b"\n"
     content = header[: _NPY_TEXT - 2] + len(text).to_bytes(2, "little") + text + array.tobytes()
     info = tarfile.TarInfo(name)  # owner 0, mtime 0: the bytes depend on name and content alone
@@ -69,6 +69,6 @@ def _add(tar: tarfile.TarFile, name: str, array: np.ndarray, align: int = 1) -> 
 
 
 def _alignment(row_bytes: int) -> int:
-    """Where rows of a tar begin: at multiples of their size where that is a power of two, which lets the reader copy
-    them faster. Headers of more than 10,000 bytes are suspicious to numpy."""
+    """Alignment of rows in a tar: their size if that is a power of two, which is faster to read. The limit is because
+    numpy refuses headers of more than 10,000 bytes."""
     return row_bytes if row_bytes & (row_bytes - 1) == 0 and row_bytes <= 8192 else 1

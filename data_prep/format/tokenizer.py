@@ -1,4 +1,4 @@
-"""Tokenizers: training a small one, loading any ``tokenizer.json``, finding the ids the objective needs."""
+"""Tokenizers: training of a byte-level BPE, loading of a ``tokenizer.json``, ids of BOS, EOS and mask."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ BOS_NAMES = (
 EOS_NAMES = ("<|eos|>", "<eos>", "</s>", "[SEP]", "[EOS]", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>")
 MASK_NAMES = ("<|mask|>", "<|MASK|>", "[MASK]", "<mask>")
 TRAINED_SPECIALS = ("<|bos|>", "<|eos|>", "<|mask|>")
-PIECE = 1 << 20  # characters encoded at once
-LONGEST_PIECE = 8 << 20  # where no better place is found
-AROUND = 256  # characters on either side of a place that decide whether it can be cut
-MOST_TRIED = 100  # places, each way
+CHUNK = 1 << 20  # characters encoded at once
+LONGEST_CHUNK = 8 << 20  # characters, if there is no earlier place to cut
+AROUND = 256  # characters on either side that decide whether a text can be cut there
+MOST_TRIED = 100  # places in each direction
 SMALLEST_BPE = 256 + len(TRAINED_SPECIALS)
 
 
 class SpecialIds(NamedTuple):
-    """Ids a model needs to know; ``vocab_size`` counts the mask."""
+    """Ids that the model needs; ``vocab_size`` includes the mask."""
 
     bos: int
     eos: int
@@ -47,9 +47,9 @@ class SpecialIds(NamedTuple):
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE with ``<|bos|>``, ``<|eos|>`` and ``<|mask|>`` as ids 0, 1 and 2.
 
-    Byte-level, because it encodes any text without an unknown token and decodes it exactly; words are split
-    as GPT-2's are. A merge needs two occurrences, so a small text may give fewer than ``vocab_size`` entries.
-    Equal texts in equal order give an equal tokenizer.
+    A byte-level BPE encodes any text without an unknown token and decodes it exactly; words are split as in GPT-2.
+    A merge needs two occurrences, so a small text may give fewer than ``vocab_size`` entries. Equal texts in equal
+    order give an equal tokenizer.
 
     Raises:
         DataError: ``vocab_size`` has no room for the 256 bytes and the three special tokens.
@@ -75,7 +75,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a ``tokenizer.json``; truncation and padding that the file asks for are switched off.
+    """Load a ``tokenizer.json``; its truncation and padding are switched off.
 
     Raises:
         DataError: the file is missing or is not a tokenizer.
@@ -92,14 +92,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     except Exception as error:  # tokenizers raises plain Exception
         reason = str(error).splitlines()[0]
         raise DataError(f"{path}: not a tokenizer ({reason}); give a tokenizer.json that `tokenizers` wrote") from None
-    # Truncation stored in the file would cut every document without a word.
+    # Truncation stored in the file would silently cut every document.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 def shared_tokenizer(path: str | Path) -> Tokenizer:
-    """As :func:`load_tokenizer`; the last one is kept, and serves every file of the same content. Do not change it."""
+    """As :func:`load_tokenizer`, with a cache of one tokenizer by content. Do not change the result."""
     path = Path(path)
     digest = sha256_file(path) if path.is_file() else ""
     if digest not in _shared:
@@ -115,9 +115,9 @@ _shared: dict[str, Tokenizer] = {}  # by sha256 of the file
 def special_ids(tokenizer: Tokenizer, bos: str | None = None, eos: str | None = None) -> SpecialIds:
     """Find BOS, EOS and mask.
 
-    ``bos`` and ``eos`` name tokens of the vocabulary. Left out, the usual names are looked up among the
-    tokenizer's added tokens (an ordinary entry that happens to read ``<s>`` is none), and either stands in
-    for the other. A tokenizer without a mask gets a new last id: 50257 entries become 50258.
+    ``bos`` and ``eos`` name tokens of the vocabulary. By default the usual names are looked up among the tokenizer's
+    added tokens (not among ordinary entries, such as a learned ``<s>``), and if one is missing, the other is used for
+    both. A tokenizer without a mask gets a new last id: 50257 entries become 50258.
 
     Raises:
         DataError: a named token is not in the vocabulary, or neither BOS nor EOS can be found.
@@ -150,20 +150,20 @@ def _first(names: Sequence[str], added: dict[str, int]) -> int | None:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Smallest of little-endian uint16 and uint32 that holds every id below ``vocab_size``."""
+    """Little-endian uint16 if every id below ``vocab_size`` fits, else uint32."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Sequence[int] | None]:
-    """Ids of each text, without special tokens: ``<|eos|>`` spelled out in a text is text, not an end.
+    """Ids of each text, without special tokens: a literal ``<|eos|>`` is encoded as text.
 
-    A text of more than ``PIECE`` characters is encoded in pieces, because an encoding takes a hundred times the memory
-    of its text. One without a place to cut it for ``LONGEST_PIECE`` characters gives None.
+    A text of more than ``CHUNK`` characters is encoded in chunks, because an encoding takes a hundred times the memory
+    of its text. The result is None if a text cannot be cut for ``LONGEST_CHUNK`` characters.
     """
     tokenizer.encode_special_tokens = True
-    short = [text for text in texts if len(text) <= PIECE]
+    short = [text for text in texts if len(text) <= CHUNK]
     ids = iter([encoding.ids for encoding in tokenizer.encode_batch_fast(short, add_special_tokens=False)])
-    return [next(ids) if len(text) <= PIECE else _encode_long(tokenizer, text) for text in texts]
+    return [next(ids) if len(text) <= CHUNK else _encode_long(tokenizer, text) for text in texts]
 
 
 def _encode_long(tokenizer: Tokenizer, text: str) -> array[int] | None:
@@ -172,32 +172,32 @@ def _encode_long(tokenizer: Tokenizer, text: str) -> array[int] | None:
         end = _cut(tokenizer, text, begin)
         if end is None:
             return None
-        (piece,) = tokenizer.encode_batch_fast([text[begin:end]], add_special_tokens=False)
-        ids.extend(piece.ids)
+        (chunk,) = tokenizer.encode_batch_fast([text[begin:end]], add_special_tokens=False)
+        ids.extend(chunk.ids)
         begin = end
     return ids
 
 
 def _cut(tokenizer: Tokenizer, text: str, begin: int) -> int | None:
-    """Where a piece that begins at ``begin`` can end without changing a token; None if nowhere.
+    """End of a chunk from ``begin`` such that cutting there changes no token; None if there is none.
 
-    Tried are ends of words, backwards from ``PIECE`` characters on, then forwards. What is on both sides of a place is
-    encoded together and apart: where both give the same ids, no token and no rule of the tokenizer reaches over it.
+    Candidates are ends of words, backwards from ``CHUNK`` characters, then forwards. A candidate passes if the text
+    around it has the same ids whole and cut: then no token and no rule of the tokenizer crosses it.
     """
-    if len(text) - begin <= PIECE:
+    if len(text) - begin <= CHUNK:
         return len(text)
-    for places in (range(begin + PIECE, begin, -1), range(begin + PIECE, min(begin + LONGEST_PIECE, len(text)))):
+    for places in (range(begin + CHUNK, begin, -1), range(begin + CHUNK, min(begin + LONGEST_CHUNK, len(text)))):
         tried = 0
         for place in places:
             if text[place - 1].isalnum() and not text[place].isalnum():
-                if _parts(tokenizer, text[max(place - AROUND, begin) : place], text[place : place + AROUND]):
+                if _can_cut(tokenizer, text[max(place - AROUND, begin) : place], text[place : place + AROUND]):
                     return place
                 tried += 1
                 if tried == MOST_TRIED:
                     break
-    return len(text) if len(text) - begin <= LONGEST_PIECE else None
+    return len(text) if len(text) - begin <= LONGEST_CHUNK else None
 
 
-def _parts(tokenizer: Tokenizer, before: str, after: str) -> bool:
+def _can_cut(tokenizer: Tokenizer, before: str, after: str) -> bool:
     whole, one, two = tokenizer.encode_batch_fast([before + after, before, after], add_special_tokens=False)
     return whole.ids == one.ids + two.ids

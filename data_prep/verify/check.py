@@ -1,4 +1,4 @@
-"""Verifying a data set, and what is in it: faults, duplicate rows, lengths of documents, tokens, samples."""
+"""Verification of a data set: faults, duplicate rows, lengths of documents, token counts, samples."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ from data_prep.verify.walk import Reasons, Rules, Walked, WalkJob, walk_shard
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_LITTLE = 64 << 20  # bytes of shards, for which starting processes takes longer than it saves
+_LITTLE = 64 << 20  # bytes of shards; with fewer, starting processes takes longer than it saves
 _CLOSE = 1e-6  # nats by which sums of logarithms may differ between machines
 
 
 @dataclass
 class SplitContent:
-    """What the walk found in one split."""
+    """Contents of one split."""
 
     rows: int = 0
     starts: int = 0
     # [V] int64: occurrences of every id, position 0 of each row left out
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     lengths: Counter[int] = field(default_factory=Counter)  # tokens of a document -> documents
-    cut_tokens: int | None = None  # stored of a last document that the end of the split cuts
-    whole: bool = False  # all rows were found where the manifest has them
+    cut_tokens: int | None = None  # stored tokens of a last document that is cut at the end of the split
+    whole: bool = False  # all rows were found at the manifest's offsets
 
 
 @dataclass
 class Sample:
-    """A row as text: its documents, of which the first may have begun before (``goes_on``)."""
+    """A row as text, by document; ``goes_on``: the first one began in an earlier row."""
 
     split: SplitName
     row: int
@@ -66,10 +66,10 @@ class Sample:
 
 @dataclass
 class Checked:
-    """Result of :func:`check`. ``duplicates`` is None where damage keeps rows from being compared."""
+    """Result of :func:`check`. ``duplicates`` is None if damage prevents comparing rows."""
 
     folder: Path
-    faults: dict[str, Reasons]  # by path: what is wrong with it
+    faults: dict[str, Reasons]  # by path
     manifest: Manifest | None = None
     tokenizer: Tokenizer | None = None
     splits: dict[SplitName, SplitContent] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Checked:
     samples: list[Sample] = field(default_factory=list)
 
     def place(self, number: int) -> tuple[SplitName, int]:
-        """Split and row of a number of :class:`~data_prep.verify.duplicates.Duplicates`."""
+        """Split and row of a row number of :class:`~data_prep.verify.duplicates.Duplicates`."""
         train = self.splits[SPLITS[0]].rows
         return (SPLITS[0], number) if number < train else (SPLITS[1], number - train)
 
@@ -89,16 +89,16 @@ def check(
     seed: int = 0,
     report: Report = lambda line: None,
 ) -> Checked:
-    """Verify all files of a data set and count what is in them. Nothing is written.
+    """Verify all files of a data set and count their contents. Nothing is written.
 
     Args:
-        folder: what ``bd3 prep`` wrote.
+        folder: a data set of ``bd3 prep``.
         workers: processes; None: one for each core that this process may run on.
         samples: rows of each split to decode, chosen by ``seed``.
-        report: called with one line of text now and then.
+        report: called with one line of text every few seconds.
 
     Raises:
-        DataError: there is no data set in ``folder``, or a worker died. Damage is no error but in the result.
+        DataError: there is no data set in ``folder``, or a worker died. Damage is in the result.
     """
     folder = Path(folder)
     try:
@@ -133,9 +133,9 @@ class Check:
         hashes = self._walk(workers or len(os.sched_getaffinity(0)))
         result = self.result
         if all(content.whole for content in result.splits.values()):
-            if not result.faults.keys() - {str(self.folder / MANIFEST)}:  # else the shard is to blame
+            if not result.faults.keys() - {str(self.folder / MANIFEST)}:  # otherwise the shard is wrong
                 self._entropies()
-            with suppress(DataError):  # shards with wrong names, say, which is among the faults by now
+            with suppress(DataError):  # for example wrong names of shards, already among the faults
                 readers = {name: RowReader(self.folder, name) for name in SPLITS}
                 result.duplicates = self._duplicates(hashes, readers)
                 if result.tokenizer is not None:
@@ -147,7 +147,7 @@ class Check:
         self.result.faults.setdefault(str(self.folder / name), Reasons()).add(reason)
 
     def _files(self) -> None:
-        """Every file that the manifest does not know."""
+        """Report files that are not in the manifest."""
         known = {MANIFEST, TOKENIZER, *([REJECTS] if self.manifest.rejects else [])}
         known |= {f"{name}/{shard.name}" for name, split in self.manifest.splits.items() for shard in split.shards}
         for path, folders, files in os.walk(self.folder):
@@ -170,7 +170,7 @@ class Check:
             self._fault(REJECTS, f"{lines} lines, the manifest says {self.manifest.rejects}")
 
     def _tokenizer(self) -> None:
-        """The file by its hash, and by the ids that it gives BOS, EOS and the mask."""
+        """Check the file's hash, and its ids of BOS, EOS and mask."""
         manifest, path = self.manifest, self.folder / TOKENIZER
         try:
             digest = sha256_file(path)
@@ -194,7 +194,7 @@ class Check:
         self.result.tokenizer = tokenizer
 
     def _numbers(self) -> None:
-        """Whether the manifest's own numbers fit together."""
+        """Check that the manifest's numbers are consistent."""
         manifest, rules = self.manifest, Rules.of(self.manifest)
         if token_dtype(manifest.vocab_size).str != manifest.dtype:
             self._fault(MANIFEST, f"dtype={manifest.dtype}: not that of vocab_size={manifest.vocab_size}")
@@ -223,7 +223,7 @@ class Check:
                 )
 
     def _walk(self, workers: int) -> np.ndarray:
-        """Walk all shards, put together what they hold, and return a hash of every row of all splits ``[n]``."""
+        """Walk all shards and merge their contents; returns a hash of every row of all splits ``[n]``."""
         rules = Rules.of(self.manifest)
         jobs = [
             WalkJob(self.folder / name / Path(shard.name).name, name, number, shard, rules)
@@ -254,11 +254,11 @@ class Check:
         return hashes
 
     def _merge(self, name: SplitName, shards: list[Walked]) -> SplitContent:
-        """Sums over shards, and the documents that go on from one to the next."""
+        """Sum over shards, with the documents that continue from one to the next."""
         form, split = Rules.of(self.manifest).rows, self.manifest.splits[name]
         content = SplitContent(whole=all(shard.whole for shard in shards))
         extra = len(form.head) + len(form.tail)
-        last: int | None = None  # place where the last document starts, in the split's stream
+        last: int | None = None  # start of the last document, an offset in the split's stream
         for shard in shards:
             content.lengths.update(shard.lengths)
             offset = content.rows * form.width
@@ -267,7 +267,7 @@ class Check:
             if shard.last_start is not None:
                 last = offset + shard.last_start
             if not shard.whole:
-                last = None  # how long this document is cannot be known
+                last = None  # the length of this document is unknown
             content.rows += shard.rows
             content.starts += shard.starts
         if last is not None:
@@ -281,7 +281,7 @@ class Check:
         return content
 
     def _entropies(self) -> None:
-        """The unigram figures of the manifest, from the rows."""
+        """Compare the unigram entropies of the manifest with those of the rows."""
         manifest, counts = self.manifest, {name: self.result.splits[name].counts for name in SPLITS}
         stated = {"validation_unigram_nats": manifest.validation_unigram_nats}
         found = {"validation_unigram_nats": unigram_nats(counts["validation"], counts["train"] + 1)}
@@ -317,7 +317,7 @@ def _samples(
             inner = slice(form.shift, form.shift + form.width)
             borders = np.flatnonzero(np.diff(documents[inner])) + 1
             texts = [
-                tokenizer.decode(piece.tolist(), skip_special_tokens=True) for piece in np.split(tokens[inner], borders)
+                tokenizer.decode(ids.tolist(), skip_special_tokens=True) for ids in np.split(tokens[inner], borders)
             ]
             goes_on = bool(row) and documents[0] == reader.documents(np.array([row - 1]))[0, -1]
             yield Sample(name, row, bool(goes_on), texts)

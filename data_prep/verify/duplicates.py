@@ -1,4 +1,4 @@
-"""Rows that occur more than once: found by a 64-bit hash of each, confirmed by comparing the rows themselves."""
+"""Duplicate rows: found by 64-bit hashes, confirmed by comparing the rows."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_ODD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, as splitmix64 has it
-_KEY = 0x62643372  # of the hash's multipliers; any will do, since equal hashes are not trusted
-_AT_ONCE = 1 << 24  # bytes of rows compared at a time
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, as in splitmix64
+_KEY = 0x62643372  # seed of the multipliers; any works, because rows of equal hashes are compared
+_AT_ONCE = 1 << 24  # bytes of rows compared at once
 _LOOKED_UP = 1 << 20  # hashes
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Rows with equal tokens, numbered over all splits one after another."""
+    """Rows with equal tokens, numbered through the splits in order."""
 
     rows: np.ndarray  # [n] int64: every row that occurs more than once, sorted by (group, row)
-    groups: np.ndarray  # [n] int64: first row with the same tokens
+    groups: np.ndarray  # [n] int64: the first row with the same tokens
 
     def pairs(self, most: int) -> list[tuple[int, int]]:
-        """(first row of a group, another row of it), the first ``most`` of them."""
+        """The first ``most`` pairs of (first row of a group, another row of it)."""
         again = np.flatnonzero(self.rows != self.groups)[:most]
         return list(zip(self.groups[again].tolist(), self.rows[again].tolist()))
 
@@ -29,8 +29,8 @@ class Duplicates:
 def row_hashes(rows: np.ndarray) -> np.ndarray:
     """A 64-bit hash ``[n]`` of each row ``[n, L]``: a sum of its 8-byte words, mixed, times random odd numbers.
 
-    Multilinear hashing (Carter and Wegman 1979) modulo 2^64 sees only the lower bits of what differs in the upper
-    bits of words, hence the mixing before it, a bijection of words.
+    Multilinear hashing (Carter and Wegman 1979) modulo 2^64 loses differences in the upper bits of words, so words are
+    mixed first, by a bijection.
     """
     size = rows.shape[1] * rows.dtype.itemsize
     words = np.zeros((len(rows), -(-size // 8)), np.uint64)
@@ -45,7 +45,7 @@ def row_hashes(rows: np.ndarray) -> np.ndarray:
 
 
 def find_duplicates(hashes: np.ndarray, read: Callable[[np.ndarray], np.ndarray]) -> Duplicates:
-    """Groups of rows with equal tokens. Memory is 16 bytes a row, and 40 for each that has a hash in common.
+    """Groups of rows with equal tokens. Memory: 16 bytes per row, and 40 per row with a repeated hash.
 
     Args:
         hashes: ``[n]`` uint64, equal for equal rows.
@@ -70,7 +70,7 @@ def find_duplicates(hashes: np.ndarray, read: Callable[[np.ndarray], np.ndarray]
 
 
 def _candidates(hashes: np.ndarray) -> np.ndarray:
-    """Numbers of the rows whose hash another row has too, ascending."""
+    """Rows whose hash another row has, too, ascending."""
     ordered = np.sort(hashes)
     twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     del ordered
@@ -78,9 +78,9 @@ def _candidates(hashes: np.ndarray) -> np.ndarray:
         return np.empty(0, np.int64)
     found = []
     for begin in range(0, len(hashes), _LOOKED_UP):
-        piece = hashes[begin : begin + _LOOKED_UP]
-        near = twice[np.minimum(np.searchsorted(twice, piece), len(twice) - 1)]
-        found.append(np.flatnonzero(near == piece) + begin)
+        chunk = hashes[begin : begin + _LOOKED_UP]
+        near = twice[np.minimum(np.searchsorted(twice, chunk), len(twice) - 1)]
+        found.append(np.flatnonzero(near == chunk) + begin)
     return np.concatenate(found)
 
 

@@ -1,4 +1,4 @@
-"""One shard against the manifest, without trust in the manifest's offsets: the tar is walked as any reader would."""
+"""Verification of one shard: a walk through the tar that does not rely on the manifest's offsets."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from data_prep.format.manifest import Manifest, Member, Shard, SplitName
 from data_prep.format.pack import RowFormat
 from data_prep.verify.duplicates import row_hashes
 
-MOST_REASONS = 8  # of one file
+MOST_REASONS = 8  # listed for one file
 SUFFIXES = ("tokens.npy", "docs.npy")
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What every shard of a data set has to keep."""
+    """Properties that every shard of a data set must have."""
 
     rows: RowFormat
     dtype: str
     vocab_size: int
     mask: int
-    documents: bool  # whether document starts are stored
+    documents: bool  # document starts are stored
 
     @classmethod
     def of(cls, manifest: Manifest) -> Rules:
@@ -40,7 +40,7 @@ class Rules:
 
 @dataclass(frozen=True, eq=False)
 class WalkJob:
-    """What :func:`walk_shard` needs."""
+    """Arguments of :func:`walk_shard`."""
 
     path: Path
     split: SplitName
@@ -50,7 +50,7 @@ class WalkJob:
 
 
 class Reasons(list[str]):
-    """What is wrong with one file, the first ``MOST_REASONS`` of it."""
+    """Faults of one file; only the first ``MOST_REASONS`` are listed, others counted."""
 
     more = 0
 
@@ -66,10 +66,10 @@ class Reasons(list[str]):
 
 @dataclass
 class Walked:
-    """What one shard holds. Places count the tokens of the shard's stream, without what ``wrap`` puts around rows."""
+    """Contents of one shard. Offsets are in the shard's stream, without the BOS and EOS that ``wrap`` adds to rows."""
 
     reasons: Reasons = field(default_factory=Reasons)
-    whole: bool = False  # all rows were found where the manifest has them
+    whole: bool = False  # all rows were found at the manifest's offsets
     rows: int = 0
     starts: int = 0
     hashes: list[np.ndarray] = field(default_factory=list)  # uint64, one for each row
@@ -81,19 +81,19 @@ class Walked:
     last_token: int | None = None
 
     def without_arrays(self) -> Walked:
-        """What is small enough to be kept for every shard."""
+        """A copy without arrays, small enough to keep for every shard."""
         return replace(self, hashes=[], counts=np.zeros(0, np.int64))
 
 
 def walk_shard(job: WalkJob) -> Walked:
-    """Hash a shard, walk its members and look at every row; one sample is in memory at a time.
+    """Hash a shard, walk its members and check every row; one sample is in memory at a time.
 
-    Nothing is raised for damage, which is told in ``reasons``.
+    Damage is listed in ``reasons``; nothing is raised.
     """
     found = Walked(counts=np.zeros(job.rules.vocab_size, np.int64))
     try:
         size = job.path.stat().st_size
-        found.whole = size == job.shard.bytes  # _Walk looks further
+        found.whole = size == job.shard.bytes  # until _Walk finds a fault
         if not found.whole:
             found.reasons.add(f"{size} bytes, the manifest says {job.shard.bytes}")
         elif (digest := sha256_file(job.path)) != job.shard.sha256:
@@ -107,7 +107,7 @@ def walk_shard(job: WalkJob) -> Walked:
 
 
 class _Walk:
-    """The way through one tar."""
+    """Walk through one tar."""
 
     def __init__(self, job: WalkJob, found: Walked):
         self.job, self.rules, self.found = job, job.rules, found
@@ -139,7 +139,7 @@ class _Walk:
         found.whole &= intact and not missing and found.rows == job.shard.rows
 
     def _part(self, stream: BinaryIO, info: tarfile.TarInfo, number: int, suffix: str) -> bool:
-        """Read one member; false where it is not the array at the place that the manifest tells of."""
+        """Read one member; False if it is not the manifest's array at its offset."""
         member = Member(*self.job.shard.members[number])
         tokens = suffix == SUFFIXES[0]
         offset = member.tokens_offset if tokens else member.docs_offset
@@ -166,7 +166,7 @@ class _Walk:
         return begin == offset
 
     def _sample(self, key: str, tokens: np.ndarray, docs: np.ndarray) -> None:
-        """Look at a sample's rows ``[n, L]`` and document starts ``[m, 2]``, and count them."""
+        """Check and count a sample's rows ``[n, L]`` and document starts ``[m, 2]``."""
         found, rules = self.found, self.rules
         self._tokens(f"{key}.tokens.npy", tokens)
         places = self._places(f"{key}.docs.npy", docs, len(tokens))
@@ -197,12 +197,12 @@ class _Walk:
                 self.found.reasons.add(f"{name}: row {rows[0]} has {what}{_others(rows)}")
 
     def _places(self, name: str, docs: np.ndarray, rows: int) -> np.ndarray:
-        """Places of document starts in the sample's stream; those that are none are left out."""
+        """Offsets ``[m]`` of document starts in the sample's stream; impossible ones are left out."""
         form, found = self.rules.rows, self.found
         row, position = docs.astype(np.int64).T
         if len(docs) and not self.rules.documents:
             found.reasons.add(f"{name}: {len(docs)} document starts, and the recipe says documents=false")
-        # Behind the BOS that wraps a row a document begins at 0, with that BOS.
+        # A document right after the wrapping BOS begins at 0, with that BOS.
         last = form.length - form.shift
         inside = (row >= 0) & (row < rows) & (position >= 0) & (position < last)
         inside &= (position == 0) | (position > form.shift)
@@ -220,7 +220,7 @@ class _Walk:
         return places
 
     def _borders(self, name: str, stream: np.ndarray, places: np.ndarray) -> None:
-        """A document follows the EOS of the one before it, and begins with BOS, where the packing writes them."""
+        """Check that documents follow EOS and begin with BOS, if the packing writes them."""
         form = self.rules.rows
         before = np.concatenate([[self.found.last_token if self.found.rows else form.eos], stream])[places]
         wrong = {"does not follow EOS": before != form.eos} if form.tail else {}
@@ -233,7 +233,7 @@ class _Walk:
                 self.found.reasons.add(f"{name}: a document in row {row} {what}{_others(at)}")
 
     def _measure(self, places: np.ndarray) -> None:
-        """Count the lengths of the documents that end before ``places``, which are of the shard's stream."""
+        """Count the lengths of the documents that end before ``places``, offsets in the shard's stream."""
         if not len(places):
             return
         found, form = self.found, self.rules.rows
@@ -247,7 +247,7 @@ class _Walk:
 
 
 def _read_array(stream: BinaryIO, size: int) -> tuple[np.ndarray, int]:
-    """The array of an npy file of ``size`` bytes that begins here, and where in ``stream`` its raw bytes begin.
+    """Read an npy file of ``size`` bytes; returns the array and the offset of its raw bytes in ``stream``.
 
     Raises:
         ValueError: not the npy of a plain array, or not of this size.

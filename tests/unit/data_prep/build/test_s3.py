@@ -74,7 +74,7 @@ def test_a_damaged_shard_in_the_store_is_named(stored, s3, tmp_path):
         s3.put_object(Bucket="texts", Key=key, Body=body)
         reader = RowReader("s3://texts/data", "train", cache)
         reader.rows(np.array([0]))
-        with pytest.raises(DataError, match=f"s3://texts/{key}: cannot be fetched after 2 attempts") as caught:
+        with pytest.raises(DataError, match=f"s3://texts/{key}: cannot be fetched after 2 tries") as caught:
             reader.rows(rows)
         assert message in str(caught.value)
     s3.delete_object(Bucket="texts", Key=key)

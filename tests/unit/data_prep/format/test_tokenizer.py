@@ -115,30 +115,30 @@ BITS = ["a", "truth", " ", "  ", "\n\n", "it's", "3.14", ",", "日本語", "。"
 
 @settings(deadline=None, max_examples=60)
 @given(words=st.lists(st.sampled_from(BITS), max_size=80))
-def test_a_long_text_in_pieces_has_the_ids_of_the_whole(trained, words):
+def test_a_long_text_in_chunks_has_the_ids_of_the_whole(trained, words):
     tokenizer, text = trained, " ".join(words) + "".join(words)
     (whole,) = encode(tokenizer, [text])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize, "PIECE", 12)
+        patch.setattr(tokenize, "CHUNK", 12)
         patch.setattr(tokenize, "AROUND", 24)
-        short, pieces = encode(tokenizer, ["it", text])
+        short, chunks = encode(tokenizer, ["it", text])
     assert short == encode(tokenizer, ["it"])[0]
-    assert list(pieces) == list(whole)
+    assert list(chunks) == list(whole)
 
 
 def test_a_long_text_that_cannot_be_cut(trained, monkeypatch):
-    monkeypatch.setattr(tokenize, "PIECE", 50)
-    monkeypatch.setattr(tokenize, "LONGEST_PIECE", 200)
+    monkeypatch.setattr(tokenize, "CHUNK", 50)
+    monkeypatch.setattr(tokenize, "LONGEST_CHUNK", 200)
     word = "truth" * 60
     assert encode(trained, [word, "it"]) == [None, encode(trained, ["it"])[0]]
     assert list(encode(trained, [word[:190]])[0]) == trained.encode(word[:190], add_special_tokens=False).ids
 
 
 def test_a_tokenizer_that_changes_the_beginning_of_a_text_is_not_cut(monkeypatch):
-    """Every text it is given begins with a space: pieces would have one each."""
+    """Every text it is given gets a leading space, and so would every chunk."""
     model = train_bpe(["a truth universally acknowledged"] * 3, 280)
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     text = "a truth, universally acknowledged\n" * 6
     (whole,) = encode(model, [text])
-    monkeypatch.setattr(tokenize, "PIECE", 20)
+    monkeypatch.setattr(tokenize, "CHUNK", 20)
     assert list(encode(model, [text])[0]) == whole

@@ -181,8 +181,8 @@ def test_a_server_that_fails_now_and_then_is_asked_again(far, tmp_path, store):
 def test_a_dead_server_is_one_line(far, tmp_path, store):
     reader = RowReader(far[0], "train", ShardCache(tmp_path / "cache", 10**8))
     store.failures = {"train-000001.tar": 99, "manifest.json": 99}
-    refused(lambda: every_row(reader), "train-000001.tar: cannot be fetched after 5 attempts", "hung up); try later")
-    refused(lambda: RowReader(far[0], "train", reader.cache), "manifest.json: cannot be fetched after 5 attempts")
+    refused(lambda: every_row(reader), "train-000001.tar: cannot be fetched after 5 tries", "hung up); try later")
+    refused(lambda: RowReader(far[0], "train", reader.cache), "manifest.json: cannot be fetched after 5 tries")
     assert not list((tmp_path / "cache").glob("*.partial"))
     assert not list((tmp_path / "cache").glob("*.claim"))
 
