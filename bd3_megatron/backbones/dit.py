@@ -13,10 +13,9 @@ class DiT(Backbone):
     traits: ClassVar[Traits] = Traits(
         norm="LayerNorm", activation="gelu_tanh", gated=False, mlp_bias=True, head_bias=True
     )
-    norm_eps: ClassVar[float] = 1e-5
-    grouped_queries: ClassVar[bool] = False
-    may_tie: ClassVar[bool] = False
-    zero_head: ClassVar[bool] = True
+    norm_eps = 1e-5
+    grouped_queries = may_tie = False
+    zero_head = True
 
     def default_ffn(self, hidden: int) -> int:
         return 4 * hidden

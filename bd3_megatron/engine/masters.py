@@ -8,13 +8,15 @@ checkpoints hold, the EMA, and weights given from outside.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bd3_megatron.engine.base import StepResult
 from bd3_megatron.engine.scaling import Fp8State
+from bd3_megatron.engine.stage import nonfinite_batches
 from bd3_megatron.shards import ShardedTensor, ShardSpec, sharded_tensor
 
 
@@ -109,6 +111,15 @@ class OwnsMasters:
 
     masters: MasterWeights
     fp8: Fp8State
+
+    def _finish_step(self, loss: float, norm: float, applied: bool, outputs: Sequence[Tensor]) -> StepResult:
+        """Count the update and average the weights, or, without one, forget what non-finite values left behind."""
+        if not applied:
+            self.fp8.forget_overflow()
+            return StepResult(loss, norm, applied=False, nonfinite_batches=nonfinite_batches(outputs))
+        self.updates += 1
+        self.masters.update_ema(self.updates)
+        return StepResult(loss, norm)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         return self.masters.averaged()

@@ -26,7 +26,6 @@ from bd3_megatron.engine.stage import (
     forward_rows,
     global_loss,
     named_parameters,
-    nonfinite_batches,
     parameter_spec,
     run_schedule,
 )
@@ -95,12 +94,7 @@ class MegatronEngine(OwnsMasters):
             if finite:
                 self._clip(norm)
                 self.optimizer.step_with_ready_grads()
-        if not finite:
-            self.fp8.forget_overflow()
-            return StepResult(loss, norm, applied=False, nonfinite_batches=nonfinite_batches(outputs))
-        self.updates += 1
-        self.masters.update_ema(self.updates)
-        return StepResult(loss, norm)
+        return self._finish_step(loss, norm, finite, outputs)
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> list[Tensor]:
@@ -202,9 +196,9 @@ def _optimizer_config(optimization: OptimizationConfig, sharded: bool) -> Optimi
         adam_beta1=optimization.beta1,
         adam_beta2=optimization.beta2,
         adam_eps=optimization.adam_eps,
+        use_distributed_optimizer=sharded,
         weight_decay=optimization.weight_decay,
         clip_grad=optimization.clip_norm,
         bf16=optimization.bf16,
         params_dtype=torch.bfloat16 if optimization.bf16 else torch.float32,
-        use_distributed_optimizer=sharded,
     )

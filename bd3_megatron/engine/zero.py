@@ -24,7 +24,6 @@ from bd3_megatron.engine.stage import (
     forward_step,
     global_loss,
     named_parameters,
-    nonfinite_batches,
     parameter_spec,
     run_schedule,
 )
@@ -96,11 +95,7 @@ class ZeroEngine(OwnsMasters):
             raise RuntimeError(f"loss {loss}, gradient norm {norm}: DeepSpeed decided otherwise about the update")
         if not finite:
             self._clear_up()
-            self.fp8.forget_overflow()
-            return StepResult(loss, norm, applied=False, nonfinite_batches=nonfinite_batches(losses))
-        self.updates += 1
-        self.masters.update_ema(self.updates)
-        return StepResult(loss, norm)
+        return self._finish_step(loss, norm, finite, losses)
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> list[Tensor]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bd3_common.atomic import atomic_file, write_bytes
 from data_prep.build import pool
 from data_prep.build.encode import in_validation
-from data_prep.build.outcome import package_version
+from data_prep.build.outcome import package_version, vocabulary
 from data_prep.build.progress import Progress, Report
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
@@ -36,7 +36,7 @@ from data_prep.format.manifest import (
     save_manifest,
     unigram_nats,
 )
-from data_prep.format.tokenizer import SpecialIds, load_tokenizer, special_ids, token_dtype
+from data_prep.format.tokenizer import SpecialIds, load_tokenizer, special_ids
 from data_prep.read.indexed import Ids, json_ids, npy_ids
 from data_prep.sources.tar import TarMembers
 
@@ -57,11 +57,6 @@ class IndexConfig(BaseModel):
     tokenizer: str = Field(
         default=TOKENIZER, description="tokenizer.json that made the ids; by default that of the folder"
     )
-    member: str | None = Field(
-        default=None,
-        description="extension of the members that hold the ids, as in tokens.npy; null: the only .npy of a sample, "
-        "or where there is none its .json",
-    )
     documents: bool | None = Field(
         default=None,
         description="each sample is a document, for masks and evaluation by document; null: unless all samples of a "
@@ -73,6 +68,11 @@ class IndexConfig(BaseModel):
         lt=1,
         description="samples held out, by hash of tar and key; not used where all tars lie in folders train and "
         "validation",
+    )
+    member: str | None = Field(
+        default=None,
+        description="extension of the members that hold the ids, as in tokens.npy; null: the only .npy of a sample, "
+        "or where there is none its .json",
     )
     seed: int = Field(default=0, ge=0, description="seed of the split")
     bos: str | None = Field(default=None, description="BOS token; null looks for the usual names")
@@ -323,11 +323,7 @@ def describe(
         version=INDEX_VERSION,
         package_version=package_version(),
         length=config.length,
-        dtype="<u2" if token_dtype(special.vocab_size).itemsize == 2 else "<u4",
-        vocab_size=special.vocab_size,
-        bos_id=special.bos,
-        eos_id=special.eos,
-        mask_id=special.mask,
+        **vocabulary(special),
         tokenizer_sha256=tokenizer_sha256,
         recipe=recipe,
         sources=[SourceFile(name=tar.name, bytes=tar.bytes, sha256=tar.sha256) for tar in tars],

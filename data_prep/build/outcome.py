@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from typing import Any
 
 import numpy as np
 
@@ -76,11 +77,7 @@ def make_manifest(
     return Manifest(
         package_version=package_version(),
         length=config.length,
-        dtype="<u2" if token_dtype(special.vocab_size).itemsize == 2 else "<u4",
-        vocab_size=special.vocab_size,
-        bos_id=special.bos,
-        eos_id=special.eos,
-        mask_id=special.mask,
+        **vocabulary(special),
         tokenizer_sha256=tokenizer_sha256,
         recipe=recipe,
         sources=_source_files(parts, results),
@@ -90,6 +87,12 @@ def make_manifest(
         validation_unigram_perplexity=math.exp(nats),
         splits={name: _split(name, jobs[name], results, counts[name]) for name in SPLITS},
     )
+
+
+def vocabulary(special: SpecialIds) -> dict[str, Any]:
+    """Fields of the manifest that the tokenizer decides."""
+    ids = {f"{name}_id": getattr(special, name) for name in ("bos", "eos", "mask")}
+    return {"vocab_size": special.vocab_size, "dtype": token_dtype(special.vocab_size).str} | ids
 
 
 def _source_files(parts: Sequence[Part], results: Sequence[Encoded]) -> list[SourceFile]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
 
-from bd3_common.errors import ConfigError
 from bd3_megatron.config import Section
 from pretrain.bench import options as o
 from pretrain.config.command_line import parse_options
-from pretrain.config.values import did_you_mean
+from pretrain.config.subcommands import run_subcommand
 
 BENCHMARKS: dict[str, type[Section]] = {
     "attention": o.AttentionOptions,
@@ -29,12 +29,13 @@ def main(args: list[str]) -> int:
     Raises:
         ConfigError: no such benchmark.
     """
-    if not args or args[0] in ("-h", "--help"):
-        print(f"usage: bd3 bench {'|'.join(BENCHMARKS)}   (--help after it for options)")
-        return 0 if args else 2
-    name, *rest = args
-    if name not in BENCHMARKS:
-        raise ConfigError(f"bd3 bench {name}: unknown benchmark{did_you_mean(name, BENCHMARKS)}")
-    options = parse_options(BENCHMARKS[name], rest, f"bd3 bench {name}")
+    commands = {name: partial(_run, name) for name in BENCHMARKS}
+    usage = f"usage: bd3 bench {'|'.join(BENCHMARKS)}   (--help after it for options)"
+    return run_subcommand("bd3 bench", "benchmark", commands, lambda: usage, args)
+
+
+def _run(name: str, args: list[str]) -> int | None:
+    options = parse_options(BENCHMARKS[name], args, f"bd3 bench {name}")
     module = importlib.import_module(f"pretrain.bench.{name}")
-    return getattr(module, f"bench_{name}")(options) or 0
+    code: int | None = getattr(module, f"bench_{name}")(options)
+    return code

@@ -19,14 +19,8 @@ class Layout(NamedTuple):
 
     def config(self, task: Task) -> EngineConfig:
         """The task under this layout."""
-        return EngineConfig(
-            model=task.model,
-            diffusion=task.diffusion,
-            kernels=task.kernels,
-            fp8=task.fp8,
-            parallel=self.parallel,
-            zero=self.zero,
-        )
+        sections = {name: getattr(task, name) for name in ("model", "diffusion", "kernels", "fp8")}
+        return EngineConfig(parallel=self.parallel, zero=self.zero, **sections)
 
 
 def _layout(size: int, zero: int = 0, **options: Any) -> Layout:

@@ -13,7 +13,7 @@ from bd3_megatron.config import Section
 from bd3_megatron.hf.formats import FORMATS, TokenIds
 from pretrain.config.checkpoint_options import CheckpointOptions
 from pretrain.config.command_line import Positional, parse_options
-from pretrain.config.values import did_you_mean
+from pretrain.config.subcommands import run_subcommand
 from pretrain.run_folder import layout
 
 if TYPE_CHECKING:
@@ -48,14 +48,8 @@ class ImportOptions(Section):
 
 def main(args: list[str]) -> int:
     """`bd3 convert export RUN OUT` and `bd3 convert import SOURCE RUN`; the exit code."""
-    commands = {"export": export_run, "import": import_run}
-    if not args or args[0] in ("-h", "--help"):
-        print("usage: bd3 convert export RUN OUT | bd3 convert import SOURCE RUN   (--help after either for options)")
-        return 0 if args else 2
-    if args[0] not in commands:
-        raise ConfigError(f"bd3 convert {args[0]}: unknown direction{did_you_mean(args[0], commands)}")
-    commands[args[0]](args[1:])
-    return 0
+    usage = "usage: bd3 convert export RUN OUT | bd3 convert import SOURCE RUN   (--help after either for options)"
+    return run_subcommand("bd3 convert", "direction", {"export": export_run, "import": import_run}, lambda: usage, args)
 
 
 def export_run(args: list[str]) -> None:

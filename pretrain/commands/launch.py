@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from pretrain.config.command_line import parse_options, scan_options
 from pretrain.config.resolve import RunOptions, resolve
 from pretrain.config.schema import RunConfig
 from pretrain.config.site import site_layer
-from pretrain.config.values import Layer, show
+from pretrain.config.subcommands import run_subcommand
+from pretrain.config.values import Layer
 from slurm.options import JobOptions
 
 
@@ -66,17 +67,21 @@ def main(args: list[str]) -> int:
     Raises:
         ConfigError, SlurmError, OSError: one line; nothing was submitted, and nothing half-written is left.
     """
-    kinds: dict[str, Callable[[list[str]], None]] = {"pretrain": pretrain, "sweep": sweep, "prep": prep}
-    if not args or args[0] in ("-h", "--help"):
-        print("usage: bd3 launch pretrain | sweep | prep [OPTIONS]\n")
-        for name, cls in zip(kinds, (PretrainJob, SweepJob, PrepJob)):
-            print(f"  {name:<9} {(cls.__doc__ or '').splitlines()[0]}")
-        print("\nbd3 launch pretrain --help lists the options; docs/slurm.md has the way from an empty account.")
-        return 0 if args else 2
-    if args[0] not in kinds:
-        raise ConfigError(f"launch {show(args[0])}: unknown kind of job; use {', '.join(kinds)}")
-    kinds[args[0]](args[1:])
-    return 0
+    return run_subcommand("launch", "kind of job", {"pretrain": pretrain, "sweep": sweep, "prep": prep}, _usage, args)
+
+
+def _usage() -> str:
+    kinds = {"pretrain": PretrainJob, "sweep": SweepJob, "prep": PrepJob}
+    lines = [f"  {name:<9} {(cls.__doc__ or '').splitlines()[0]}" for name, cls in kinds.items()]
+    return "\n".join(
+        [
+            "usage: bd3 launch pretrain | sweep | prep [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "bd3 launch pretrain --help lists the options; docs/slurm.md has the way from an empty account.",
+        ]
+    )
 
 
 def pretrain(args: list[str]) -> None:

@@ -242,15 +242,8 @@ class RunConfig(Section):
 
     def engine(self) -> EngineConfig:
         """The sections that an engine is built from."""
-        return EngineConfig(
-            model=self.model,
-            diffusion=self.diffusion,
-            kernels=self.kernels,
-            fp8=self.fp8,
-            parallel=self.parallel,
-            zero=self.zero,
-            optimization=self.train,
-        )
+        shared = EngineConfig.model_fields.keys() & RunConfig.model_fields.keys()
+        return EngineConfig(optimization=self.train, **{name: getattr(self, name) for name in shared})
 
 
 def check_run(config: RunConfig, world_size: int) -> int:

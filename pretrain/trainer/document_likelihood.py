@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -21,8 +22,16 @@ from data_prep.read.stream import RowStream
 _ROWS = 4096  # rows per chunk
 
 
+class JsonRecord:
+    """Base of results that are dataclasses."""
+
+    def record(self: Any) -> dict[str, float | int | None]:
+        """Fields for JSON, which has no NaN: the standard error of a single sample is null."""
+        return {name: None if value != value else value for name, value in asdict(self).items()}
+
+
 @dataclass(frozen=True)
-class DocumentEvaluation:
+class DocumentEvaluation(JsonRecord):
     """Statistics over whole documents, the independent samples. Position 0 of a row belongs to no document.
 
     Attributes:
@@ -44,10 +53,6 @@ class DocumentEvaluation:
     document_perplexity_stderr: float
     document_mean: float
     document_mean_stderr: float
-
-    def record(self) -> dict[str, float | int | None]:
-        """The fields for JSON, which has no NaN: the standard error of a single document is null."""
-        return {name: None if value != value else value for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,14 +20,14 @@ from data_prep.read.reader import RowReader
 from data_prep.read.stream import RowStream
 from pretrain.config.schema import EvalConfig
 from pretrain.trainer.batches import make_batch
-from pretrain.trainer.document_likelihood import DocumentTally, ratio
+from pretrain.trainer.document_likelihood import DocumentTally, JsonRecord, ratio
 
 # Micro-batches per call of the engine: enough to fill a pipeline, few enough to keep their results in memory.
 _GROUP = 16
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(JsonRecord):
     """Result over validation rows.
 
     Tokens that nothing predicts do not count: position 0 (BOS), and under the causal objective with document masks
@@ -46,10 +46,6 @@ class Evaluation:
     perplexity_stderr: float
     rows: int
     tokens: int
-
-    def record(self) -> dict[str, float | int | None]:
-        """The fields for JSON, which has no NaN: the standard error of a single row is null."""
-        return {name: None if value != value else value for name, value in asdict(self).items()}
 
 
 def likelihood_bound(diffusion: DiffusionConfig) -> DiffusionConfig:

@@ -92,8 +92,8 @@ class AttentionSizes:
     head_dim: int
     element: int
     inputs: float
-    cuda: bool = False
-    packed: bool = False
+    packed: bool
+    cuda: bool
 
     @property
     def queries(self) -> float:

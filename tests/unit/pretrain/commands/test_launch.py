@@ -397,7 +397,7 @@ def test_two_combinations_in_one_folder_are_refused(slurm, args):
 def test_the_kinds_of_job(capsys):
     assert launch.main(["--help"]) == 0
     assert "  sweep " in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="launch train: unknown kind of job; use pretrain, sweep, prep"):
+    with pytest.raises(ConfigError, match="launch train: unknown kind of job; did you mean pretrain"):
         launch.main(["train"])
 
 
