@@ -24,10 +24,9 @@ class InputKind(ABC):
     def read(self, part: Part, local: Path, intake: Intake) -> Iterator[Document]:
         """Yield the documents that start in ``part``, in the order of the file.
 
-        Make each with :meth:`~data_prep.sources.records.Intake.document`, which returns None for one to skip,
-        and pass a record that cannot be used to ``intake.reject(offset, reason)``.
-        :func:`~data_prep.sources.streams.open_stream` opens the file, checks its size and
-        decompresses it.
+        Make each with :meth:`~data_prep.sources.records.Intake.document`, which returns None for one to skip, and pass
+        a record that cannot be used to ``intake.reject(offset, reason)``.
+        :func:`~data_prep.sources.streams.open_stream` opens the file, checks its size and decompresses it.
 
         Args:
             part: one of :meth:`parts`.

@@ -48,7 +48,7 @@ def corpus(folder: Path, documents: int = 60, seed: int = 0) -> Path:
     return path
 
 
-def asked(tmp_path: Path, **changes) -> PrepConfig:
+def prep_config(tmp_path: Path, **changes) -> PrepConfig:
     values = {
         "inputs": [str(tmp_path / "text.jsonl")],
         "out": str(tmp_path / "data"),
@@ -87,7 +87,7 @@ def refused(tmp_path: Path, config: PrepConfig) -> str:
 def data_set(tmp_path_factory) -> tuple[PrepConfig, Manifest]:
     tmp_path = tmp_path_factory.mktemp("prep")
     corpus(tmp_path)
-    config = asked(tmp_path)
+    config = prep_config(tmp_path)
     return config, prep(config)
 
 
@@ -172,7 +172,7 @@ def test_stream_packing_and_a_tokenizer_without_a_mask(tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<|endoftext|>"])
     tokenizer.save(str(tmp_path / "words.json"))
-    manifest = prep(asked(tmp_path, tokenizer=str(tmp_path / "words.json"), packing="stream"))
+    manifest = prep(prep_config(tmp_path, tokenizer=str(tmp_path / "words.json"), packing="stream"))
     n = len(WORDS)
     assert (manifest.bos_id, manifest.eos_id, manifest.mask_id, manifest.vocab_size) == (n, n, n + 1, n + 2)
     assert (tmp_path / "data/tokenizer.json").read_bytes() == (tmp_path / "words.json").read_bytes()
@@ -199,26 +199,26 @@ def test_the_same_again_is_no_work_and_another_is_an_error(data_set, tmp_path):
 
 def test_overwrite_replaces_data_sets_only(tmp_path):
     corpus(tmp_path)
-    prep(asked(tmp_path))
-    assert prep(asked(tmp_path, length=8, overwrite=True)).length == 8
+    prep(prep_config(tmp_path))
+    assert prep(prep_config(tmp_path, length=8, overwrite=True)).length == 8
     assert load_manifest(tmp_path / "data").length == 8
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "text.jsonl"]
-    refused(tmp_path, asked(tmp_path, length=9999, overwrite=True))  # the old one stays
+    refused(tmp_path, prep_config(tmp_path, length=9999, overwrite=True))  # the old one stays
     assert load_manifest(tmp_path / "data").length == 8
     (tmp_path / "data" / "notes.txt").write_text("mine")
-    assert "it also holds notes.txt" in refused(tmp_path, asked(tmp_path, overwrite=True))
+    assert "it also holds notes.txt" in refused(tmp_path, prep_config(tmp_path, overwrite=True))
     (tmp_path / "other").mkdir()
     for overwrite in (False, True):
-        config = asked(tmp_path, out=str(tmp_path / "other"), overwrite=overwrite)
+        config = prep_config(tmp_path, out=str(tmp_path / "other"), overwrite=overwrite)
         assert "choose another --out" in refused(tmp_path, config)
 
 
 def test_a_data_set_with_a_cut_shard_is_not_reused(tmp_path):
     corpus(tmp_path)
-    manifest = prep(asked(tmp_path))
+    manifest = prep(prep_config(tmp_path))
     shard = tmp_path / "data/train" / manifest.splits["train"].shards[0].name
     os.truncate(shard, shard.stat().st_size - 512)
-    assert "the manifest says" in refused(tmp_path, asked(tmp_path))
+    assert "the manifest says" in refused(tmp_path, prep_config(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_data_set_with_a_cut_shard_is_not_reused(tmp_path):
 )
 def test_mistakes_leave_nothing_behind(tmp_path, changes, message):
     corpus(tmp_path)
-    assert message in refused(tmp_path, asked(tmp_path, out=str(tmp_path / "new" / "data"), **changes))
+    assert message in refused(tmp_path, prep_config(tmp_path, out=str(tmp_path / "new" / "data"), **changes))
 
 
 def test_a_broken_source_fails_alone(tmp_path):
@@ -248,7 +248,7 @@ def test_a_broken_source_fails_alone(tmp_path):
     packed = tmp_path / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress(text, mtime=0)[:-9])
     tokenizer = trained(tmp_path)
-    config = asked(tmp_path, inputs=[str(packed), str(whole)], tokenizer=tokenizer)
+    config = prep_config(tmp_path, inputs=[str(packed), str(whole)], tokenizer=tokenizer)
     lines: list[str] = []
     with pytest.raises(DataError, match=r"packed.jsonl.gz: .*; 1 of 2 parts are done and kept; fix this and run again"):
         prep(config, lines.append)
@@ -256,7 +256,7 @@ def test_a_broken_source_fails_alone(tmp_path):
     packed.write_bytes(gzip.compress(text, mtime=0))
     assert prep(config, lines.append)
     assert any("continuing: 1 of 2 parts are done already" in line for line in lines)
-    at_once = asked(tmp_path, inputs=[str(packed), str(whole)], tokenizer=tokenizer, out=str(tmp_path / "again"))
+    at_once = prep_config(tmp_path, inputs=[str(packed), str(whole)], tokenizer=tokenizer, out=str(tmp_path / "again"))
     prep(at_once)
     assert contents(tmp_path / "data") == contents(tmp_path / "again")
 
@@ -266,7 +266,7 @@ def test_a_source_without_rights_fails_alone(tmp_path, monkeypatch):
     closed = tmp_path / "closed.jsonl"
     closed.write_bytes((tmp_path / "text.jsonl").read_bytes())
     inputs = [str(closed), str(tmp_path / "text.jsonl")]
-    config = asked(tmp_path, inputs=inputs, tokenizer=trained(tmp_path), workers=1)
+    config = prep_config(tmp_path, inputs=inputs, tokenizer=trained(tmp_path), workers=1)
     opened = Path.open
 
     def refuse(path, *args, **options):
@@ -285,7 +285,7 @@ def test_a_source_without_rights_fails_alone(tmp_path, monkeypatch):
 
 def test_bad_records_are_listed_and_left_out(tmp_path):
     path = corpus(tmp_path)
-    clean = prep(asked(tmp_path, out=str(tmp_path / "clean"), tokenizer=trained(tmp_path)))
+    clean = prep(prep_config(tmp_path, out=str(tmp_path / "clean"), tokenizer=trained(tmp_path)))
     lines = path.read_bytes().splitlines(keepends=True)
     bad = {3: b"\xff\n", 20: b'{"id": "x"}\n', 41: b"nonsense\n"}
     with path.open("wb") as stream:
@@ -295,7 +295,7 @@ def test_bad_records_are_listed_and_left_out(tmp_path):
                 offsets.append(stream.tell())
                 stream.write(bad[number])
             stream.write(line)
-    config = asked(tmp_path, tokenizer=trained(tmp_path))
+    config = prep_config(tmp_path, tokenizer=trained(tmp_path))
     said: list[str] = []
     manifest = prep(config, said.append)
     assert manifest.rejects == 3
@@ -308,9 +308,9 @@ def test_bad_records_are_listed_and_left_out(tmp_path):
     assert manifest.splits == clean.splits  # the rest is as if they had never been there
 
     for most, message in ((2, "that is the first of 3 bad records, and max_rejects=2"), (0, "at ")):
-        config = asked(tmp_path, tokenizer=trained(tmp_path), max_rejects=most, out=str(tmp_path / "strict"))
+        config = prep_config(tmp_path, tokenizer=trained(tmp_path), max_rejects=most, out=str(tmp_path / "strict"))
         assert message in refused(tmp_path, config)
-    config = asked(tmp_path, inputs=[str(path), *more_bad(tmp_path)], tokenizer=trained(tmp_path), max_rejects=4)
+    config = prep_config(tmp_path, inputs=[str(path), *more_bad(tmp_path)], tokenizer=trained(tmp_path), max_rejects=4)
     with pytest.raises(DataError, match="first of 6 bad records"):  # none of the files has too many by itself
         prep(config.model_copy(update={"out": str(tmp_path / "sum")}))
 
@@ -325,7 +325,7 @@ def test_lengths_leave_documents_out_and_are_counted(tmp_path):
     with path.open("a") as stream:
         stream.write('{"id": "s", "text": "it"}\n{"id": "b", "text": "  "}\n')
     lengths = [len(json.loads(line)["text"]) for line in path.read_text().splitlines()]
-    config = asked(tmp_path, min_chars=3, max_chars=250)
+    config = prep_config(tmp_path, min_chars=3, max_chars=250)
     manifest = prep(config)
     assert manifest.skipped == {"short": 2, "long": sum(n > 250 for n in lengths)}
     assert sum(split.documents for split in manifest.splits.values()) == sum(3 <= n <= 250 for n in lengths)
@@ -333,7 +333,7 @@ def test_lengths_leave_documents_out_and_are_counted(tmp_path):
 
 def test_without_documents_no_starts_are_stored(tmp_path):
     corpus(tmp_path)
-    prep(asked(tmp_path, documents=False))
+    prep(prep_config(tmp_path, documents=False))
     manifest = load_manifest(tmp_path / "data")
     assert not manifest.recipe.documents
     assert all(member[3] == 0 for shard in manifest.splits["train"].shards for member in shard.members)
@@ -342,7 +342,7 @@ def test_without_documents_no_starts_are_stored(tmp_path):
 @pytest.mark.parametrize(("bos", "eos"), [(True, True), (True, False), (False, True), (False, False)])
 def test_bos_and_eos_policy_of_a_stream(tmp_path, bos, eos):
     path = corpus(tmp_path)
-    config = asked(tmp_path, packing="stream", add_bos=bos, add_eos=eos)
+    config = prep_config(tmp_path, packing="stream", add_bos=bos, add_eos=eos)
     manifest = prep(config)
     tokenizer = load_tokenizer(tmp_path / "data/tokenizer.json")
     records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -362,13 +362,13 @@ def test_neither_parts_nor_processes_nor_shares_change_a_byte(tmp_path, monkeypa
     packed = tmp_path / "more.jsonl.gz"
     packed.write_bytes(gzip.compress(path.read_bytes().replace(b"doc-", b"other-"), mtime=0))
     inputs = {"inputs": [str(path), str(packed)], "tokenizer": trained(tmp_path)}
-    prep(asked(tmp_path, **inputs, workers=1))
+    prep(prep_config(tmp_path, **inputs, workers=1))
     expected = contents(tmp_path / "data")
     monkeypatch.setattr(prep_module, "SMALLEST_PART", 700)
-    prep(asked(tmp_path, **inputs, out=str(tmp_path / "two"), workers=2))
+    prep(prep_config(tmp_path, **inputs, out=str(tmp_path / "two"), workers=2))
     assert contents(tmp_path / "two") == expected
 
-    shares = [asked(tmp_path, **inputs, out=str(tmp_path / "shares"), part=f"{k}/3", workers=1) for k in range(3)]
+    shares = [prep_config(tmp_path, **inputs, out=str(tmp_path / "shares"), part=f"{k}/3", workers=1) for k in range(3)]
     lines: list[str] = []
     assert [prep(share, lines.append) is None for share in shares] == [True, True, False]
     assert "parts are left to others" in lines[1]
@@ -383,7 +383,7 @@ def test_shares_of_a_slurm_array(monkeypatch):
     assert prep_module.share_of("slurm") == (2, 4)
     monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "9")
     assert prep_module.share_of("slurm") == (2, 4)
-    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "19")  # --array=3,7,9,19, as failed tasks are asked for again
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "19")  # --array=3,7,9,19, as failed tasks are submitted again
     with pytest.raises(DataError, match=r"an array of 4 tasks from 3 to 19 leaves some out.*use --part K/N"):
         prep_module.share_of("slurm")
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
@@ -394,12 +394,12 @@ def test_shares_of_a_slurm_array(monkeypatch):
 def test_sharing_tasks_at_once(tmp_path):
     """All tasks of an array start at once: one trains the tokenizer, one publishes, and all succeed."""
     corpus(tmp_path)
-    prep(asked(tmp_path))
+    prep(prep_config(tmp_path))
     script = (
         "import sys; from data_prep.build.prep import PrepConfig, prep;"
         "prep(PrepConfig.model_validate_json(sys.argv[1]), print)"
     )
-    configs = [asked(tmp_path, out=str(tmp_path / "array"), part=f"{k}/4", workers=1) for k in range(4)]
+    configs = [prep_config(tmp_path, out=str(tmp_path / "array"), part=f"{k}/4", workers=1) for k in range(4)]
     children = [subprocess.Popen([sys.executable, "-c", script, c.model_dump_json()]) for c in configs]
     assert [child.wait() for child in children] == [0] * 4
     assert contents(tmp_path / "array") == contents(tmp_path / "data")
@@ -439,7 +439,7 @@ def small_parts() -> None:
 )
 def test_a_prep_that_fails_late_goes_on(tmp_path, monkeypatch, where):
     corpus(tmp_path)
-    config = asked(tmp_path, tokenizer=trained(tmp_path))
+    config = prep_config(tmp_path, tokenizer=trained(tmp_path))
     prep(config.model_copy(update={"out": str(tmp_path / "whole")}))
     module, _, name = where.partition(".")
 
@@ -461,10 +461,10 @@ def test_unfinished_work_of_other_options_is_not_mixed_in(tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(prep_module, "save_manifest", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            prep(asked(tmp_path))
+            prep(prep_config(tmp_path))
     with pytest.raises(DataError, match="unfinished work with length=16, not 32; finish it with the same options"):
-        prep(asked(tmp_path, length=32))
-    assert prep(asked(tmp_path, length=32, overwrite=True)).length == 32
+        prep(prep_config(tmp_path, length=32))
+    assert prep(prep_config(tmp_path, length=32, overwrite=True)).length == 32
     assert load_manifest(tmp_path / "data").length == 32
 
 
@@ -473,7 +473,7 @@ def test_a_prep_that_goes_on_with_other_inputs_mixes_nothing(tmp_path, monkeypat
     """Neither shards cut from the earlier inputs nor a tokenizer trained on them find their way into the data set."""
     one, other = corpus(tmp_path, seed=1).rename(tmp_path / "one.jsonl"), corpus(tmp_path)
     tokenizer = trained(tmp_path) if tokenizer == "given" else tokenizer
-    config = asked(tmp_path, tokenizer=tokenizer, inputs=[str(other), str(one)])
+    config = prep_config(tmp_path, tokenizer=tokenizer, inputs=[str(other), str(one)])
     prep(config.model_copy(update={"out": str(tmp_path / "whole")}))
     with monkeypatch.context() as patch:
         patch.setattr(prep_module, "save_manifest", lambda *args: 1 / 0)
@@ -490,7 +490,7 @@ def test_streams_cut_after_they_were_finished_are_written_again(tmp_path):
     corpus(tmp_path)
     more = [str(tmp_path / "text.jsonl"), str(corpus(tmp_path, seed=1).rename(tmp_path / "more.jsonl"))]
     corpus(tmp_path)
-    config = asked(tmp_path, tokenizer=trained(tmp_path), inputs=more)
+    config = prep_config(tmp_path, tokenizer=trained(tmp_path), inputs=more)
     prep(config.model_copy(update={"out": str(tmp_path / "whole")}))
     assert prep(config.model_copy(update={"part": "0/2"})) is None
     (stream,) = (tmp_path / ".data.partial").glob("parts/*/train.tokens")
@@ -501,8 +501,8 @@ def test_streams_cut_after_they_were_finished_are_written_again(tmp_path):
 
 def test_overwrite_after_a_kill_right_behind_the_move(tmp_path, monkeypatch):
     corpus(tmp_path)
-    prep(asked(tmp_path))
-    again = asked(tmp_path, overwrite=True, length=32)
+    prep(prep_config(tmp_path))
+    again = prep_config(tmp_path, overwrite=True, length=32)
     with monkeypatch.context() as patch:
         patch.setattr(Work, "remove", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -523,7 +523,7 @@ def test_one_file_written_by_processes_of_one_id(tmp_path):
 
 def test_two_preps_of_one_data_set(tmp_path):
     corpus(tmp_path)
-    config = asked(tmp_path)
+    config = prep_config(tmp_path)
     busy = pytest.raises(DataError, match="another bd3 prep is writing it")
     with Work(tmp_path / "data").opened(config.recipe(), discard=False), busy:
         prep(config)
@@ -532,7 +532,7 @@ def test_two_preps_of_one_data_set(tmp_path):
 
 def test_a_data_set_published_meanwhile_is_taken(tmp_path, monkeypatch):
     corpus(tmp_path)
-    manifest = prep(asked(tmp_path, out=str(tmp_path / "whole")))
+    manifest = prep(prep_config(tmp_path, out=str(tmp_path / "whole")))
 
     @contextmanager
     def late(work, name):
@@ -540,9 +540,9 @@ def test_a_data_set_published_meanwhile_is_taken(tmp_path, monkeypatch):
         yield False
 
     monkeypatch.setattr(Work, "exclusively", late)
-    assert prep(asked(tmp_path, part="0/2")) == manifest
+    assert prep(prep_config(tmp_path, part="0/2")) == manifest
     with pytest.raises(DataError, match="another task has written it meanwhile; run again to check it"):
-        prep(asked(tmp_path, out=str(tmp_path / "other")))
+        prep(prep_config(tmp_path, out=str(tmp_path / "other")))
 
 
 def test_fetched_files_have_names_of_their_own(tmp_path, monkeypatch, fresh_fsspec):
@@ -559,13 +559,13 @@ def test_fetched_files_have_names_of_their_own(tmp_path, monkeypatch, fresh_fssp
     monkeypatch.setattr(encode_module, "fetch", fetch)
     monkeypatch.setattr(prep_module, "fetch", fetch)
     for _ in range(2):
-        prep(asked(tmp_path, inputs=["memory://c"], workers=1, overwrite=True))
+        prep(prep_config(tmp_path, inputs=["memory://c"], workers=1, overwrite=True))
     assert len(set(places)) == 8  # twice each file for the tokenizer and for its tokens
 
 
 def test_failed_work_is_removed_under_its_lock(tmp_path, monkeypatch):
     corpus(tmp_path)
-    config = asked(tmp_path)
+    config = prep_config(tmp_path)
     busy = pytest.raises(DataError, match="another bd3 prep is writing it")
     removed = []
 
@@ -590,7 +590,7 @@ def test_a_source_that_grows_meanwhile_is_noticed(tmp_path, monkeypatch):
             stream.write('{"text": "late"}\n')
 
     monkeypatch.setattr(encode_module, "read_part", grow)
-    assert "changed while it was read" in refused(tmp_path, asked(tmp_path))
+    assert "changed while it was read" in refused(tmp_path, prep_config(tmp_path))
 
 
 def test_text_that_encodes_to_the_mask_is_refused(tmp_path):
@@ -602,11 +602,11 @@ def test_text_that_encodes_to_the_mask_is_refused(tmp_path):
     tokenizer.add_special_tokens(["<s>"])
     tokenizer.add_tokens([AddedToken("<mask>", special=False)])
     tokenizer.save(str(tmp_path / "t.json"))
-    manifest = prep(asked(tmp_path, tokenizer=str(tmp_path / "t.json")))
+    manifest = prep(prep_config(tmp_path, tokenizer=str(tmp_path / "t.json")))
     assert manifest.rejects == 1
     assert "the text has the mask '<mask>'" in (tmp_path / "data/rejects.jsonl").read_text()
     message = refused(
-        tmp_path, asked(tmp_path, out=str(tmp_path / "x"), tokenizer=str(tmp_path / "t.json"), max_rejects=0)
+        tmp_path, prep_config(tmp_path, out=str(tmp_path / "x"), tokenizer=str(tmp_path / "t.json"), max_rejects=0)
     )
     assert "the text has the mask '<mask>'" in message
 
@@ -616,7 +616,7 @@ def test_output_that_cannot_be_written(tmp_path, monkeypatch):
     inside_a_file = tmp_path / "text.jsonl" / "data"
     reads = []
     monkeypatch.setattr(encode_module, "read_part", lambda *args: reads.append(args))
-    assert str(inside_a_file) in refused(tmp_path, asked(tmp_path, out=str(inside_a_file)))
+    assert str(inside_a_file) in refused(tmp_path, prep_config(tmp_path, out=str(inside_a_file)))
     assert not reads  # found out before any work
 
 
@@ -627,13 +627,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("bd3_common.atomic.os.fsync", full)
-    message = refused(tmp_path, asked(tmp_path))
+    message = refused(tmp_path, prep_config(tmp_path))
     assert message.startswith(f"{tmp_path / 'data'}: cannot be written (No space left on device); make room")
 
 
 def test_a_dry_run_comes_near_and_writes_nothing(tmp_path):
     corpus(tmp_path, documents=300)
-    config = asked(tmp_path, tokenizer=trained(tmp_path))
+    config = prep_config(tmp_path, tokenizer=trained(tmp_path))
     before = sorted(tmp_path.rglob("*"))
     found = estimate(config)
     assert sorted(tmp_path.rglob("*")) == before
@@ -647,7 +647,7 @@ def test_a_dry_run_comes_near_and_writes_nothing(tmp_path):
 
 def test_a_dry_run_tells_what_prep_will_refuse(tmp_path):
     corpus(tmp_path)
-    config = asked(tmp_path, tokenizer=trained(tmp_path))
+    config = prep_config(tmp_path, tokenizer=trained(tmp_path))
     assert not any("refuse" in line for line in estimate(config).lines())
     lines = estimate(config.model_copy(update={"length": 100_000})).lines()
     assert [line.partition(";")[0] for line in lines if "refuse" in line] == [
@@ -657,13 +657,13 @@ def test_a_dry_run_tells_what_prep_will_refuse(tmp_path):
         r"no documents at the beginning of the input; text.jsonl at 0: no field 'txt'.*--text-field text; give files"
     )
     with pytest.raises(DataError, match=message):
-        estimate(asked(tmp_path, text_field="txt"))
+        estimate(prep_config(tmp_path, text_field="txt"))
 
 
 def test_progress_is_reported(tmp_path):
     corpus(tmp_path)
     lines: list[str] = []
-    prep(asked(tmp_path), lines.append)
+    prep(prep_config(tmp_path), lines.append)
     assert any("tokenized: " in line and "MB/s" in line for line in lines)
     assert "validation unigram perplexity" in lines[-1]
 

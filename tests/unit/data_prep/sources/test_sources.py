@@ -32,7 +32,7 @@ TEXTS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")),
 
 
 class Read:
-    """Everything that reading gave: documents, rejects (offset to reason) and skips."""
+    """Result of reading: documents, rejects (offset to reason) and skips."""
 
     def __init__(self, *paths, parts=None, fields=None, **options):
         self.documents, self.rejects, self.skips = [], {}, []
