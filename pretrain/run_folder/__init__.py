@@ -1,1 +1,1 @@
-"""Run folders: names of their files, data sets of a run, events, and snapshots of what was launched."""
+"""Run folders: names of their files, data sets of a run, events, and snapshots of launches."""

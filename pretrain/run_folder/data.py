@@ -1,4 +1,4 @@
-"""The data sets of a run: opened, verified, and checked against each other and the model."""
+"""Data sets of a run: opened, verified, and checked against each other and the model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ _LOG = logging.getLogger(__name__)
 
 
 def open_data(config: RunConfig, world: parallel.World) -> tuple[RunConfig, RowStream, RowStream]:
-    """The configuration with what the data sets decide, and both splits, verified by all ranks together."""
+    """Open and verify both splits; returns them after the configuration completed from the data sets.
+
+    Each rank verifies its share of the shards.
+    """
     stream, validation = (
         open_stream(config.data, split, config.model, order_seed(config)) for split in ("train", "validation")
     )
@@ -30,10 +33,10 @@ def open_data(config: RunConfig, world: parallel.World) -> tuple[RunConfig, RowS
 
 
 def resolve_model(model: ModelConfig, manifest: Manifest, path: str) -> ModelConfig:
-    """Fill what the data set decides (vocabulary, special ids) and check what both state.
+    """Fill vocabulary and special ids from the data set, and check them where the model states them.
 
     Raises:
-        ConfigError: model and data set disagree.
+        ConfigError: model and data set contradict each other.
     """
     if model.length != manifest.length:
         raise ConfigError(
@@ -53,21 +56,21 @@ def resolve_model(model: ModelConfig, manifest: Manifest, path: str) -> ModelCon
     return ModelConfig(**model.model_dump() | decided)
 
 
-def check_documents(stream: RowStream, asked: str) -> None:
-    """Check that the data sets say where documents start.
+def check_documents(stream: RowStream, option: str) -> None:
+    """Check that the data sets have document starts.
 
     Raises:
-        ConfigError: one does not; ``asked`` is the option that needs it.
+        ConfigError: one has none; ``option`` needs them.
     """
     for reader in stream.readers:
         if not reader.manifest.recipe.documents:
             raise ConfigError(
-                f"{asked}: {reader.folder} was written without document starts; run bd3 prep with --documents"
+                f"{option}: {reader.folder} was written without document starts; run bd3 prep with --documents"
             )
 
 
 def data_identity(*manifests: Manifest) -> str:
-    """Digest of what the rows and the tokenizer are, of all data sets of a mix, wherever they lie."""
+    """Digest of the rows and the tokenizer of all data sets of a mix; it does not depend on their paths."""
     digest = hashlib.sha256(manifests[0].tokenizer_sha256.encode())
     for number, manifest in enumerate(manifests):
         if number:
@@ -79,11 +82,14 @@ def data_identity(*manifests: Manifest) -> str:
 
 
 def open_stream(data: DataConfig, split: SplitName, model: ModelConfig, seed: int = 0) -> RowStream:
-    """A split of the configured data sets, checked against each other and the model; ``seed`` is of the order.
+    """Open a split of the configured data sets, checked against each other and the model.
+
+    Args:
+        seed: of the order of rows.
 
     Raises:
         ConfigError: no data set is named, or one does not fit the model.
-        DataError: no data set there, damaged shards, data sets that do not go together, or no cache for remote ones.
+        DataError: no data set, damaged shards, data sets that do not fit each other, or no cache for remote ones.
     """
     weights = data.weights()
     if not weights:
@@ -103,7 +109,7 @@ def open_stream(data: DataConfig, split: SplitName, model: ModelConfig, seed: in
 def verify(stream: RowStream, verify_gb: float, rank: int = 0, size: int = 1) -> None:
     """Compare this rank's share of the local shards with their sha256, unless it is more than ``verify_gb``.
 
-    A flipped bit or another tokenizer would train on without a word; shards of URLs are checked as they come.
+    Nothing else would notice a flipped bit or another tokenizer. Shards of URLs are checked when they are fetched.
 
     Raises:
         DataError: names the file that differs.

@@ -1,6 +1,6 @@
 """Event log of a run: starts, signals, hangs and failures with their times, one JSON line each.
 
-Metrics do not depend on interruptions, so these are not among them.
+Metrics must not depend on interruptions, so events have a file of their own.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def failures(run: Path, ranks: Ranks, begun: Callable[[], bool]) -> Iterator[Non
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The events in the order written, without lines that are not whole events."""
+    """Events in the order written; incomplete lines are skipped."""
     try:
         lines = (run / EVENTS).read_bytes().splitlines()
     except FileNotFoundError:

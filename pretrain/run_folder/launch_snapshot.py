@@ -24,7 +24,7 @@ from slurm import client
 from slurm.environment import CHAIN
 from slurm.options import JobOptions
 
-# Variables that change how a job computes or communicates.
+# Variables that affect computation or communication.
 _RECORDED = (
     *("CUDA_", "NCCL_", "UCX_", "FI_", "OMP_", "MKL_", "NVTE_", "TORCH", "PYTHON", "MASTER_", "SLURM_", "BD3_"),
     *("PATH", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "LOADEDMODULES"),
@@ -37,7 +37,7 @@ class LaunchFolder:
     def __init__(self, root: Path, options: JobOptions):
         name = " ".join(str(root).split())
         if found := re.search(r"[%\\\n]", str(root)):
-            raise ConfigError(f"{name}: holds {found[0]!r}, which Slurm replaces in names of logs; use another name")
+            raise ConfigError(f"{name}: has {found[0]!r}, which Slurm replaces in names of logs; use another name")
         self.root, self.options = root, options
         taken = [int(path.name) for path in (root / layout.LAUNCH).glob("[0-9]*") if path.name.isdecimal()]
         self.name = f"{max(taken, default=-1) + 1:03d}"
@@ -122,8 +122,8 @@ class LaunchFolder:
             raise
 
     def submit(self, *options: str) -> int:
-        """Submit the script; the job's number."""
-        os.environ.pop(CHAIN, None)  # of the job that this is called in, if any: sbatch passes variables on
+        """Submit the script and return the job's number."""
+        os.environ.pop(CHAIN, None)  # sbatch passes it on from the job that calls this, if any
         self.jobs.append(client.submit(self.script, *options))
         return self.jobs[-1]
 

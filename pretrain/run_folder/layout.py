@@ -13,9 +13,9 @@ VERSIONS = "versions.txt"
 """versions of the packages that the last start used"""
 
 METRICS = "metrics.jsonl"
-"""what was computed: the same bytes after any number of interruptions"""
+"""losses, norms and evaluations: the same bytes after any number of interruptions"""
 THROUGHPUT = "throughput.jsonl"
-"""how fast"""
+"""speed and times"""
 TENSORBOARD = "tensorboard"
 WANDB_ID = "wandb_id.txt"
 """id of the W&B run that this run is written to"""
@@ -24,11 +24,11 @@ CURVES = "curves.png"
 EVENTS = "events.jsonl"
 """starts, signals, hangs, failures"""
 HEARTBEAT = "heartbeat.json"
-"""rank 0's sign of life"""
+"""time of rank 0's last progress"""
 PREFLIGHT = "preflight.json"
-"""what the last preflight measured"""
+"""measurements of the last preflight"""
 BAD_NODES = "suspects.json"
-"""nodes that the preflight blames, for the supervisor"""
+"""nodes at fault according to the preflight, for the supervisor"""
 
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"
@@ -81,7 +81,7 @@ _PARTIAL = ".partial"
 
 
 def rank_log(run: Path, rank: int) -> Path:
-    """Messages of a rank."""
+    """Log of a rank."""
     return run / LOGS / f"rank-{rank:05d}.log"
 
 
@@ -91,12 +91,12 @@ def stack_name(rank: int) -> str:
 
 
 def trace_file(run: Path, first: int, last: int, rank: int) -> Path:
-    """Profile of steps ``first`` to ``last``. The ending tells torch to compress it."""
+    """Profile of steps ``first`` to ``last``; torch compresses a file named ``.gz``."""
     return run / PROFILE / f"steps-{first}-{last}.rank-{rank}.json.gz"
 
 
 def memory_snapshot(run: Path, rank: int) -> Path:
-    """What a GPU's memory held when it ran out."""
+    """Snapshot of a GPU's memory when it ran out."""
     return run / OUT_OF_MEMORY / f"rank-{rank}.pickle"
 
 

@@ -1,4 +1,4 @@
-"""A run folder made ready for a job: locked, with what describes the run."""
+"""Preparation of a run folder for a job: lock, configuration, tokenizer, versions."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def prepare(run: Path, config: RunConfig, stream: RowStream) -> int:
     """Make and lock the run folder; write configuration, tokenizer and versions.
 
     Returns:
-        the descriptor that holds the lock.
+        the descriptor of the lock.
 
     Raises:
-        ConfigError: another process of this machine trains in it.
+        ConfigError: another process is training in it.
     """
     run.mkdir(parents=True, exist_ok=True)
     lock = os.open(run, os.O_RDONLY)

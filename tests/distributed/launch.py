@@ -14,7 +14,7 @@ from pretrain import cli
 from tests.unit import commands
 from tests.unit.commands import Done
 
-TIMEOUT = 300  # seconds that a job may take on a busy machine
+TIMEOUT = 600  # seconds that a job may take on a busy machine
 
 
 class Job:
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def running(self) -> bool:
-        """Whether no rank has ended."""
+        """True while no rank has ended."""
         return all(process.exitcode is None for process in self.ranks)
 
 
@@ -60,6 +60,6 @@ def _prepare(rank: int, size: int, port: int, before: Callable[[], None] | None)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
-    cli.RANK_0_PRINTS = 0.1  # nobody here ends the others when one has ended
+    cli.RANK_0_PRINTS = 0.1  # no launcher here ends the other ranks
     if before is not None:
         before()

@@ -1,4 +1,4 @@
-"""A checkpoint written under one layout goes on under any other, in either engine."""
+"""Checkpoints written under one layout and resumed under any other, in either engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pretrain.checkpoint.reader import find_checkpoint, read_weights
 from pretrain.distributed.spawn import run_world
 from tests.distributed.workers import resume, resume_each
 
-# Grouped heads, a vocabulary that no tensor-parallel size divides, and an embedding that two stages hold.
+# Grouped heads, a vocabulary that no tensor-parallel size divides, and an embedding that two stages have.
 MODEL = ModelConfig(layers=4, hidden=32, heads=4, kv_heads=2, length=16, vocab_size=61, mask_id=60, tie_embeddings=True)
 TASK = Task(MODEL, DiffusionConfig(block_size=4))
 HALF, END = 10, 20
@@ -39,7 +39,7 @@ def possible(*names: str) -> bool:
 
 @dataclass(frozen=True)
 class Continued:
-    """Of the second half: losses by rank, and the run's folder."""
+    """Second half of a run: losses by rank, and the run's folder."""
 
     losses: list[list[float]]
     run: Path
@@ -89,8 +89,8 @@ def test_a_checkpoint_goes_on_under_another_layout(uninterrupted, continued, sou
         torch.testing.assert_close(ours[key], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_what_ranks_hold_alike_is_written_once_and_by_all_of_them(continued):
-    """Each of two context-parallel replicas writes about half, and together no more than one process."""
+def test_replicated_tensors_are_written_once_by_all_replicas(continued):
+    """Each of two context-parallel replicas writes about half, and both no more than one process."""
     sizes = {}
     for name in ("CP2", "single"):
         path = find_checkpoint(continued["TP2xPP2", name].run, END).path

@@ -1,5 +1,4 @@
-"""Jobs of two ranks that are killed, fail or are misused: they end by themselves with one line, lose no checkpoint, and
-go on exactly."""
+"""Jobs of two ranks that are killed or fail: they end with one line, lose no checkpoint, and resume exactly."""
 
 from __future__ import annotations
 
@@ -15,7 +14,8 @@ import torch
 from pretrain import cli
 from pretrain.checkpoint.reader import find_checkpoint, newest_checkpoint, read_weights
 from pretrain.run_folder.layout import COMPLETE
-from tests.distributed.launch import Job
+from tests.distributed.launch import TIMEOUT, Job
+from tests.polling import until
 from tests.unit.commands import limit_files
 
 RECIPE = """
@@ -72,21 +72,38 @@ def undisturbed(tmp_path_factory, data_set) -> dict[str, Run]:
 
 def wait_for_a_moment(run: Run, job: Job, chance: random.Random) -> None:
     """A random moment after the job's first record; every other time while a checkpoint is written."""
-    begin, more = run.metrics.count(b"\n"), chance.randint(1, 3)
-    while job.running and not 0 < begin + more <= run.metrics.count(b"\n"):
-        if begin > run.metrics.count(b"\n"):
-            begin = run.metrics.count(b"\n")  # records after the last checkpoint are dropped when a run goes on
-        time.sleep(1e-3)
+    fewest, more = run.metrics.count(b"\n"), chance.randint(1, 3)
+
+    def trained() -> bool:
+        nonlocal fewest
+        count = run.metrics.count(b"\n")
+        fewest = min(fewest, count)  # records after the last checkpoint are dropped when a run goes on
+        return count >= fewest + more or not job.running
+
+    until(trained, TIMEOUT, every=1e-3)
     if chance.random() < 0.5:
-        while job.running and not any((run.run / "checkpoints").glob(".step-*.partial")):
-            time.sleep(1e-4)
+        checkpoints = run.run / "checkpoints"
+        until(lambda: any(checkpoints.glob(".step-*.partial")) or not job.running, TIMEOUT, every=1e-4)
         time.sleep(chance.uniform(0, 0.02))
     else:
         time.sleep(chance.uniform(0, 0.2))
 
 
+def slow_steps() -> None:
+    """Make steps long enough that a busy machine kills the job before its last one."""
+    from pretrain.trainer.batches import Batches
+
+    original = Batches.at
+
+    def at(self: Batches, step: int):
+        time.sleep(0.1)
+        return original(self, step)
+
+    Batches.at = at
+
+
 def kill(job: Job, chance: random.Random) -> list[int]:
-    """Kill one rank, or all in some order; which."""
+    """Kill one rank, or all in some order; returns the killed ones."""
     order = chance.sample(range(2), 2)
     victims = order[: chance.choice([1, 1, 2])]
     for rank in victims:
@@ -101,7 +118,7 @@ def test_a_run_that_loses_ranks_at_any_moment_ends_as_if_it_never_had(tmp_path, 
     came_from = 0
     for seed in range(kills):
         chance = random.Random(f"{layout} {seed}")
-        job = run.start()
+        job = run.start(before=dict.fromkeys(range(2), slow_steps))
         wait_for_a_moment(run, job, chance)
         complete = max([0, *(int(name.removeprefix("step-")) for name in run.checkpoints() if name[0] != ".")])
         assert job.running, job.finish()
@@ -124,7 +141,7 @@ def test_a_run_that_loses_ranks_at_any_moment_ends_as_if_it_never_had(tmp_path, 
 
 
 def _quick(then=None) -> None:
-    """Without a launcher that ends the others, the ranks that have nothing to say need not wait."""
+    """Shorten the time that silent ranks wait for rank 0's message: no launcher here ends them."""
     cli.RANK_0_PRINTS = 0.1
     if then is not None:
         then()
@@ -200,7 +217,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_by_all_ranks_with_one_warnin
     for done in run.start("--train.steps", 3).finish():
         assert done.code == 0, done.err
     newest = run.run / "checkpoints" / "step-00000003"
-    file = newest / "__1_0.distcp"  # rank 1 wrote a part, and only one rank checks it
+    file = newest / "__1_0.distcp"  # written by rank 1, and checked by one rank only
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)

@@ -1,4 +1,4 @@
-"""What `bd3 estimate` says a rank holds is what the rank of a real world holds."""
+"""Memory of ranks as `bd3 estimate` counts it, compared with that of real ranks."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def config_of(model: ModelConfig, precision: str, **sections: Section) -> Engine
     return EngineConfig(model=model, diffusion=DiffusionConfig(block_size=4), optimization=optimization, **sections)
 
 
-def held(rank: int, size: int, store: dist.Store, cases: list[tuple[str, str, str]]) -> list[dict]:
-    """Of each case: this rank's place, its parameters, and bytes of what its engine keeps."""
+def measured(rank: int, size: int, store: dist.Store, cases: list[tuple[str, str, str]]) -> list[dict]:
+    """This rank's coordinates, parameters, and bytes of its engine's tensors, for each case."""
     found = []
     for name, layout, precision in cases:
         options = ParallelConfig(**LAYOUTS[layout][1])
@@ -93,14 +93,14 @@ def worlds() -> dict[tuple[str, str, str], list[dict]]:
     found: dict[tuple[str, str, str], list[dict]] = {case: [] for case in CASES}
     for size in {size for size, _ in LAYOUTS.values()}:
         cases = [case for case in CASES if LAYOUTS[case[1]][0] == size]
-        for by_case in run_world(size, held, cases):
+        for by_case in run_world(size, measured, cases):
             for case, outcome in zip(cases, by_case):
                 found[case].append(outcome)
     return found
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case))
-def test_every_rank_holds_what_is_counted(worlds, case):
+def test_memory_of_every_rank_is_as_counted(worlds, case):
     name, layout, precision = case
     model, options = MODELS[name], ParallelConfig(**LAYOUTS[layout][1])
     config = config_of(model, precision, parallel=options)
@@ -140,9 +140,9 @@ def partitions(rank: int, size: int, store: dist.Store, cases: list[tuple[int, s
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 def test_zero_partitions_are_as_large_as_counted():
     first, _ = run_world(2, partitions, ZERO)
-    for (stage, precision), held in zip(ZERO, first):
+    for (stage, precision), bytes_by_part in zip(ZERO, first):
         (state,) = state_bytes(config_of(QWEN3, precision, zero=ZeroConfig(stage=stage)), 2)
-        assert {name: state.parts()[name] for name in held} == held, (stage, precision)
+        assert {name: state.parts()[name] for name in bytes_by_part} == bytes_by_part, (stage, precision)
 
 
 # ---- a process on the CPU ----

@@ -1,4 +1,4 @@
-"""Preflights of real ranks, each on a node of its own as far as they know, some of which have a fault."""
+"""Preflights of real ranks that pretend to be on nodes of their own, some of them with a fault."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pretrain.preflight import run as preflight_run
 from tests.distributed.launch import Job
 from tests.unit.commands import Done
 
-PAUSE = 0.2  # seconds: far more than anything measured here takes
-# Only what is slowed down on purpose is to be slow: the tests' processes share few cores.
-PATIENT = ("--preflight.slowest", 0.05)
+PAUSE = 0.2  # seconds: far more than any measurement here takes
+# Only ranks slowed down on purpose count as slow: the tests' processes share few cores.
+TOLERANT = ("--preflight.slowest", 0.05)
 MODEL = ("--model.length", 32)
 TINY = """
 model: {layers: 1, hidden: 32, heads: 4, kv_heads: 2, length: 32}
@@ -81,7 +81,7 @@ def ended(
 ) -> list[Done]:
     """A job of ``size`` ranks on as many nodes, to its end; ``faults`` by rank."""
     before = {rank: functools.partial(node, rank + 1, (faults or {}).get(rank)) for rank in range(size)}
-    return Job([*args, "--run", folder / "run", *PATIENT], size, folder, before=before).finish()
+    return Job([*args, "--run", folder / "run", *TOLERANT], size, folder, before=before).finish()
 
 
 def preflight(folder: Path, *args: object, **options) -> list[Done]:
@@ -92,8 +92,8 @@ def codes(done: list[Done]) -> list[int]:
     return [rank.code for rank in done]
 
 
-def said(done: list[Done]) -> list[str]:
-    """What was said, by the first rank only, without a traceback."""
+def messages(done: list[Done]) -> list[str]:
+    """Messages of rank 0, without a traceback; other ranks have none."""
     assert all(rank.err == "" for rank in done[1:]), [rank.err for rank in done]
     assert "Traceback" not in done[0].err
     return done[0].messages
@@ -107,7 +107,7 @@ def test_good_nodes(tmp_path, data_set):
     done = preflight(tmp_path, "--data.path", data_set)
     assert codes(done) == [0, 0]
     rate = r"[\d.]+( [GT]FLOP/s)?( to [\d.]+)? [GT]FLOP/s"
-    (line,) = said(done)
+    (line,) = messages(done)
     pattern = (
         rf"preflight: 2 ranks on 2 nodes, matmul {rate}, all-reduce [\d.]+ GB/s, clocks within [\d.]+ ms, [\d.]+ s"
     )
@@ -125,7 +125,7 @@ def test_good_nodes(tmp_path, data_set):
 def test_another_version_ends_the_run(tmp_path):
     done = preflight(tmp_path, faults={1: other_numpy})
     assert codes(done) == [2, 2]
-    (line,) = said(done)
+    (line,) = messages(done)
     assert re.fullmatch(r"numpy: \S+ on node1, 1\.26\.0 on node2; all nodes must have the same", line), line
     assert not (tmp_path / "run").exists()
 
@@ -140,7 +140,7 @@ FAULTS = {
 def test_slow_nodes_and_wrong_clocks_are_warned_of(tmp_path):
     done = preflight(tmp_path, size=4, faults=FAULTS)
     assert codes(done) == [0] * 4
-    *warnings, summary = said(done)
+    *warnings, summary = messages(done)
     assert summary.startswith("preflight: 4 ranks on 4 nodes, ")
     assert len(warnings) == 3, warnings
     for warning, start in zip(
@@ -158,7 +158,7 @@ def test_slow_nodes_and_wrong_clocks_are_warned_of(tmp_path):
 def test_strictly_they_end_the_run_to_be_started_elsewhere(tmp_path):
     done = preflight(tmp_path, "--preflight.strict", size=4, faults=FAULTS)
     assert codes(done) == [76] * 4
-    (line,) = said(done)
+    (line,) = messages(done)
     assert line.endswith("; preflight.strict=true: start again without node2, node3, node4")
     named = suspects(tmp_path)
     assert sorted(named["hosts"]) == ["node2", "node3", "node4"]
@@ -170,7 +170,7 @@ def test_a_folder_that_is_not_shared(tmp_path):
     (tmp_path / "local").mkdir()
     done = preflight(tmp_path, faults={1: functools.partial(own_folder, tmp_path / "local")})
     assert codes(done) == [2, 2]
-    (line,) = said(done)
+    (line,) = messages(done)
     assert line == (
         f"run={tmp_path / 'run'}: node2 does not see what node1 wrote; the folder must be on a file system that all "
         "nodes share"
@@ -182,7 +182,7 @@ def test_a_node_that_cannot_write(tmp_path):
     fault = functools.partial(fails, "pretrain.preflight.probes", "_write", OSError(30, "Read-only file system"))
     done = preflight(tmp_path, size=3, faults={2: fault})
     assert codes(done) == [2, 2, 2]
-    assert said(done)[0].startswith(f"run={tmp_path / 'run'}: node3 cannot write there (Read-only file system); ")
+    assert messages(done)[0].startswith(f"run={tmp_path / 'run'}: node3 cannot write there (Read-only file system); ")
     done = preflight(tmp_path, "--preflight.strict", size=3, faults={2: fault})
     assert codes(done) == [76, 76, 76]
     assert suspects(tmp_path)["hosts"] == ["node3"]
@@ -194,10 +194,10 @@ def test_data_that_one_node_lacks_or_has_otherwise(tmp_path, data_set):
     )
     done = preflight(tmp_path, "--data.path", data_set, faults={1: fault})
     assert codes(done) == [2, 2]
-    assert said(done) == ["data/train-000000.tar: this shard is missing (on node2, 1 of 2 nodes)"]
+    assert messages(done) == ["data/train-000000.tar: this shard is missing (on node2, 1 of 2 nodes)"]
     done = preflight(tmp_path, "--data.path", data_set, faults={1: other_data})
     assert codes(done) == [2, 2]
-    (line,) = said(done)
+    (line,) = messages(done)
     assert re.match(r"data set \(digest of its shards\): \w{12} on node1, \w{12} on node2; give all", line), line
 
 
@@ -214,8 +214,8 @@ def test_a_run_ends_with_its_preflight(tmp_path, data_set):
     args = ("pretrain", "--config", tmp_path / "recipe.yaml", "--data.path", data_set)
     done = ended(tmp_path, *args, "--preflight.strict", faults={1: wrong_clock})
     assert codes(done) == [76, 76]
-    assert "100.0 s ahead of node1's" in said(done)[0]
-    assert suspects(tmp_path)["hosts"] == ["node1", "node2"]  # nobody knows which
+    assert "100.0 s ahead of node1's" in messages(done)[0]
+    assert suspects(tmp_path)["hosts"] == ["node1", "node2"]  # either may be wrong
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     done = ended(tmp_path, *args, faults={1: wrong_clock})
     assert codes(done) == [0, 0]

@@ -1,4 +1,4 @@
-"""Jobs of two ranks of which one alone gets a signal: they stop together and go on as if nothing had been."""
+"""Jobs of two ranks of which one gets a signal: both stop at one step, and the run goes on exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ranks of a real world send in a training step is what `bd3 estimate` counts."""
+"""Traffic of a training step as `bd3 estimate` counts it, compared with that of real ranks."""
 
 from __future__ import annotations
 

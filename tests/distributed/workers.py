@@ -1,4 +1,4 @@
-"""What the ranks of the tests of checkpoints and of evaluation do."""
+"""Functions that the ranks of tests run: training, resumes, evaluation."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ from tests.unit import fake_te
 def resume(
     rank: int, size: int, store: dist.Store, run: Path, layout: Layout, task: Task, until: int, every: int = 0
 ) -> list[float]:
-    """Go on from the run's newest checkpoint, if any, up to step ``until``, save there and, while training goes on,
-    after each ``every`` steps; losses of the steps taken."""
+    """Train from the run's newest checkpoint, if any, to step ``until``; returns the losses of these steps.
+
+    Checkpoints are written there and, in the background, after each ``every`` steps.
+    """
     world = parallel.start(layout.parallel, rank, size, rank, store)
     try:
         engine = make_engine(world, layout, task)
@@ -86,12 +88,12 @@ def evaluate_each(
 
 @dataclass(frozen=True)
 class Skipping:
-    """Of a training in which one micro-batch of one step was spoiled, on one rank.
+    """A training in which one micro-batch of one step was spoiled on one rank.
 
     Attributes:
         results: of every step.
-        unchanged: whether all of this rank's state was bit for bit the same after that step, model weights included.
-        updates: that the engine counts in the end.
+        unchanged: all of this rank's state, model weights included, was bit for bit the same after that step.
+        updates: number that the engine counts in the end.
         state: this rank's chunks in the end.
     """
 

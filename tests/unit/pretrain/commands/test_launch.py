@@ -356,7 +356,7 @@ def test_names_with_spaces_and_quotes_reach_slurm_and_the_shell_whole(slurm, arg
 
 
 def test_what_slurm_would_replace_in_a_path_is_refused(slurm, args):
-    with pytest.raises(ConfigError, match="50%: holds '%', which Slurm replaces"):
+    with pytest.raises(ConfigError, match="50%: has '%', which Slurm replaces"):
         launch.main(["pretrain", *args[:-2], "--run", "50%"])
 
 

@@ -1,4 +1,4 @@
-"""Steps that go wrong on one rank of a run: all ranks do alike, and the run is that of one process."""
+"""Nonfinite steps and loss spikes on one rank of a run: all ranks decide the same, as one process does."""
 
 from __future__ import annotations
 
