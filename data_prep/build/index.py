@@ -57,11 +57,6 @@ class IndexConfig(BaseModel):
     tokenizer: str = Field(
         default=TOKENIZER, description="tokenizer.json that made the ids; by default that of the folder"
     )
-    documents: bool | None = Field(
-        default=None,
-        description="each sample is a document, for masks and evaluation by document; null: unless all samples of a "
-        "tar are whole rows",
-    )
     validation_fraction: float = Field(
         default=0.1,
         gt=0,
@@ -73,6 +68,11 @@ class IndexConfig(BaseModel):
         default=None,
         description="extension of the members that hold the ids, as in tokens.npy; null: the only .npy of a sample, "
         "or where there is none its .json",
+    )
+    documents: bool | None = Field(
+        default=None,
+        description="each sample is a document, for masks and evaluation by document; null: unless all samples of a "
+        "tar are whole rows",
     )
     seed: int = Field(default=0, ge=0, description="seed of the split")
     bos: str | None = Field(default=None, description="BOS token; null looks for the usual names")

@@ -80,3 +80,9 @@ def headings(path: Path) -> set[str]:
     """Anchors of a page's headings, as GitHub makes them."""
     found = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+def test_defaults_of_configuration_fields_are_named():
+    positional = re.compile(r"\bField\((?!\s*(?:default\b|\w+=|\.\.\.|\*|\)))")
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    assert [str(path) for path in files if positional.search(path.read_text())] == []
