@@ -1,4 +1,4 @@
-"""The bottom room: errors and exit codes, atomic writes, registries, plugins and log messages."""
+"""The lowest package: errors and exit codes, atomic writes, registries, plugins and log messages."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Atomic writers: a file or a folder is complete under its name, or what was there before stays."""
+"""Atomic writers: a file or folder appears under its name once complete; until then the old one stays."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(path: Path, sync_folder: bool = True, durable: bool = True, suffix: str = ".tmp") -> Iterator[Path]:
-    """A temporary path beside ``path``; what the block writes there is synced and renamed to ``path`` at its end.
+    """Context of a temporary path beside ``path``, which is synced and renamed to ``path`` at the end.
 
-    The temporary name is unique to this process, so that processes that write the same file do not disturb each
-    other. An existing file keeps its permissions; a new one is readable by all, less the umask. If the block raises,
-    the temporary file is removed.
+    The temporary name is unique to this process, so that processes that write the same file do not interfere.
+    An existing file keeps its permissions; a new one gets those of the umask. If the context raises, the temporary file
+    is removed.
 
     Args:
         sync_folder: also sync the folder's entries; False if another file of the same folder follows.
-        durable: False skips all syncing, for a file that is soon written again: after a power cut it may be old or
-            empty.
-        suffix: of the temporary name, for libraries that look at it.
+        durable: False skips fsync, for a file that is soon rewritten: after a power failure it may be old or empty.
+        suffix: suffix of the temporary name, for libraries that choose a format by it.
 
     Raises:
-        OSError: it cannot be written; ``path`` is as it was.
+        OSError: it cannot be written; ``path`` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{unique_suffix()}{suffix}")
     try:
@@ -46,16 +45,16 @@ def atomic_file(path: Path, sync_folder: bool = True, durable: bool = True, suff
 
 @contextmanager
 def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A temporary folder beside ``out`` (absolute) that becomes ``out`` at the end of the block.
+    """Context of a temporary folder beside ``out`` (absolute), which is renamed to ``out`` at the end.
 
-    Parents of ``out`` are created. If the block raises, the temporary folder and the created parents are removed. What
-    killed processes of this machine have left beside ``out`` is removed, too.
+    Parents of ``out`` are created. If the context raises, the temporary folder and the created parents are removed.
+    Temporary folders that killed processes of this machine left beside ``out`` are removed, too.
 
     Args:
         overwrite: replace a folder that has files in it.
 
     Raises:
-        OSError: it cannot be written, or ``out`` has files in it; ``out`` is as it was.
+        OSError: it cannot be written, or ``out`` has files in it; ``out`` is unchanged.
     """
     folder = out.with_name(_temporary(out, "partial"))
     created: list[Path] = []
@@ -75,10 +74,10 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def publish_folder(folder: Path, out: Path, overwrite: bool = False) -> None:
-    """Rename a finished folder to ``out``, on the same file system, and sync the names.
+    """Rename a finished folder to ``out``, on the same file system, and sync it and its parent.
 
     Raises:
-        OSError: ``out`` has files in it, and ``overwrite`` is false or they came meanwhile.
+        OSError: ``out`` has files in it, and ``overwrite`` is false or another process has just written them.
     """
     sync(folder)
     aside = None
@@ -108,7 +107,7 @@ def write_text(path: Path, text: str, durable: bool = True) -> None:
 
 
 def unique_suffix() -> str:
-    """Part of a file name that no other process uses: a process id alone may be that of a process on another host."""
+    """Part of a file name that no other process uses; a process id alone is not unique across hosts."""
     return f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
@@ -126,9 +125,9 @@ def _temporary(out: Path, kind: str) -> str:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Remove what killed processes have left beside ``out``.
+    """Remove temporary folders of killed processes beside ``out``.
 
-    On a shared file system a process id means nothing to another host, hence the host in the name.
+    Names hold the host, because on a shared file system a process id is not unique.
     """
     pattern = re.compile(re.escape(f".{out.name}.") + r"(?:partial|replaced)-(\d+)(?:@(.*))?")
     for path in out.parent.iterdir():

@@ -15,7 +15,7 @@ from pathlib import Path
 from bd3_common import PACKAGES
 
 FILE_ONLY = {"file_only": True}
-"""``extra`` of a message that the console gets by another way"""
+"""``extra`` of a message that is not printed on the console, which shows it another way"""
 _UNLIMITED = sys.maxsize
 
 
@@ -34,7 +34,7 @@ class _Lines(logging.Formatter):
 
 
 class _Console(logging.Handler):
-    """Prints to the present ``sys.stderr``, or above a progress bar."""
+    """Prints to the current ``sys.stderr``, or above a progress bar."""
 
     write: Callable[[str], None] | None = None
 
@@ -53,7 +53,7 @@ class _Console(logging.Handler):
 
 class _File(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Drop the message: a full disk ends a run where data are lost, not here."""
+        """Drop the message: a full disk must not end a run because of a log line."""
 
 
 _console = _Console()
@@ -62,7 +62,7 @@ _file: _File | None = None
 
 
 def to_console() -> None:
-    """Print messages on stderr, as a command without ranks does. Other packages' messages only from warning on."""
+    """Print messages on stderr, as a command without ranks does. Of other packages only warnings and errors."""
     close()
     root = logging.getLogger()
     if _console not in root.handlers:
@@ -74,7 +74,7 @@ def to_console() -> None:
 def of_rank(rank: int) -> None:
     """Name time and rank in messages from now on; only rank 0 goes on printing them.
 
-    Messages are kept until :func:`to_file` says where they go.
+    Messages are buffered until :func:`to_file` names the file.
     """
     global _early
     to_console()
@@ -87,7 +87,7 @@ def of_rank(rank: int) -> None:
 
 
 def to_file(path: Path) -> None:
-    """Append the messages of this rank to ``path``, those from before included.
+    """Append the messages of this rank to ``path``, the buffered ones first.
 
     Raises:
         OSError: it cannot be written.
@@ -121,7 +121,7 @@ def close() -> None:
 
 @contextmanager
 def console_through(write: Callable[[str], None]) -> Iterator[None]:
-    """Print messages by ``write`` inside, as above a progress bar."""
+    """Context in which messages are printed by ``write``, for example above a progress bar."""
     before, _console.write = _console.write, write
     try:
         yield

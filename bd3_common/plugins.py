@@ -46,12 +46,12 @@ def take_option(args: list[str]) -> list[str]:
 
 
 def add(names: list[str]) -> None:
-    """Load plugins, and have the processes that this one starts load them too.
+    """Load plugins, and name them in the environment of processes that this one starts.
 
     Raises:
         ConfigError: one cannot be imported.
     """
-    # A path keeps its meaning in processes with another working folder.
+    # Absolute, because processes may have another working folder.
     names = [str(Path(name).resolve()) if _is_file(name) else name for name in names]
     known = named()
     os.environ[VARIABLE] = os.pathsep.join(known + [name for name in names if name not in known])
@@ -66,7 +66,7 @@ def named() -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The variable that has a process elsewhere load the same plugins; empty without plugins."""
+    """Environment variable by which another process loads the same plugins; empty without plugins."""
     return {VARIABLE: os.pathsep.join(named())} if named() else {}
 
 

@@ -1,6 +1,6 @@
-"""Registries: the names users choose from, each standing for a class that is imported when it is used.
+"""Registries: names that users choose from, each of a class that is imported on first use.
 
-Entries come from three places. A file in the registry's own folder adds the entry of its name: the file holds one
+Entries have three sources. A file in the registry's own folder is an entry under the file's name: it holds one
 subclass of the registry's base class, and the first line of its docstring is the summary. An installed distribution
 adds entries by entry points. A plugin (:mod:`bd3_common.plugins`) calls :meth:`Registry.add`. Listing names and
 summaries of a folder reads its files without importing them.
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Entry:
-    """One choice: its name, where its class is (``module:Class``), and one line about it."""
+    """An entry: its name, the path of its class (``module:Class``), and a summary of one line."""
 
     name: str
     target: str
@@ -70,7 +70,7 @@ class Registry(Generic[T]):
             self._added[name] = Entry(name, f"{target.__module__}:{target.__qualname__}", summary), target
 
     def names(self) -> list[str]:
-        """All names: built-in ones sorted, then those from other distributions and plugins as they came."""
+        """All names: built-in ones sorted, then those of other distributions, then those of plugins."""
         return list(self._entries())
 
     def entries(self) -> list[Entry]:
@@ -78,7 +78,7 @@ class Registry(Generic[T]):
         return list(self._entries().values())
 
     def check(self, name: str) -> str:
-        """``name``, if there is such an entry.
+        """``name``, if it is an entry.
 
         Raises:
             ConfigError: unknown name; the line lists the known ones.
@@ -88,7 +88,7 @@ class Registry(Generic[T]):
         return name
 
     def remedy(self, name: str, also: tuple[str, ...] = ()) -> str:
-        """The mistake in an unknown name and its remedy, for error messages."""
+        """Error message for an unknown name: the mistake and the remedy, without the key."""
         known = [*also, *self.names()]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -113,10 +113,10 @@ class Registry(Generic[T]):
         return found
 
     def instance(self, name: str) -> T:
-        """The one instance of an entry whose class takes no arguments.
+        """The shared instance of an entry whose class takes no arguments.
 
         Raises:
-            ConfigError: as :meth:`load`.
+            ConfigError: see :meth:`load`.
         """
         if name not in self._instances:
             self._instances[name] = self.load(name)()
@@ -170,11 +170,11 @@ class Choice:
     """
 
     registry: Registry[Any] | str
-    """the registry, or ``module:NAME`` of one in a room above that of the configuration"""
+    """the registry, or ``module:NAME`` of one that the configuration must not import"""
     also: tuple[str, ...] = ()
-    """words beside the registry's names, for example ``auto``"""
+    """values allowed besides the registry's names, for example ``auto``"""
     summaries: bool = False
-    """help texts have the summary of each entry, too"""
+    """True: help texts include the summary of each entry"""
 
     def description(self) -> str:
         """The entries with their summaries, for help texts; empty unless ``summaries``."""
@@ -183,7 +183,7 @@ class Choice:
         return "; ".join(f"{e.name}: {e.summary}" if e.summary else e.name for e in self._found().entries())
 
     def names(self) -> list[str]:
-        """Values of the field, words of ``also`` first."""
+        """Allowed values of the field, those of ``also`` first."""
         return [*self.also, *self._found().names()]
 
     def _found(self) -> Registry[Any]:

@@ -1,4 +1,4 @@
-"""Client of Slurm's commands (sbatch, scontrol, sinfo, sacct): parsed answers, failures as one line each."""
+"""Client of Slurm's commands (sbatch, scontrol, sinfo, sacct): parses their output, raises one-line errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from slurm.environment import expand_hosts
 
 log = logging.getLogger(__name__)
 
-TIMEOUT = 60.0  # seconds that a command may take: a busy controller answers late
+TIMEOUT = 60.0  # seconds that a command may take: a busy controller answers slowly
 RUNNING = {"RUNNING", "SIGNALING", "STAGE_OUT", "RESIZING"}
 """states of a job whose processes run"""
 ACTIVE = RUNNING | {"PENDING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
@@ -30,14 +30,14 @@ T = TypeVar("T")
 
 
 class SlurmError(UserError):
-    """One line: which command failed, and why."""
+    """Failure of a Slurm command: one line with the command and the reason."""
 
 
 def retry_while_away(function: Callable[[], T], seconds: float) -> T:
     """Call a function of this module, and retry for ``seconds`` while the controller is away, as during its restart.
 
     Raises:
-        SlurmError: it is away for longer, or refuses.
+        SlurmError: it is away for longer, or the command fails for another reason.
     """
     end = time.monotonic() + seconds
     while True:
@@ -75,7 +75,7 @@ def call(program: str, *args: str, timeout: float = TIMEOUT) -> str:
 
 
 def submit(script: Path, *options: str) -> int:
-    """Submit a batch script; the job's id.
+    """Submit a batch script and return the job's id.
 
     Raises:
         SlurmError: as :func:`call`.
@@ -84,9 +84,9 @@ def submit(script: Path, *options: str) -> int:
 
 
 def job(number: int | str) -> dict[str, str] | None:
-    """The controller's record of a job by Slurm's names (``JobState``, ``Reason``, ``Restarts``, ``NodeList``, ...).
+    """The controller's record of a job, with Slurm's field names (``JobState``, ``Reason``, ``Restarts``, ...).
 
-    Of a job array it is the first task's; None if the controller has forgotten the job.
+    For a job array the first task's; None if the controller has forgotten the job.
 
     Raises:
         SlurmError: as :func:`call`.
@@ -95,12 +95,12 @@ def job(number: int | str) -> dict[str, str] | None:
 
 
 def tasks(number: int | str) -> list[dict[str, str]]:
-    """The records of all tasks of a job array, as :func:`job`."""
+    """Records of all tasks of a job array; fields as in :func:`job`."""
     return _records("job", str(number))
 
 
 def accounted(number: int | str) -> list[dict[str, str]]:
-    """sacct's records of a job that the controller has forgotten, by the names of :func:`job`.
+    """sacct's records of a job that the controller has forgotten; fields as in :func:`job`.
 
     Empty on a cluster without accounting.
     """
@@ -115,7 +115,7 @@ def accounted(number: int | str) -> list[dict[str, str]]:
 
 
 def partitions() -> dict[str, dict[str, str]]:
-    """Partitions by name, by Slurm's names (``TotalNodes``, ``MaxNodes``, ``MaxTime``, ``Default``, ``State``, ...)."""
+    """Records of all partitions by name, with Slurm's field names (``TotalNodes``, ``MaxTime``, ``Default``, ...)."""
     return {found["PartitionName"]: found for found in _records("partition")}
 
 
@@ -126,7 +126,7 @@ def working_nodes(partition: str | None) -> list[str]:
 
 
 def broken_nodes(nodes: Sequence[str]) -> dict[str, str]:
-    """States of those of these nodes that are down or do not answer."""
+    """State of each of these nodes that is down or does not respond."""
     states = dict(line.split(None, 1) for line in call("sinfo", "-h", "-N", "-o", "%N %T").splitlines() if line.strip())
     bad = re.compile(r"down|fail|not_responding|unknown|\*")
     return {node: states[node].strip() for node in nodes if bad.search(states.get(node, ""))}
@@ -143,7 +143,7 @@ def exclude(number: int | str, nodes: Sequence[str]) -> None:
 
 
 def hosts(text: str | None) -> list[str]:
-    """Host names in a node field of Slurm: a host list, ``(null)`` or nothing."""
+    """Host names in a node field of Slurm, which is a host list, ``(null)`` or empty."""
     return expand_hosts(text) if text and text != "(null)" else []
 
 

@@ -25,7 +25,7 @@ class SlurmTask(NamedTuple):
     host: str
     """first host of the step: where rank 0 runs"""
     port: int
-    """the same for all tasks of a step, and another one for another job or step"""
+    """the same for all tasks of a step, different between jobs and steps"""
 
 
 def slurm_task(environ: Mapping[str, str]) -> SlurmTask | None:
@@ -35,7 +35,7 @@ def slurm_task(environ: Mapping[str, str]) -> SlurmTask | None:
     belongs to no step that srun started.
 
     Raises:
-        ValueError: one line that names the variable which is missing or garbled.
+        ValueError: one line that names the variable that is missing or malformed.
     """
     if "SLURM_JOB_ID" not in environ or "SLURM_STEP_ID" not in environ:
         return None
@@ -76,7 +76,7 @@ def expand_hosts(hosts: str) -> list[str]:
     """Host names of a Slurm host list: ``"n[01-03,7],login" -> ["n01", "n02", "n03", "n7", "login"]``.
 
     Raises:
-        ValueError: one line, for a list that is not of this form.
+        ValueError: one line, for a malformed list.
     """
     expanded = []
     for group in re.split(r",(?![^\[]*\])", hosts):  # commas outside of brackets
@@ -101,9 +101,9 @@ def _numbers(ranges: str, hosts: str) -> list[str]:
 
 
 def compress_hosts(hosts: Iterable[str]) -> str:
-    """The Slurm host list of these names, each once: ``["n01", "n02", "n03", "n7"] -> "n[01-03,7]"``.
+    """The Slurm host list of these names, without repetitions: ``["n01", "n02", "n03", "n7"] -> "n[01-03,7]"``.
 
-    The inverse of :func:`expand_hosts`; of each name only the last number is put into a range.
+    The inverse of :func:`expand_hosts`; ranges are formed of the last number of a name.
     """
     groups: dict[tuple[str, ...], list[str]] = {}
     for host in hosts:

@@ -22,7 +22,7 @@ from bd3_megatron.attention.mask import Streams, sees
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Positions of noisy blocks that share a call's row: a mask tells them apart.
+# Positions of noisy blocks that are batched in one row of a call, separated by a mask.
 _OWN = 64
 
 
@@ -85,7 +85,7 @@ def _tile_mask(tile: _Tile, streams: Streams, dtype: torch.dtype) -> Tensor:
 
 
 def _mask_of(tile: _Tile, tiles: list[_Tile], streams: Streams, repeats: int, dtype: torch.dtype) -> Tensor:
-    """The mask of one tile, a slice of the last tile's of its kind, which has the most columns of zeros."""
+    """The mask of one tile, sliced from that of the last tile of the same kind, which has the most columns of zeros."""
 
     def kind(t: _Tile) -> tuple[int, int, int]:
         return t.size, t.skipped, t.clean
@@ -100,7 +100,8 @@ def _repeated(mask: Tensor, repeats: int) -> Tensor:
 
 
 class _Own:
-    """Noisy blocks of one row of the batch, several of which are one row of a call: ``[K L / c, g, r c, d]``."""
+    """Own-block attention of one row of the batch; c positions, whole blocks, make one row of a call:
+    ``[K L / c, g, r c, d]``."""
 
     def __init__(self, streams: Streams):
         self.streams = streams
@@ -125,7 +126,7 @@ class _Own:
         return x.permute(0, 2, 3, 1, *range(4, x.dim())).flatten(2, 3)
 
     def back(self, x: Tensor, repeats: int) -> Tensor:
-        """To ``[K L, n, ...]``."""
+        """Inverse of :meth:`take` for one row: to ``[K L, n, ...]``."""
         x = x.unflatten(2, (repeats, self.size))  # [m, g, r, c, ...]
         return x.permute(0, 3, 1, 2, *range(4, x.dim())).flatten(0, 1).flatten(1, 2)
 

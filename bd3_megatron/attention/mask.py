@@ -1,4 +1,4 @@
-"""The two-stream mask: one predicate, which every backend is tested against, and the streams it speaks of."""
+"""The two-stream mask: its streams and its predicate, which every backend is tested against."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def sees(query_stream: Tensor, query_block: Tensor, key_stream: Tensor | int, ke
 
     Args:
         query_stream, query_block: stream index and block index of each query, broadcastable with the keys'.
-        key_stream, key_block: the same of each key.
+        key_stream, key_block: stream index and block index of each key.
         clean: index of the clean stream.
 
     Returns:

@@ -1,8 +1,8 @@
 """Noise draws keyed by sample: Philox with (seed, purpose, draw, epoch, row).
 
-No rank's generator is involved: a run draws the same noise under every layout, after every resume, and on every
-pipeline stage without a broadcast. numpy fixes the raw output of Philox across versions; uniforms are made from the
-raw words here, so that no change of numpy's distributions moves them.
+No rank has a generator of its own, so a run draws the same noise under every layout, after every resume, and on every
+pipeline stage without a broadcast. numpy guarantees the raw output of Philox across versions, but not its
+distributions: uniforms are computed from the raw words here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bd3_common.errors import ConfigError
 from bd3_megatron.config import DiffusionConfig
 from bd3_megatron.diffusion.schedules import SCHEDULES
 
-# Without a limit, a clip interval that blocks practically never meet would redraw forever.
+# Without a limit, a clip interval that blocks almost never fall into would be redrawn forever.
 _MAX_REDRAWS = 10_000
 
 
@@ -34,9 +34,9 @@ class SampleKeys:
     """Keys of the samples that noise is drawn for.
 
     Attributes:
-        epochs, rows: int64 ``[n]``: row of the data set and pass over it; the pair is the sample's key.
-        slots: int64 ``[n]``: place of each sample in its global batch, which decides its strata.
-        batch: index of the global batch (the optimizer step), one for all samples.
+        epochs, rows: int64 ``[n]``: epoch and row number; the pair is the sample's key.
+        slots: int64 ``[n]``: index of each sample in its global batch, which determines its strata.
+        batch: index of the global batch (the optimizer step), the same for all samples.
         batch_rows: rows in the global batch.
     """
 
@@ -70,7 +70,7 @@ class _Uniforms:
     """Uniforms in [0, 1) with 53 bits, in order, for one key."""
 
     def __init__(self, seed: int, purpose: Purpose, draw: int, epoch: int, row: int):
-        # The lowest counter word counts up; the other three and the key tell the streams apart.
+        # The lowest counter word counts up; the other three and the key separate the streams.
         self._bits = np.random.Philox(key=[seed, int(purpose)], counter=[0, draw, epoch, row])
 
     def __call__(self, n: int) -> NDArray[np.float64]:
@@ -95,10 +95,10 @@ def draw_noise(
 
     Args:
         length: L.
-        seed: of the run; with ``keys`` and ``purpose`` it decides every value.
+        seed: seed of the run; with ``keys`` and ``purpose`` it determines every value.
 
     Raises:
-        ConfigError: resampled blocks practically never meet the clip interval.
+        ConfigError: resampled blocks almost never fall into the clip interval.
     """
     blocks, count, draws = length // diffusion.block_size, len(keys.rows), diffusion.draws
     levels = np.empty((draws, count, blocks))
@@ -115,7 +115,7 @@ def draw_noise(
             u = streams[0](blocks)
             if diffusion.stratify:
                 slot = int(keys.slots[n])
-                # Pairs of one row lie far apart. Independent draws are neighbours: old runs must resume bitwise.
+                # Pairs of a row get distant strata; independent draws keep adjacent ones: old runs must resume bitwise.
                 first = slot * groups + group if coupled == 1 else group * keys.batch_rows + slot
                 u = ((start + first * blocks + np.arange(blocks)) % strata + u) / strata
             mirrored = np.stack([u, 1 - u][:coupled])
@@ -135,7 +135,7 @@ def _draw_masks(diffusion: DiffusionConfig, t: NDArray[np.float64], streams: lis
 
 
 def _draw_mask(diffusion: DiffusionConfig, t: NDArray[np.float64], uniforms: _Uniforms) -> NDArray[np.bool_]:
-    """Mask bits ``[L]`` of one row, redrawn per block while a clipped interval is missed (objective, steps 2 and 7)."""
+    """Mask bits ``[L]`` of one row, redrawn per block until inside the clip interval (objective, steps 2 and 7)."""
     size = diffusion.block_size
     p = SCHEDULES.instance(diffusion.schedule).mask_probability(t)[:, None]
     bits = uniforms(t.size * size).reshape(-1, size) <= p

@@ -1,6 +1,6 @@
-"""Hugging Face names and Megatron names of the same weights, as one table, and the two ways through it.
+"""Conversion of weights between Hugging Face and Megatron names, both ways, by one table.
 
-Both sides are global: Megatron names carry whole tensors, not shards, and the vocabulary is not padded.
+Tensors are whole on both sides: no shards, and no padding of the vocabulary.
 """
 
 from __future__ import annotations

@@ -327,7 +327,7 @@ class CleanBlocks:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How tokens are drawn and the masks of a block filled; arguments as in ``BD3ForMaskedLM.generate``."""
+    """Sampler of a block's masked positions; arguments as in ``BD3ForMaskedLM.generate``."""
 
     name: str
     steps: int

@@ -1,4 +1,4 @@
-"""Shards of remote data sets on the local disk: fetched whole, checked, shared by all processes, bounded in size."""
+"""Local cache of remote shards: fetched whole, verified, shared by all processes, bounded in size."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from data_prep.format.remote import PARTIAL, fetch
 from data_prep.read.open_files import ShardFile
 
 FETCHERS = 4  # background threads of a process
-WAIT = 0.1  # seconds between looks for space that other fetches hold
-_TRIES = 20  # a shard evicted between its fetch and its use, so many times running, means that the cache is too small
+WAIT = 0.1  # seconds between checks for space that other fetches have reserved
+_TRIES = 20  # evictions of a shard between its fetch and its use, in a row, after which the cache is too small
 
 
 class RemoteShard(NamedTuple):
-    """A file elsewhere and what its bytes must be."""
+    """A remote shard, its size and its sha256."""
 
     url: str
     bytes: int
@@ -34,15 +34,15 @@ class RemoteShard(NamedTuple):
 class ShardCache:
     """A folder of shards named by sha256, to be shared by all processes of a machine.
 
-    A shard comes under a temporary name, is checked in size and sha256 and then renamed; a lock per shard lets one
-    process fetch it while the others wait. Before a fetch the shards used longest ago are removed until the new one
-    fits, counting those that are being fetched, so that the folder never holds more than ``limit_bytes``. A shard
-    that was there before is checked once by each process that uses it, and fetched again if it is damaged.
+    A shard is written under a temporary name, compared with its size and sha256, and renamed; a lock per shard lets one
+    process fetch it while the others wait. Before a fetch, the least recently used shards are evicted until the new one
+    fits. Shards being fetched count, so that the folder never exceeds ``limit_bytes``. Each process verifies a shard
+    that it finds in the cache once, and fetches it again if it is damaged.
 
     Args:
-        folder: made if it is not there; on a disk of this machine, because locks need one.
-        limit_bytes: what its files may take together.
-        attempts: how often a fetch is tried (see :func:`data_prep.format.remote.fetch`).
+        folder: created if missing; on a local disk, because the locks need one.
+        limit_bytes: limit on the total size of its files.
+        attempts: number of tries of a fetch (see :func:`data_prep.format.remote.fetch`).
 
     Raises:
         DataError: the folder cannot be written.
@@ -61,10 +61,10 @@ class ShardCache:
 
     @contextmanager
     def opened(self, shard: RemoteShard) -> Iterator[ShardFile]:
-        """The shard's file, open in the block; it can be read there even if the shard is evicted meanwhile.
+        """The shard's file, open inside the context; it stays readable there even if the shard is evicted meanwhile.
 
         Raises:
-            DataError: it cannot be fetched, is not what the manifest says, or is bigger than the cache.
+            DataError: it cannot be fetched, differs from the manifest, or is larger than the cache.
         """
         self._settle(shard)
         file = self._open(shard)
@@ -81,7 +81,7 @@ class ShardCache:
                 if path.stat().st_size == shard.bytes:
                     with suppress(_Evicted):
                         return _opened(path, shard.bytes)
-                else:  # cut after it was checked
+                else:  # truncated after it was verified
                     path.unlink()
         raise DataError(
             f"{shard.url}: evicted from {self.folder} before it could be read, {_TRIES} times; "
@@ -89,7 +89,7 @@ class ShardCache:
         )
 
     def ensure(self, shard: RemoteShard) -> Path:
-        """Have the shard in the folder, whole and checked, and return its path.
+        """Return the path of the shard in the folder, fetched if it is missing, and verified.
 
         Raises:
             DataError: as :meth:`opened`.
@@ -112,19 +112,19 @@ class ShardCache:
         return path
 
     def prefetch(self, shards: list[RemoteShard]) -> None:
-        """Fetch these in the background, in this order. What fails is raised by :meth:`opened` of that shard."""
+        """Fetch these in the background, in this order. :meth:`opened` raises the error of a shard that failed."""
         for shard in shards:
             path = self.folder / f"{shard.sha256}.tar"
             earlier = self._coming.get(shard.sha256)
             if earlier is not None and not (earlier.done() and earlier.exception() is None):
-                continue  # on its way, or failed and not told yet
+                continue  # being fetched, or failed and not yet raised
             if shard.sha256 in self._checked and path.exists():
                 continue
             future: Future[Path] = Future()
             self._coming[shard.sha256] = future
             self._asked.put((shard, future))
             if len(self._threads) < FETCHERS:
-                # Daemons: a fetch that is tried again and again must not keep a process that fails from ending.
+                # Daemons, so that a fetch in its retries does not keep a failed process alive.
                 self._threads.append(threading.Thread(target=self._work, name="shard fetcher", daemon=True))
                 self._threads[-1].start()
 
@@ -134,11 +134,11 @@ class ShardCache:
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(self.ensure(shard))
-                except BaseException as error:  # belongs to whoever asks for the shard
+                except BaseException as error:  # raised where the shard is opened
                     future.set_exception(error)
 
     def _settle(self, shard: RemoteShard) -> None:
-        """Wait for the background's fetch of this shard, or take it over where it has not begun."""
+        """Wait for the background fetch of this shard; cancel it if it has not begun, so that the caller fetches."""
         future = self._coming.pop(shard.sha256, None)
         if future is not None and not future.cancel():
             future.result()
@@ -150,7 +150,7 @@ class ShardCache:
             return True
 
     def _reserve(self, handle: int, shard: RemoteShard) -> None:
-        """Make room; the claim's file, grown to the size of the shard (as a hole), stands for what comes."""
+        """Evict until the shard fits, and reserve its size by growing the claim file (sparse) to it."""
         while True:
             with _locked(self.folder / ".lock"):
                 kept, total = self._scan()
@@ -164,7 +164,7 @@ class ShardCache:
             time.sleep(WAIT)
 
     def _scan(self) -> tuple[list[tuple[int, int, Path]], int]:
-        """((last use, bytes, path) of the shards here, oldest first; bytes of these and of those on their way)."""
+        """((last use, bytes, path) of the shards here, oldest first; bytes of these and of reserved ones)."""
         kept, total = [], 0
         for entry in os.scandir(self.folder):
             path = Path(entry.path)
@@ -189,7 +189,7 @@ class ShardCache:
 
     @staticmethod
     def _is_abandoned(claim: Path) -> bool:
-        """Whether nobody holds the claim any more; if so, it is removed."""
+        """True if no process holds the claim any more; the claim is then removed."""
         try:
             handle = os.open(claim, os.O_RDWR)
         except FileNotFoundError:
@@ -229,7 +229,7 @@ def _opened(path: Path, size: int) -> ShardFile:
 
 @contextmanager
 def _locked(path: Path, remove: bool = False) -> Iterator[int]:
-    """Hold the lock of a file, made if need be; with ``remove`` the file goes when the lock does."""
+    """Hold the lock of a file, which is created if missing; with ``remove`` the file is deleted on release."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:

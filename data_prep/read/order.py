@@ -1,4 +1,4 @@
-"""The order of rows: a function of (seed, position), so that it needs no state and knows no world size."""
+"""The order of rows: a function of (seed, position), without state and independent of the world size."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def permute(index: np.ndarray, size: int | np.ndarray, keys: np.ndarray) -> np.n
 
 
 def round_keys(seed: int, *parts: np.ndarray) -> np.ndarray:
-    """Round keys ``[ROUNDS, n]`` for what the parts (int64 ``[n]`` each) number.
+    """Round keys ``[ROUNDS, n]`` for the numbers in ``parts`` (int64 ``[n]`` each).
 
     mix(mix(... mix(seed) + part ...) + round GOLDEN), where mix is a bijection of uint64.
     """
@@ -89,7 +89,7 @@ def round_keys(seed: int, *parts: np.ndarray) -> np.ndarray:
 
 
 def derive_seed(seed: int, number: int) -> int:
-    """Another seed for the ``number``-th of several things under one seed; the 0-th keeps it."""
+    """Seed of the ``number``-th data set (0 keeps ``seed``)."""
     return int(_mix(np.array([seed], np.uint64) + np.array([number], np.uint64) * GOLDEN)[0]) if number else seed
 
 
@@ -109,16 +109,16 @@ def _feistel(value: np.ndarray, a: np.ndarray, b: np.ndarray, keys: np.ndarray) 
 class LaneOrder:
     """Visits every row once per epoch so that few shards are read at a time; for shards in an object store.
 
-    The shards of an epoch, in an order keyed by ``(seed, epoch)``, make an axis of all rows. Each of ``lanes`` lanes
-    has a contiguous part of it, and position ``i`` of the epoch is row ``i // lanes`` of lane ``i % lanes``. A lane
-    reads its shards one after another, the rows of each in an order of their own. Whoever reads some of the lanes
-    fetches these shards and no others. The order is a function of (seed, epoch, position); memory is one number per
+    The shards of an epoch, in an order keyed by ``(seed, epoch)``, are laid end to end. Each of ``lanes`` lanes
+    has a contiguous part of these rows, and position ``i`` of the epoch is row ``i // lanes`` of lane ``i % lanes``. A
+    lane reads its shards one after another and permutes the rows of each. A rank that reads some of the lanes fetches
+    the shards of these lanes only. The order is a function of (seed, epoch, position); memory is one number per
     shard.
 
     Args:
         shard_rows: rows of each shard, int64 ``[shards]``; rows are numbered shard after shard.
         seed: in ``[0, 2^64)``.
-        lanes: how many; more than there are rows or shards is fine.
+        lanes: number of lanes; may exceed the number of rows or shards.
 
     Raises:
         ValueError: no rows, a bad seed, or no lanes.

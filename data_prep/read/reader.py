@@ -1,4 +1,4 @@
-"""Row reader: rows of a data set by number, read from its shards here or from a cache of remote shards."""
+"""Row reader: rows of a data set by number, from local shards or from a cache of remote shards."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from data_prep.read.open_files import OpenFiles, ShardFile, bytes_of
 
 
 class RowReader:
-    """Serves the rows of one split by global number: shard after shard in the manifest's order.
+    """Reads the rows of one split by number; rows are numbered shard after shard, in the manifest's order.
 
     Args:
-        folder: what bd3 prep wrote, or the URL of a copy of it (``s3://bucket/data``, any protocol of fsspec).
+        folder: a data set that bd3 prep wrote, or the URL of a copy (``s3://bucket/data``, any protocol of fsspec).
         split: train or validation.
-        cache: where the shards of a URL are kept.
+        cache: cache of the shards of a URL.
 
     Raises:
         DataError: no data set there, a local shard whose size is not the manifest's, or a URL without a cache that can
@@ -51,7 +51,7 @@ class RowReader:
         self._root = Path(folder)  # of a local data set
         self.split, self.cache = split, cache
         if self.remote and cache is None:
-            raise DataError(f"{folder}: a data set elsewhere needs a cache for its shards; give a ShardCache")
+            raise DataError(f"{folder}: a remote data set needs a cache for its shards; give a ShardCache")
         self.manifest = _remote_manifest(str(self.folder)) if self.remote else load_manifest(folder)
         if split not in self.manifest.splits:
             raise DataError(f"{folder}: no split {split!r}; it has {', '.join(self.manifest.splits)}")
@@ -87,7 +87,7 @@ class RowReader:
         member, local = self._locate(indices)
         size = self.length * self.dtype.itemsize
         shard, offset = self._shard[member], self._tokens_offset[member] + local * size
-        order = np.lexsort((offset, shard))  # reads go through each shard from front to back
+        order = np.lexsort((offset, shard))  # each shard is read from front to back
         shard, offset = shard[order], offset[order]
         found = np.empty((len(order), self.length), self.dtype)  # [n, length] in the order of the reads
         memory = bytes_of(found)
@@ -102,7 +102,7 @@ class RowReader:
     def documents(self, indices: np.ndarray) -> np.ndarray:
         """Document number of each position of rows ``[n]``, ``[n, length]`` int64.
 
-        Documents are counted through the split, so that one that continues in the next row has the same number there.
+        Documents are numbered through the split: one that continues in the next row has the same number there.
 
         Raises:
             IndexError, DataError: as :meth:`rows`.
@@ -123,9 +123,9 @@ class RowReader:
         return out.cumsum(1)
 
     def prefetch(self, indices: np.ndarray) -> None:
-        """Fetch the shards of these rows ``[n]`` in the background, in their order; nothing to do for a local data set.
+        """Fetch the shards of these rows ``[n]`` in the background, in row order, unless the data set is local.
 
-        A failure is raised when rows of that shard are asked for.
+        A failure is raised when rows of that shard are read.
         """
         if self.remote:
             ends = np.cumsum(self.shard_rows())
@@ -136,8 +136,8 @@ class RowReader:
         """Write the data set's ``tokenizer.json`` to ``to``.
 
         Raises:
-            DataError: it cannot be fetched or is another than the manifest's.
-            OSError: it cannot be read here, or ``to`` not written.
+            DataError: it cannot be fetched, or its sha256 is not the manifest's.
+            OSError: the local file cannot be read, or ``to`` cannot be written.
         """
         name = self.manifest.tokenizer
         if self.remote:
@@ -148,16 +148,16 @@ class RowReader:
 
     @property
     def bytes(self) -> int:
-        """Of all shards together."""
+        """Bytes of all shards."""
         return sum(shard.bytes for shard in self.shards)
 
     def verify(self, share: int = 0, shares: int = 1) -> None:
         """Compare the sha256 of the tokenizer and of the shards of the split with the manifest.
 
-        Shards elsewhere are fetched for that, unless they are in the cache.
+        Remote shards are fetched for that, unless they are in the cache.
 
         Args:
-            share, shares: which of so many equal shares of the shards; the tokenizer belongs to the first.
+            share, shares: index and number of equal parts of the list of shards; the tokenizer belongs to part 0.
 
         Raises:
             DataError: names the first file that differs.
@@ -183,7 +183,7 @@ class RowReader:
 
     @property
     def documents_started(self) -> int:
-        """Documents that have a token in the rows; 0 where the data set does not say."""
+        """Number of documents that start in the rows; 0 if the data set has no document starts."""
         if self._indexed is not None:
             return self._indexed.documents if self.manifest.recipe.documents else 0
         return int(self._starts.sum())
@@ -201,7 +201,7 @@ class RowReader:
         return np.array([shard.rows for shard in self.shards], np.int64)
 
     def _index_members(self) -> None:
-        """Where each member lies, one array per column of :class:`data_prep.format.manifest.Member`."""
+        """Build the index of members, one array per column of :class:`data_prep.format.manifest.Member`."""
         counts = [len(shard.members) for shard in self.shards]
         numbers = chain.from_iterable(chain.from_iterable(shard.members for shard in self.shards))
         columns = np.fromiter(numbers, np.int64, 4 * sum(counts)).reshape(-1, 4).T
@@ -219,7 +219,7 @@ class RowReader:
             raise DataError(f"{self.folder}/{self.split}/{name}: its rows lie outside it in the manifest; {MEND}")
 
     def _open_index(self, split: IndexedSplit) -> IndexedRows:
-        """The samples of token tars that others have written."""
+        """The rows of token tars that :mod:`data_prep.build.index` has indexed."""
         with ExitStack() as stack:
             path = self._root / split.index
             if self.remote:
@@ -244,7 +244,7 @@ class RowReader:
         return starts
 
     def _file(self, number: int) -> AbstractContextManager[ShardFile]:
-        # A cached shard is open for this one read only: evicted, it takes disk space until it is closed.
+        # A cached shard is opened for one read only, because an evicted file takes disk space until it is closed.
         return self._shard_cache.opened(self._remote_shard(number)) if self.remote else self._files.file(number)
 
     @property

@@ -1,7 +1,7 @@
-"""The stream of rows that a run is trained on: one data set or a mix of several, in one order or another.
+"""The stream of rows that a run is trained on: one data set or a mix of several, in a seeded order.
 
-What lies at a position of the stream is a function of the seed and of nothing else, so that a run may go on with
-another number of processes, or be looked at anywhere.
+The row at a position of the stream depends on the data sets, the order's options and the seed alone, so that a run may
+resume with another number of processes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Order = Literal["global", "lanes"]
 
 
 class Mix:
-    """Shares a stream out to data sets: of every ``PERIOD`` positions, data set ``d`` has ``counts[d]``.
+    """Divides a stream among data sets: of every ``PERIOD`` positions, data set ``d`` has ``counts[d]``.
 
     The counts are the weights times the period, rounded so that they add up (largest remainder), and 1 at least. The
-    positions of a period are shared out in an order keyed by ``(seed, period)``. Each data set's own positions are
+    positions of a period are assigned in an order keyed by ``(seed, period)``. Each data set's own positions are
     used in order, none left out: 0, 1, 2, ...
 
     Raises:
@@ -40,7 +40,7 @@ class Mix:
             if not (weight > 0 and math.isfinite(weight)):
                 raise ValueError(f"weight {weight} of data set {number} of the mix: use a number above 0")
         self.seed, self.counts = seed, _shares(np.array(weights, float))
-        # Which data set has which place of a period before it is shuffled.
+        # Data set of each slot of a period, before the shuffle.
         self._owners = np.repeat(np.arange(len(weights)), self.counts)
         self._before = np.cumsum(self.counts) - self.counts
         self._period = lru_cache(4)(self._build_period)
@@ -57,13 +57,13 @@ class Mix:
         return owners, own
 
     def positions(self, position: int) -> np.ndarray:
-        """How many positions of each data set lie before ``position`` of the stream, int64 ``[data sets]``."""
+        """Number of positions of each data set before ``position`` of the stream, int64 ``[data sets]``."""
         period, slot = divmod(position, PERIOD)
         inside = np.bincount(self._period(period)[0][:slot], minlength=len(self.counts))
         return period * self.counts + inside
 
     def _build_period(self, period: int) -> tuple[np.ndarray, np.ndarray]:
-        """(owner of each slot, how many slots of the same owner lie before it)."""
+        """(data set of each slot, number of earlier slots of the same data set)."""
         keys = np.broadcast_to(round_keys(self.seed, np.array([period])), (ROUNDS, PERIOD))
         owner = self._owners[permute(np.arange(PERIOD), PERIOD, keys)]
         earlier = np.empty(PERIOD, np.int64)
@@ -74,17 +74,17 @@ class Mix:
 class RowStream:
     """Rows of one split of one or several data sets, in the order of training.
 
-    Rows are numbered through all data sets, those of the second after those of the first, so that a number (and with
-    it the noise, which is keyed by epoch and number) belongs to one row only. Each data set has its own epochs: each
-    of its rows comes once in every one.
+    Rows are numbered through all data sets, those of the second after those of the first. So a row number is unique,
+    and with it the noise, which is keyed by epoch and row number. Each data set has its own epochs; an epoch has each
+    of its rows once.
 
     Args:
-        readers: the data sets; they must agree in all that a model sees of them.
-        weights: share of each in the stream, in any unit; None where the stream's order is not used.
-        seed: of the order, in ``[0, 2^64)``.
+        readers: the data sets, all with the same row length, vocabulary, special ids and tokenizer.
+        weights: share of each in the stream, in any unit; None: equal shares.
+        seed: seed of the order, in ``[0, 2^64)``.
         order: ``global`` permutes all rows of a data set (:class:`RowOrder`); ``lanes`` reads few shards at a time
             (:class:`LaneOrder`).
-        lanes: how many, for ``lanes``.
+        lanes: number of lanes of order ``lanes``.
 
     Raises:
         DataError: two data sets differ in length, vocabulary, special ids or tokenizer, or one has no rows.
@@ -116,7 +116,7 @@ class RowStream:
         self._first_document = np.cumsum([0, *(reader.documents_started for reader in readers)])
 
     def __len__(self) -> int:
-        """Rows of all data sets together."""
+        """Number of rows of all data sets."""
         return int(self._first[-1])
 
     @property
@@ -133,7 +133,7 @@ class RowStream:
     def unigram_perplexity(self) -> float:
         """Perplexity of the validation rows under each data set's own train counts.
 
-        Of several: exp of the mean of their nats per token, weighted by the tokens of their validation splits.
+        For several data sets: exp of their mean nats per token, weighted by the tokens of their validation splits.
         """
         if len(self.readers) == 1:
             return self.readers[0].manifest.validation_unigram_perplexity
@@ -142,7 +142,7 @@ class RowStream:
         return math.exp(np.average(nats, weights=tokens))
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(epochs, row numbers), int64 ``[n]``, at these positions ``[n]``; an epoch is the row's own data set's.
+        """(epochs, row numbers), int64 ``[n]``, at these positions ``[n]``; epochs are counted per data set.
 
         Raises:
             ValueError: a position is negative.
@@ -154,14 +154,14 @@ class RowStream:
         return epochs, rows
 
     def positions(self, position: int) -> list[int]:
-        """How far each data set has been read where the stream has come to ``position``, in rows."""
+        """Number of rows of each data set before ``position`` of the stream."""
         return [position] if self.mix is None else self.mix.positions(position).tolist()
 
     def slots(self, step: int, batch: int, rank: int, size: int) -> np.ndarray:
-        """Which slots of global batch ``step`` one of ``size`` ranks takes, int64 ``[batch / size]``, ascending.
+        """Slots of global batch ``step`` that one of ``size`` ranks takes, int64 ``[batch / size]``, ascending.
 
-        Consecutive ones; with lanes, those of consecutive lanes, the same lanes in every step, so that a rank reads
-        few shards. Where neither the lanes nor a mix come out even, lanes at the border are read by both neighbours.
+        The slots are consecutive. With lanes they are those of consecutive lanes, the same in every step, so that a
+        rank reads few shards. Where lanes do not divide evenly among ranks, as in a mix, neighbours share one.
 
         Args:
             batch: rows of a global batch, a multiple of ``size``.
@@ -186,7 +186,7 @@ class RowStream:
         return out
 
     def documents(self, numbers: np.ndarray) -> np.ndarray:
-        """Document of each position, int64 ``[n, length]``, counted through all data sets; see the reader's."""
+        """Document number of each position, int64 ``[n, length]``, numbered through all data sets."""
         if len(self.readers) == 1:
             return self.readers[0].documents(numbers)
         out = np.empty((len(numbers), self.length), np.int64)
@@ -196,8 +196,10 @@ class RowStream:
         return out
 
     def locate(self, numbers: np.ndarray) -> list[dict[str, Any]]:
-        """Where rows ``[n]`` are stored, for a person: ``data`` (path or URL), ``row`` (of its split), ``shard`` (file
-        name) and ``row_in_shard`` of each."""
+        """Location of each of the rows ``[n]``, for messages and records.
+
+        Keys: ``data`` (path or URL), ``row`` (of its split), ``shard`` (file name) and ``row_in_shard``.
+        """
         found: list[dict[str, Any]] = [{}] * len(numbers)
         for reader, here, own in self._owners(numbers):
             ends = np.cumsum(reader.shard_rows())
@@ -213,14 +215,14 @@ class RowStream:
         return found
 
     def prefetch(self, numbers: np.ndarray) -> None:
-        """Fetch what rows ``[n]`` need of remote data sets in the background, in their order."""
+        """Fetch the remote shards of rows ``[n]`` in the background, in the order of the rows."""
         if self.remote:
             for reader, here, own in self._owners(numbers):
                 if reader.remote and here.any():
                     reader.prefetch(own)
 
     def _owners(self, numbers: np.ndarray) -> Iterator[tuple[RowReader, np.ndarray, np.ndarray]]:
-        """For each data set: its reader, which of the rows are its own, and their numbers there."""
+        """For each data set: its reader, a mask of the rows that belong to it, and their numbers in the data set."""
         numbers = np.asarray(numbers)
         outside = numbers[(numbers < 0) | (numbers >= len(self))]
         if outside.size:
@@ -231,7 +233,7 @@ class RowStream:
             yield reader, here, numbers[here] - self._first[number]
 
     def _split(self, positions: np.ndarray) -> Iterator[tuple[int, slice | np.ndarray, np.ndarray]]:
-        """For each data set: its number, which of the positions are its own, and which of its own they are."""
+        """For each data set: its number, a mask of the positions that belong to it, and their places in its order."""
         positions = check_positions(positions)
         if self.mix is None:
             yield 0, slice(None), positions
@@ -247,7 +249,7 @@ def _shares(weights: np.ndarray) -> np.ndarray:
     exact = weights / weights.max()
     exact = exact / exact.sum() * PERIOD
     counts: np.ndarray = np.maximum(np.floor(exact).astype(np.int64), 1)
-    # The largest remainders get what is missing. What the minimum of 1 adds too much, others give.
+    # The largest remainders get what is missing. The minimum of 1 may exceed the sum: the smallest remainders give.
     missing = PERIOD - int(counts.sum())
     if missing > 0:
         counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1

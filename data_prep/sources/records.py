@@ -135,7 +135,7 @@ def id_of(record: dict[str, Any], fields: Fields) -> str:
 
 
 def text_remedy(fields: Fields, strings: dict[str, int]) -> str:
-    """Which option helps, given the string fields and the length of each."""
+    """Remedy for a message: the option that names the likely text field, given the string fields and their lengths."""
     candidates = {name: length for name, length in strings.items() if name != fields.id_field}
     near = difflib.get_close_matches(fields.text_field.lower(), [name.lower() for name in candidates], n=1)
     likely = next((name for name in candidates if near and name.lower() == near[0]), None)

@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: names, lists of files, and checks of files against their list."""
+"""Checkpoint folders on disk: their names, their lists of files, and verification of the files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pretrain.run_folder.layout import COMPLETE
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk. ``meta`` is what the training loop stored beside the tensors."""
+    """A complete checkpoint on disk; ``meta`` is the metadata of the training loop."""
 
     path: Path
     step: int
@@ -31,7 +31,7 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def partial_of(run: Path, step: int, writer: str) -> Path:
-    """Folder in which ``writer`` prepares it. Each job has its own: ranks of a dying job may still write."""
+    """Partial folder into which ``writer`` writes it; one per job, because ranks of a dying job may still write."""
     return run / layout.CHECKPOINTS / layout.partial_checkpoint_name(step, writer)
 
 
@@ -42,7 +42,7 @@ def folders(run: Path) -> list[Path]:
 
 
 def newest_complete(run: Path) -> Path | None:
-    """Folder of the newest complete checkpoint, without a look at its files; None if there is none."""
+    """Folder of the newest complete checkpoint, its files not verified; None if there is none."""
     return next((path for path in reversed(folders(run)) if (path / COMPLETE).is_file()), None)
 
 
@@ -55,7 +55,7 @@ def step_of(path: Path) -> int:
 
 
 def start(partial: Path) -> None:
-    """Make an empty folder to write into, and remove what killed writers left."""
+    """Create the partial folder, and remove those of killed writers."""
     for left in partial.parent.glob(".*"):
         if layout.is_partial_checkpoint(left.name):
             shutil.rmtree(left, ignore_errors=True)
@@ -78,7 +78,7 @@ def _rename(partial: Path, final: Path) -> None:
     if not final.exists():
         os.replace(partial, final)
         return
-    # The checkpoint there was skipped as damaged, or is written a second time.
+    # The existing checkpoint was skipped as damaged, or the same step is written again.
     aside = partial.with_name(layout.partial_checkpoint_name(step_of(final), f"{unique_suffix()}.replaced"))
     os.replace(final, aside)
     os.replace(partial, final)
@@ -86,9 +86,9 @@ def _rename(partial: Path, final: Path) -> None:
 
 
 def retire(run: Path, step: int, keep: int, keep_every: int) -> None:
-    """Remove checkpoints up to ``step``, but the newest ``keep`` and those of every ``keep_every``-th step.
+    """Remove checkpoints up to ``step``, except the newest ``keep`` and those of every ``keep_every``-th step.
 
-    A checkpoint of a later step was skipped as damaged: it must not push out a good one.
+    Later checkpoints were skipped as damaged and do not count towards ``keep``.
     """
     for old in [path for path in folders(run) if step_of(path) <= step][:-keep]:
         if not (keep_every and step_of(old) % keep_every == 0):

@@ -1,4 +1,4 @@
-"""`bd3 check`: whether a data set is as it was written, and what is in it."""
+"""`bd3 check`: verify a data set and show statistics of its contents."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CheckOptions(BaseModel):
 
     folder: Positional[str] = Field(description="a data set that bd3 prep wrote")
     samples: int = Field(default=3, ge=0, description="rows of each split to show as text")
-    seed: int = Field(default=0, ge=0, description="which rows these are")
+    seed: int = Field(default=0, ge=0, description="seed of the choice of these rows")
     plot: str | None = Field(default=None, description="PNG to write with both histograms; null: none")
     workers: int | None = Field(default=None, ge=1, description="processes; null means one per core")
     json_: bool = Field(default=False, description="print one line of JSON")
@@ -68,7 +68,7 @@ def main(args: list[str]) -> int:
 
 
 def as_json(found: Checked) -> dict[str, Any]:
-    """All that was found; numbers of faults and duplicates are whole even where the lists are cut."""
+    """Results for ``--json``; counts of faults and duplicates are complete even where the lists are truncated."""
     result: dict[str, Any] = {
         "folder": str(found.folder),
         "ok": not found.faults,
@@ -154,7 +154,7 @@ def top_tokens(counts: np.ndarray, tokenizer: Tokenizer | None) -> list[list[Any
 
 
 def token_text(tokenizer: Tokenizer | None, index: int) -> str:
-    """What an id stands for; the vocabulary's own spelling where that is a part of a character."""
+    """Text of an id; the vocabulary entry if the id is only part of a character."""
     if tokenizer is None:
         return ""
     text = tokenizer.decode([index], skip_special_tokens=False)

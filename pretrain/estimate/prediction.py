@@ -99,12 +99,12 @@ class Prediction:
 
     @property
     def micro_batches(self) -> int:
-        """Of one rank in one step."""
+        """Micro-batches of one rank in one step."""
         return self.config.train.global_batch // (self.config.train.micro_batch * self.data_size)
 
     @property
     def tokens_per_step(self) -> int:
-        """Data tokens."""
+        """Data tokens in one step over all ranks."""
         return self.config.train.global_batch * self.model.length
 
     @property
@@ -114,7 +114,7 @@ class Prediction:
 
     @property
     def peak_flops(self) -> float:
-        """Of one device in the precision of training, FLOP/s."""
+        """Peak FLOP/s of one device in the precision of training."""
         stated = self.config.log.peak_tflops
         if stated is not None:
             return stated * 1e12

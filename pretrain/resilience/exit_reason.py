@@ -1,4 +1,4 @@
-"""Exit reasons: pure functions from an exit code, srun's messages and a run's events to why a start ended."""
+"""Exit reasons: pure functions of an exit code, srun's messages and a run's events."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any, Literal, NamedTuple
 from bd3_common import exit_codes
 from slurm import client
 
-# srun's messages about tasks that failed, and the one after which it ends the others itself.
+# srun's messages about failed tasks, and the one after which it kills the others.
 _TASKS = re.compile(r"^srun: error: (?P<hosts>\S+): tasks? (?P<tasks>[\d,-]+): (?P<how>.+)$")
 _NODE = re.compile(r"^srun: error: Node failure on (?P<hosts>\S+)$")
 _ABORTED = re.compile(r"Job step aborted|CANCELLED AT|_step_signal: Terminating")
 _KILLS_AFTER = 3.0  # seconds, less than Slurm's KillWait
-_HARDWARE = ("Killed", "Bus error")  # the task's own failure, not the consequence of another's
+_HARDWARE = ("Killed", "Bus error")  # the task failed by itself, not because another did
 
-# As they stand in a run folder's events: "asked" is a stop by a signal, "mistake" a user's.
+# Values in a run folder's events: "asked" is a stop by a signal, "mistake" an error of the user.
 Kind = Literal["done", "asked", "mistake", "bad node", "hang", "failed"]
 
 
@@ -33,7 +33,7 @@ class ExitReason:
 
     @property
     def may_restart(self) -> bool:
-        """Another start may help."""
+        """True if a restart may help."""
         return self.kind not in ("done", "mistake")
 
 
@@ -54,7 +54,7 @@ def exit_reason(
     """The reason why a start ended.
 
     Args:
-        code: exit code of the command. srun's is the highest of all tasks', and it may have ended some itself.
+        code: exit code of the command. srun returns the highest of all tasks, also of tasks that it killed.
         slurm_lines: what Slurm's programs wrote to stderr.
         happened: the run's events since the start.
         bad_nodes: reason by host, from the preflight.
@@ -81,7 +81,7 @@ def exit_reason(
     # A mistake found before there was a run folder has no event.
     if not failed and (code if first is None else first) == exit_codes.USAGE_ERROR:
         return ExitReason("mistake", last_line or "exit code 2")
-    if exit_codes.STOPPED in (first, code):  # the same of a signal
+    if exit_codes.STOPPED in (first, code):  # stopped by a signal, but without an event
         return ExitReason("asked", "stopped by a signal")
     if killed:
         return ExitReason("failed", f"tasks on {', '.join(killed)} were killed", killed)
@@ -93,7 +93,7 @@ def exit_reason(
 
 
 def first_failure(slurm_lines: Sequence[SlurmLine]) -> tuple[int | None, tuple[str, ...], tuple[str, ...]]:
-    """The first failure that srun reports, leaving out tasks that srun ended itself.
+    """The first failure that srun reports, leaving out tasks that srun killed.
 
     Returns:
         the first exit code, hosts whose tasks were killed, and hosts that have failed.
@@ -111,7 +111,7 @@ def first_failure(slurm_lines: Sequence[SlurmLine]) -> tuple[int | None, tuple[s
             exited = re.match(r"Exited with exit code (\d+)", found["how"])
             if exited and aborted == math.inf:
                 code = int(exited[1]) if code is None else code
-            # Ranks that lost a peer may be reported first. srun's own SIGKILL comes later than this.
+            # Ranks that lost a peer may be reported first. srun sends its own SIGKILL later than _KILLS_AFTER.
             elif found["how"].startswith(_HARDWARE) and seconds < aborted + _KILLS_AFTER:
                 killed |= dict.fromkeys(client.hosts(found["hosts"]))
     return code, tuple(killed), tuple(failed)

@@ -1,4 +1,4 @@
-"""Hang detection: pure functions from the ranks' heartbeats to hung ranks and the message about them."""
+"""Hang detection: pure functions of the ranks' heartbeats that find hung ranks and write the message about them."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Report:
     phase: str = "at the start"
     """for messages: ``in step 12``"""
     may_take_long: bool = True
-    """no progress is expected in this phase"""
+    """the phase may take long without progress"""
     left: bool = False
     """has ended or is about to"""
     waiting: bool | None = None
-    """True if a main thread without progress waits for other ranks; None: unknown"""
+    """True if the main thread makes no progress because it waits for other ranks; None: unknown"""
     place: str = ""
-    """call at which that thread is"""
+    """function that the main thread is in"""
 
     def encode(self) -> str:
         """Text for the store."""
@@ -35,12 +35,12 @@ class Report:
 
     @staticmethod
     def decode(text: str | bytes) -> Report:
-        """Inverse of :meth:`encode`; an empty text is a rank that has not reported yet."""
+        """Inverse of :meth:`encode`; empty text means that the rank has not reported yet."""
         return Report(*json.loads(text)) if text else Report()
 
 
 class Process(NamedTuple):
-    """A rank's process; ``started`` tells it from a later one with the same ``pid``."""
+    """A rank's process; ``started`` distinguishes it from a later process with the same ``pid``."""
 
     rank: int
     host: str
@@ -61,13 +61,13 @@ class Seen(NamedTuple):
 
 @dataclass
 class Observer:
-    """Ages of all ranks' counters by the observer's own clock; clocks of two machines are never compared."""
+    """Ages of all ranks' counters, measured by the observer's clock alone: clocks of two machines may differ."""
 
     now: float = 0.0
     last: dict[int, tuple[Report, float, float]] = field(default_factory=dict)
 
     def update(self, reports: Mapping[int, Report], seconds: float) -> dict[int, Seen]:
-        """Add the reports read ``seconds`` after the last update; the ranks that have not left, by rank."""
+        """Add reports read ``seconds`` after the last update; return the ranks that have not left, by rank."""
         self.now += seconds
         for rank, report in reports.items():
             before, beat, progress = self.last.get(rank, (report, self.now, self.now))
@@ -120,7 +120,7 @@ def find_hang(seen: Mapping[int, Seen], limit: float) -> Hang | None:
         busy = tuple(rank for rank in unclear if seen[rank].report.progress == least)
     if not busy:
         return Hang("mismatch", ranks, seconds)
-    # If no rank waits for another, the step is longer than the limit.
+    # If no rank waits for another, the step takes longer than the limit.
     return Hang("slow" if len(busy) == len(ranks) > 1 else "busy", busy, seconds)
 
 

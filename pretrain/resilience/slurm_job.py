@@ -1,4 +1,4 @@
-"""The Slurm job of a run: its identity, putting it back into the queue, and the nodes to exclude from then on."""
+"""The Slurm job of a run: its identity, its requeue, and the nodes to exclude after it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _CONTROLLER_AWAY = 600.0  # seconds that the controller may be away before reque
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A job by Slurm's variables; ``number`` is empty outside of Slurm.
+    """A job as Slurm's variables describe it; ``number`` is empty outside of Slurm.
 
-    A task of a job array is ``12_3``: the last one has the array's own number in SLURM_JOB_ID, by which scontrol would
-    show, and requeue, all of them.
+    A task of a job array is named ``12_3``, not by its SLURM_JOB_ID: in the last task that is the array's own id, with
+    which scontrol shows and requeues all tasks.
     """
 
     number: str = ""
@@ -58,18 +58,18 @@ class SlurmJob:
 
     @property
     def lineage(self) -> str:
-        """Name under which starts are counted: the job, its chain of jobs, or outside of Slurm this process."""
+        """Name under which starts are counted: the chain of jobs, else the job; outside of Slurm this process."""
         return self.chain.split()[0] if self.chain else self.number or f"{socket.gethostname()} {_STARTED}"
 
     @property
     def has_successor(self) -> bool:
-        """Another job of the chain waits for the end of this one."""
+        """True if another job of the chain waits for the end of this one."""
         _, link, links = (self.chain or "0 1 1").split()
         return int(link) < int(links)
 
 
 def requeue(run: Path, job: SlurmJob, reason: ExitReason, code: int, fits: Sequence[int] = ()) -> int:
-    """Put the job back into the queue, unless somebody has done so or has ended the job.
+    """Requeue the job, unless it has been requeued or ended already.
 
     Args:
         code: exit code of the command.
@@ -78,7 +78,7 @@ def requeue(run: Path, job: SlurmJob, reason: ExitReason, code: int, fits: Seque
     Returns:
         the exit code of this job's batch script.
     """
-    # Slurm ends the job's processes as soon as it is requeued; this one must live on to set the excluded nodes.
+    # Slurm sends SIGTERM when the job is requeued; this process must survive it to set the excluded nodes.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         found = client.retry_while_away(lambda: client.job(job.number), _CONTROLLER_AWAY) or {}
@@ -98,7 +98,7 @@ def requeue(run: Path, job: SlurmJob, reason: ExitReason, code: int, fits: Seque
         try:
             client.retry_while_away(lambda: client.requeue(job.number), _CONTROLLER_AWAY)
         except SlurmError:
-            # The command may have been ended by the requeue that it asked for.
+            # scontrol may have been killed by the very requeue that it requested.
             if not _requeued_by_others(client.job(job.number) or {}, job):
                 raise
     except SlurmError as error:
@@ -112,14 +112,14 @@ def requeue(run: Path, job: SlurmJob, reason: ExitReason, code: int, fits: Seque
 def nodes_to_exclude(
     job: SlurmJob, reason: ExitReason, found: Mapping[str, str], fits: Sequence[int] = ()
 ) -> list[str]:
-    """Nodes to exclude from the job from now on: the bad hosts, if enough nodes are left without them.
+    """Nodes to exclude from the next start: the bad hosts, if enough nodes are left without them.
 
     Args:
         found: the job's record, as :func:`slurm.client.job` returns it.
         fits: node counts that the layout fits; empty: any.
     """
     before = set(client.hosts(found.get("ExcNodeList")))
-    # A host may call itself by its fully qualified name, where Slurm uses the short one.
+    # A host may report its fully qualified name, where Slurm uses the short one.
     bad = {node for host in reason.bad_hosts for node in (host, host.partition(".")[0]) if node in job.nodes}
     added = bad - before
     if not added:
@@ -141,7 +141,7 @@ def nodes_to_exclude(
 
 
 def _record_requeue(run: Path, job: SlurmJob, added: Sequence[str], found: Mapping[str, str]) -> None:
-    """Record that the job is back in the queue, and set its excluded nodes: Slurm takes them for pending jobs only."""
+    """Record the requeue and set the excluded nodes, which Slurm accepts for pending jobs only."""
     try:
         if added:
             client.exclude(job.number, sorted({*added, *client.hosts(found.get("ExcNodeList"))}))

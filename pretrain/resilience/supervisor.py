@@ -1,9 +1,9 @@
-"""Supervisor of a run (`bd3 attempt RUN -- COMMAND`): start the command, read how it ended, start it again or not.
+"""Supervisor of a run (`bd3 attempt RUN -- COMMAND`): starts the command, finds the exit reason, restarts it or not.
 
 It is the last line of a batch script. It starts the command (``srun ... bd3 pretrain ...``), finds the exit reason from
-the exit code, srun's messages and the run folder, and requeues the job where another start can help: after a warning
-of the time limit, a failure or a hang; without the nodes that failed. A user's mistake, a finished run and too many
-starts without a new checkpoint end the job. Without Slurm the command is started again in place.
+the exit code, srun's messages and the run folder, and requeues the job where a restart can help: after a warning of
+the time limit, a failure or a hang, without the nodes that failed. A user's mistake, a finished run and too many
+starts without a new checkpoint end the job. Without Slurm the supervisor restarts the command itself.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 def supervise(
     run: Path, command: Sequence[str], restarts: int, steps: int | None = None, fits: Sequence[int] = ()
 ) -> int:
-    """Start the command until it is done or no further start helps; inside of Slurm once, the queue does the rest.
+    """Start the command until it is done or a restart cannot help; under Slurm once, because a requeue restarts it.
 
     Args:
-        run: the run folder; made if it is not there.
+        run: the run folder; created if missing.
         restarts: starts without a new checkpoint after which to give up.
         steps: do nothing if the run has a checkpoint of this step or a later one.
         fits: node counts that the layout fits; empty: any.
@@ -68,7 +68,7 @@ def start_once(
     restarts: int,
     fits: Sequence[int] = (),
 ) -> tuple[int, bool]:
-    """One start of the command: its exit code, and True if it is to be started again."""
+    """Start the command once; return its exit code, and True if it should be restarted."""
     take_bad_nodes(run, 0)  # left by an earlier `bd3 preflight`, or by a start that was killed
     begun = len(events.read(run))
     before = newest_step(run)
@@ -97,9 +97,9 @@ def start_once(
 
 
 def reason_not_to_start(run: Path, job: SlurmJob, restarts: int) -> str | None:
-    """One line if the run must not be started now: another job runs in its folder, or too many starts made no progress.
+    """Message if the run must not be started now: another job uses its folder, or too many starts made no progress.
 
-    The end of an earlier start whose supervisor was killed is recorded first.
+    If the supervisor of the last start was killed, the end of that start is recorded first.
     """
     happened = events.read(run)
     at = next((n for n in reversed(range(len(happened))) if happened[n]["event"] in ("attempt", "ended")), None)
@@ -130,9 +130,9 @@ def fit_nodes(command: Sequence[str], job: SlurmJob, fits: Sequence[int]) -> lis
 
 
 def take_bad_nodes(run: Path, code: int) -> dict[str, str] | None:
-    """Remove the preflight's file of bad nodes and return its reasons by host; None if ``code`` is 0 or it is garbled.
+    """Read and delete the preflight's file of bad nodes: reasons by host.
 
-    No later start finds the file.
+    None if there is no file, if it is malformed, or if ``code`` is 0. It is deleted so that no later start finds it.
     """
     path = run / BAD_NODES
     reasons: dict[str, str] | None = None
@@ -148,7 +148,7 @@ def take_bad_nodes(run: Path, code: int) -> dict[str, str] | None:
 
 
 def _state_of_other(number: str, job: SlurmJob) -> str | None:
-    """State of a job that is not this one; None for this one, or if it is not known."""
+    """State of another job; None if it is this job or its state is unknown."""
     if not number or number == job.number:
         return None
     try:
@@ -159,7 +159,7 @@ def _state_of_other(number: str, job: SlurmJob) -> str | None:
 
 
 def _reason_without_supervisor(lost: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> ExitReason:
-    """The exit reason of a start whose supervisor was ended, too."""
+    """The exit reason of a start whose supervisor was killed with it."""
     known = exit_reason(exit_codes.FAILED, [], happened)
     if known.kind != "failed":
         return known

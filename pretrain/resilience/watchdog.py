@@ -86,10 +86,10 @@ class Watchdog:
         return self._state[1]
 
     def close(self, error: BaseException | None = None) -> None:
-        """Leave the watch: the other ranks no longer wait for this one. Blocks while the watchdog ends the job.
+        """Stop watching this rank: the others no longer wait for it. Blocks while the watchdog ends the job.
 
         Args:
-            error: the exception that ends the rank. If it fails alone, the others, which would wait for it, end, too.
+            error: the exception that ends the rank. Unless all ranks raise it, the others are ended, too.
         """
         if self._leaving.is_set():
             return
@@ -130,7 +130,7 @@ class Watchdog:
         dist.barrier()
 
     def _connect(self, seconds: float = 60.0) -> None:
-        # A connection of its own: the main thread's is locked while it waits for a key.
+        # A separate connection, because the main thread's is locked while it waits for a key.
         ranks, timeout = self.ranks, datetime.timedelta(seconds=seconds)
         self._store = dist.TCPStore(
             ranks.master_addr, ranks.master_port, is_master=False, wait_for_workers=False, timeout=timeout
@@ -165,12 +165,12 @@ class Watchdog:
     def _store_loop(self) -> None:
         """End this rank when the store has not answered for too long."""
         answers, quiet, before = self._answers, 0.0, time.monotonic()
-        # Rank 1, which does not serve the store, prints the line; later one on each machine does.
+        # Rank 1, which does not serve the store, prints the line first; then local rank 0 of each machine.
         prints_first = self.ranks.rank == 1
         limit = self.limit if prints_first else self.limit + self.interval
         while not self._leaving.wait(self.interval):
             now = time.monotonic()
-            # Count two beats at most: the time in which this process itself was stopped is not the store's.
+            # At most two beats count: if this process was stopped meanwhile, the store is not to blame.
             quiet, before = quiet + min(now - before, 2 * self.interval), now
             if answers != self._answers:
                 answers, quiet = self._answers, 0.0
@@ -204,7 +204,7 @@ class Watchdog:
     def _observe(self, reports: list[Report]) -> str:
         """Look for a hang in all ranks' reports; the published hang if this rank published one, else empty."""
         now = time.monotonic()
-        # Between two reads count two beats at most: reports that were not read are not missing.
+        # Between two reads at most two beats count: reports that were not read are not missing.
         seen = self._observer.update(dict(enumerate(reports)), min(now - self._read_at, 2 * self.interval))
         self._read_at = now
         hang = find_hang(seen, self.limit)
@@ -291,7 +291,7 @@ class Watchdog:
         os._exit(HUNG)
 
     def _alone_stalled(self) -> None:
-        """Write the stacks of a rank without others; the supervisor may end it."""
+        """Write the stacks of a single-process run; the supervisor may end it."""
         if self.ranks.world_size == 1:
             self._write_stacks()
 
@@ -305,7 +305,7 @@ class Watchdog:
         self._within(self.interval, lambda: events.record(self.folder.parent, "hang", text=text, hosts=hosts))
 
     def _within(self, seconds: float, function: Callable[[], None]) -> None:
-        """Call a function that may itself hang (a pipe without reader, a file system that does not answer)."""
+        """Call a function that may itself hang (pipe without reader, dead file system); wait ``seconds`` at most."""
 
         def tried() -> None:
             try:

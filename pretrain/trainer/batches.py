@@ -18,12 +18,12 @@ class Batches:
     """Micro-batches of the training stream for one data-parallel rank.
 
     Args:
-        stream: the rows in their order.
+        stream: the training stream.
         global_batch: rows per batch over all data-parallel ranks.
         micro_batch: rows per micro-batch.
         rank, size: data-parallel rank and number of ranks; :meth:`RowStream.slots` gives the rank's rows of a batch.
         noise_seed: seed of the noise.
-        document_mask: attention stays within the documents of a row.
+        document_mask: True: attention is restricted to a token's own document.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ def make_batch(
     purpose: Purpose = Purpose.TRAIN,
     document_mask: bool = False,
 ) -> Batch:
-    """Read the keyed rows, with ``document_mask`` also their documents, and add the objective's noise."""
+    """Read the rows of ``keys`` (with ``document_mask`` also their document numbers) and draw their noise."""
     tokens = reader.rows(keys.rows).astype(np.int64)
     documents = reader.documents(keys.rows) if document_mask else None
     if diffusion.objective == "causal":

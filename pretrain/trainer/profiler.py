@@ -29,7 +29,7 @@ class Profiler:
     Args:
         folder: the run folder.
         rank: this process's rank.
-        step: steps done before this process began.
+        step: number of steps done before this process started.
     """
 
     def __init__(self, options: ProfileConfig, folder: Path, rank: int, step: int):
@@ -68,7 +68,7 @@ class Profiler:
         self._profile.start()
 
     def close(self) -> None:
-        """Write the trace of the steps so far, if there is one; its errors are warnings."""
+        """Write the trace of the steps so far, if there is one; errors are logged as warnings."""
         if self._profile is None:
             if self._first is not None and self._last is None:
                 _LOG.warning(
@@ -106,7 +106,7 @@ def out_of_memory(
     """Turn torch's out-of-memory error into one line, and leave a snapshot in ``<run>/oom/rank-N.pickle``.
 
     Args:
-        phase: returns the place in the run, as in ``in step 12``.
+        phase: returns the phase of the run, such as ``in step 12``.
         dump: writes the snapshot; None means torch's, on CUDA.
 
     Raises:
@@ -123,7 +123,7 @@ def out_of_memory(
 
 
 def _remedies(config: RunConfig, evaluating: bool) -> tuple[str, list[str]]:
-    """The key in question, and one or two settings that take less memory: the one that costs least time first."""
+    """The key to change, and one or two settings that need less memory, the cheapest in time first."""
     train, parallel, model = config.train, config.parallel, config.model
     if evaluating:
         rows = config.eval.micro_batch or train.micro_batch
@@ -143,7 +143,7 @@ def _remedies(config: RunConfig, evaluating: bool) -> tuple[str, list[str]]:
 
 
 def _snapshot(path: Path, dump: Callable[[str], None] | None) -> str:
-    """Write the snapshot; returns the text about it, or about its failure."""
+    """Write the snapshot and return a message that names it or the error."""
     if dump is None:
         if not torch.cuda.is_available():
             return "there is no snapshot without CUDA"

@@ -18,9 +18,9 @@ from pretrain.run_folder import layout
 from pretrain.run_folder.data import data_identity, order_seed
 from pretrain.trainer.stability import check_skips, read_ranges, undone
 
-# Keys that may change when a run goes on: its length, machine, layout and logs. A decaying learning rate follows
-# train.steps, so a longer run has another rate from here on. All kernels compute one function up to rounding, and the
-# next machine may not have those of the last; FP8 rounds more. guard.skip may change for steps to come only
+# Keys that may change on resume: length, machine, layout and logs. A decaying learning rate depends on train.steps, so
+# extending a run changes the rate of the remaining steps. All kernels compute the same function up to rounding, which
+# is coarser with FP8, and another machine may lack some of them. guard.skip may change for future steps only
 # (pretrain.trainer.stability.check_skips).
 _FREE = ("run", "parallel", "zero", "kernels", "fp8", "log", "profile", "preflight", "eval", "checkpoint")
 _FREE += ("guard", "train.steps", "train.micro_batch", "data.path", "data.cache", "data.cache_gb", "data.verify_gb")
@@ -43,7 +43,7 @@ def check_same_run(run: Path, config: RunConfig) -> None:
 
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
-    """Values of the configuration; of a mix the weights only, because data sets may move."""
+    """Values of the configuration to compare; for a mix only the weights, because data sets may be moved."""
     values = config.model_dump()
     if config.data.mix is not None:
         values["data"]["mix"] = list(config.data.mix.values())
@@ -60,7 +60,7 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
 
 
 def position(config: RunConfig, step: int, stream: RowStream) -> dict[str, Any]:
-    """Position in the data after ``step`` steps: it fixes rows and noise of later steps, on any layout.
+    """Position in the data after ``step`` steps, which determines rows and noise of all later steps on any layout.
 
     ``data_positions`` is the number of rows read of each data set.
     """

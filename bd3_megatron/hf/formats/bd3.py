@@ -52,7 +52,7 @@ class BD3(CheckpointFormat):
     fields: ClassVar[Mapping[str, str]] = FIELDS
 
     def read(self, source: Source, tokens: TokenIds) -> Loaded:
-        """As the base class; sizes that were null when the model was trained come back as numbers."""
+        """See the base class; sizes that were null when the model was trained come back as numbers."""
         config, where = source.config, source.config_file
         values = self.model_values(source)
         check_keys(source, ("objective", "block_size"))
@@ -66,7 +66,7 @@ class BD3(CheckpointFormat):
         return model, diffusion, from_hf(source.tensors(), model)
 
     def write(self, folder: Path, contents: Contents) -> None:
-        """As the base class; tensors keep their type."""
+        """See the base class; tensors keep their type."""
         model, diffusion, tokens = contents.model, contents.diffusion, contents.tokens
         for name, trained in (("bos", model.bos_id), ("eos", model.eos_id), ("mask", model.mask_id)):
             if trained not in (None, getattr(tokens, name)):

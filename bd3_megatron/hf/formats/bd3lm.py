@@ -28,11 +28,11 @@ class BD3LM(CheckpointFormat):
     states_tokens: ClassVar[bool] = False
 
     def matches(self, config: Mapping[str, Any]) -> bool:
-        """As the base class; a golden file's metadata has no ``model_type``."""
+        """See the base class; a golden file's metadata has no ``model_type``."""
         return config.get("model_type", self.model_type if "n_blocks" in config else None) == self.model_type
 
     def read(self, source: Source, tokens: TokenIds) -> Loaded:
-        """As the base class."""
+        """See the base class."""
         state = source.tensors()
         model, diffusion = reference_sections(source.config, state, str(source.path), tokens)
         return model, diffusion, fold_reference(state, model)
