@@ -168,13 +168,13 @@ def gpus(reports: Sequence[Report], free_share: float) -> list[Finding]:
 
 
 def rates(
-    scores: Mapping[int, float], reports: Sequence[Report], share: float, what: str, unit: Callable[[float], str]
+    scores: Mapping[int, float], reports: Sequence[Report], share: float, name: str, unit: Callable[[float], str]
 ) -> list[Finding]:
     """A finding for each host with ranks slower than ``share`` of the median over ranks.
 
     Args:
         scores: by rank, more is better; 0 is another check's finding.
-        what: name of the measurement, as in ``matmul``.
+        name: of the measurement, as in ``matmul``.
         unit: formats a score.
     """
     middle, named = slow({rank: score for rank, score in scores.items() if score > 0}, share)
@@ -183,7 +183,7 @@ def rates(
         here = [rank for rank in ranks if rank in named]
         if here:
             scored = [f"{_device(reports, rank)} {unit(scores[rank])}" for rank in here]
-            line = f"{host}: {what} is slow: {_some(scored)}, median {unit(middle)} (preflight.slowest={share:g})"
+            line = f"{host}: {name} is slow: {_some(scored)}, median {unit(middle)} (preflight.slowest={share:g})"
             found.append(Finding(f"{line}; exclude the node until it is repaired", (host,)))
     return found
 

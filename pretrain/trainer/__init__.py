@@ -1,1 +1,1 @@
-"""The training loop and what it is made of: batches, resume, loss spikes, evaluation, profiles."""
+"""The training loop and its parts: batches, resume, loss spikes, evaluation, profiles."""

@@ -88,7 +88,7 @@ class Profiler:
     def _write(self, traced: profile, last: int) -> None:
         path = trace_file(self.folder, self._first, last, self.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path, suffix=path.suffix) as temporary:  # torch compresses what is named .gz
+        with atomic_file(path, suffix=path.suffix) as temporary:  # torch compresses a file named .gz
             traced.export_chrome_trace(str(temporary))
         _LOG.info(f"trace of steps {self._first} to {last}: {path}")
 
