@@ -34,7 +34,7 @@ COMMANDS = {
     "launch": ("pretrain.commands.launch:main", "submit a run, a sweep or a data preparation to Slurm"),
     "status": ("pretrain.commands.status:main", "show the status of a run in Slurm and in training"),
     "attempt": ("pretrain.commands.attempt:main", "start a run in a batch script, and again where that helps"),
-    "bench": ("pretrain.bench:main", "measure data, a training step, its memory, and whether layouts agree"),
+    "bench": ("pretrain.bench:main", "measure data, a training step, its memory, and layouts against one process"),
 }
 
 # Launchers kill all ranks when one has exited: the others leave rank 0 this long to print the error.

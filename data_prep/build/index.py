@@ -83,7 +83,7 @@ class IndexConfig(BaseModel):
 
 @dataclass(frozen=True)
 class TarJob:
-    """What :func:`index_tar` needs of one tar."""
+    """Arguments of :func:`index_tar` for one tar."""
 
     folder: Path
     name: str  # path below the folder
@@ -102,7 +102,7 @@ class _Sample(NamedTuple):
 
 @dataclass
 class IndexedTar:
-    """What one tar holds."""
+    """Contents of one tar."""
 
     name: str
     bytes: int

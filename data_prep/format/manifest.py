@@ -123,7 +123,7 @@ class SourceFile(Record):
 
 
 class Recipe(Record):
-    """What decides the rows, apart from the text and a tokenizer file: equal recipes, equal data sets."""
+    """Options that decide the rows, beside text and tokenizer file: equal recipes give equal data sets."""
 
     length: int = Field(ge=4)
     packing: Packing
@@ -146,7 +146,7 @@ class Recipe(Record):
 
 
 class IndexRecipe(Recipe):
-    """What decides the rows of token tars that others have written."""
+    """Options that decide the rows of token tars that others have written."""
 
     index_member: str | None = Field(description="extension of the members that hold the ids")
 

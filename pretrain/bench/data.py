@@ -271,8 +271,8 @@ def _rows_as_data_set(folder: Path, tokens: np.ndarray, manifest: Manifest, shar
     (folder / "train").mkdir(parents=True)
     nothing, size = np.empty((0, 2), np.int32), manifest.recipe.rows_per_member
     written = []
-    for number, piece in enumerate(np.array_split(tokens, min(shards, len(tokens)))):
-        samples = (Rows(piece[begin : begin + size], nothing) for begin in range(0, len(piece), size))
+    for number, chunk in enumerate(np.array_split(tokens, min(shards, len(tokens)))):
+        samples = (Rows(chunk[begin : begin + size], nothing) for begin in range(0, len(chunk), size))
         written.append(write_shard(folder / "train", "train", number, samples))
     values = dict.fromkeys(("documents", "text_bytes", "dropped_tokens", "unigram_entropy"), 0)
     train = Split(rows=len(tokens), tokens=tokens.size, shards=written, **values)

@@ -86,10 +86,10 @@ def text_lines(found: Checked) -> list[str]:
     lines = [f"{path}: {why}" for path, why in islice(found.faults.items(), MOST_FILES)]
     if len(found.faults) > MOST_FILES:
         lines.append(f"... and {len(found.faults) - MOST_FILES} more files with faults")
-    verdict = (
+    summary = (
         f"{len(found.faults)} faulty file(s)" if found.faults else "no faults: files, members and rows are as written"
     )
-    lines.append(f"{found.folder}: {verdict}")
+    lines.append(f"{found.folder}: {summary}")
     if not found.splits:
         return lines
     manifest = found.manifest

@@ -24,10 +24,10 @@ _MAPPED = 2**25
 # holes in other places than it needs. Measured 0.24 to 0.31 and 0.76 to 0.88 for qwen3, 0.2 to 0.6 and 1.0 to 1.6 for
 # dit, 1.0 and 1.3 with full recomputation, where nearly all is temporary.
 _HEAP_HOLES = {"gated": (0.26, 0.82), "ungated": (0.5, 1.35), "full": (1.0, 1.3)}
-# The same of an evaluation; the part of the heap that training leaves which is in pieces too small for it; and the part
+# The same of an evaluation; the part of the heap that training leaves whose chunks are too small for it; and the part
 # at the heap's end that returns to the system before an evaluation maps its large tensors. Measured in few shapes.
 _EVALUATION_HOLES = 0.5
-_PIECES = 0.5
+_CHUNKS = 0.5
 _RETURNED = 0.25
 
 
@@ -54,14 +54,14 @@ def process_peak(prediction: Prediction) -> dict[str, float]:
     room = sum(heap.values())
     small, large = prediction.evaluation(_MAPPED)
     small *= 1 + _EVALUATION_HOLES
-    heap["evaluation"] = max(0.0, small - (1 - _PIECES) * room)
+    heap["evaluation"] = max(0.0, small - (1 - _CHUNKS) * room)
     beside = max(heap["evaluation"], heap["evaluation"] + large - _RETURNED * room)
     later = heap | {"evaluation": beside, "checkpoint copies": during}
     ending = heap | {"checkpoint copies": during or max(0.0, copies - room), "plots": _PLOTS}
     moments = ({"evaluation": small + large}, training, later, ending)
     moment = max(moments, key=lambda parts: sum(parts.values()))
-    held = {"interpreter and libraries": baseline_bytes(), "state": float(state.total + state.host)}
-    return {name: value for name, value in (held | moment).items() if value}
+    constant = {"interpreter and libraries": baseline_bytes(), "state": float(state.total + state.host)}
+    return {name: value for name, value in (constant | moment).items() if value}
 
 
 def baseline_bytes() -> float:

@@ -33,7 +33,7 @@ class Stage:
 
     Attributes:
         parameters: on one tensor-parallel rank, vocabulary padding included.
-        state: what is held all the time.
+        state: bytes kept all the time.
         in_flight: micro-batches whose activations are kept at once, in whole stages (a fraction where chunks differ).
         activations: of all micro-batches in flight, by part.
         working: alive for a moment beside them (gradients of a layer, recomputation, logits).

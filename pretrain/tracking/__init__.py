@@ -1,1 +1,1 @@
-"""TODO."""
+"""Metrics of a run: sinks, console, curves and histograms."""
