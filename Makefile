@@ -1,8 +1,8 @@
 # make demo         prepare a small corpus, train on it and sample, on whatever this machine has
 # make test         lint and tests
 # make test-long    the tests that `make test` leaves out: repetitions, and what takes minutes
-# make lint         style, import contracts, types of the strict rooms
-# make types        what the other rooms lack in types; informs, never fails
+# make lint         style, import contracts, types of the strict packages
+# make types        mypy errors of the other packages; never fails
 #
 # PYTHON=python3.12 chooses the interpreter. TORCH='torch==2.11.0 --index-url ...' installs a CUDA build, and
 # MEGATRON=megatron-core==0.19.2 another Megatron-core. By default everything has the version of constraints.txt.
@@ -12,7 +12,7 @@ VENV ?= .venv
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 MEGATRON ?= $(shell grep '^megatron-core==' constraints.txt)
 PYTEST_ARGS ?=
-# Strict rooms: no errors under mypy --strict.
+# Strict packages: no errors under mypy --strict.
 STRICT := -p bd3_common -p data_prep -p pretrain.config -p bd3_megatron.diffusion -m bd3_megatron.config
 
 BIN := $(VENV)/bin

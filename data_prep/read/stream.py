@@ -270,6 +270,6 @@ def _check_alike(readers: Sequence[RowReader]) -> None:
             if one != other:
                 one, other = (str(value)[:12] for value in (one, other))
                 raise DataError(
-                    f"{name}: {first.folder} has {one}, {reader.folder} has {other}; data sets of one mix must agree: "
+                    f"{name}: {first.folder} has {one}, {reader.folder} has {other}; a mix needs the same in all: "
                     "write them with the same tokenizer and length (bd3 prep --tokenizer)"
                 )

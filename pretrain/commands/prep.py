@@ -1,4 +1,4 @@
-"""`bd3 prep`: text to a data set, or an index over token tars that are there already."""
+"""`bd3 prep`: text to a data set, or an index of existing token tars."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class MetricSink(ABC):
             split: ``train`` (loss, grad_norm, lr, tokens), ``validation`` (nelbo in nats per token, perplexity),
                 ``throughput`` (tokens_per_second, mfu, seconds_per_step) or ``checkpoint`` (stall_seconds, bytes).
             step: optimizer steps done, from 1.
-            values: numbers by name; None stands for a number that there is not.
+            values: numbers by name; None: no value.
         """
 
     def sync(self) -> None:  # noqa: B027
