@@ -1,4 +1,4 @@
-"""Index of token tars that others have written: a manifest over them, which leaves every tar as it is."""
+"""Index of token tars of another program: a manifest and an index file beside them; the tars are not changed."""
 
 from __future__ import annotations
 

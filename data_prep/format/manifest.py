@@ -5,7 +5,7 @@ A data set is a folder::
     manifest.json  tokenizer.json  rejects.jsonl (if any)
     train/train-000000.tar ...  validation/validation-000000.tar ...
 
-or a folder of token tars that others have written, with an index beside them (``bd3 prep --index``, version 3)::
+or a folder of token tars of another program, with an index beside them (``bd3 prep --index``, version 3)::
 
     manifest.json  tokenizer.json  index/train-*.npy  index/validation-*.npy
     any/name.tar ...
@@ -31,7 +31,7 @@ from data_prep.format.pack import Packing
 FORMAT: Final = "bd3-rows"
 VERSION: Final = 2
 INDEX_VERSION: Final = 3
-"""version of a manifest over token tars of others"""
+"""version of a manifest over token tars of another program"""
 MANIFEST = "manifest.json"
 TOKENIZER: Final = "tokenizer.json"
 REJECTS = "rejects.jsonl"
@@ -72,7 +72,7 @@ class Shard(Record):
 
 
 class IndexedShard(Shard):
-    """One tar of others, and which part of the split's index is about it. It has no members of ours.
+    """One token tar of another program, and the part of the split's index that belongs to it; ``members`` is empty.
 
     Both splits may take samples of one tar: ``rows`` are those of this split.
     """
@@ -104,7 +104,7 @@ class Split(Record):
 
 
 class IndexedSplit(Split):
-    """A split of token tars that others have written.
+    """A split of token tars of another program.
 
     The index is int64 ``[samples, 3]``, shard after shard: first byte of the sample's ids in the tar (behind an npy
     header), bytes, and ids. Rows are cut from the ids of a shard, sample after sample; what fills no row is dropped.
@@ -146,7 +146,7 @@ class Recipe(Record):
 
 
 class IndexRecipe(Recipe):
-    """Options that decide the rows of token tars that others have written."""
+    """Options that determine the rows of token tars of another program."""
 
     index_member: str | None = Field(description="extension of the members that hold the ids")
 

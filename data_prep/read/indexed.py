@@ -1,4 +1,4 @@
-"""Rows of token tars that others have written: cut from the samples that an index names, read in place."""
+"""Rows of token tars of another program: cut from the indexed samples and read in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check of token tars that others have written, against the index and the manifest over them."""
+"""Check of token tars of another program against the manifest and the index."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LITTLE = 64 << 20  # bytes of tars, for which starting processes takes longer t
 
 
 class IndexCheck(Check):
-    """Index every tar anew and compare. Files of others beside the tars are left alone."""
+    """Index every tar anew and compare. Other files beside the tars are ignored."""
 
     def _files(self) -> None:
         known = {source.name for source in self.manifest.sources}

@@ -1,4 +1,4 @@
-"""Token tars of others, written by webdataset: indexed in place, read row by row, checked, and refused by name."""
+"""Token tars written by webdataset: indexed in place, read row by row, checked, and refused by name."""
 
 import io
 import json
