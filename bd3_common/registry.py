@@ -12,6 +12,7 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -31,6 +32,8 @@ class Entry:
     name: str
     target: str
     summary: str = ""
+    distribution: str | None = None
+    """installed distribution that adds it by an entry point"""
 
 
 class Registry(Generic[T]):
@@ -50,6 +53,7 @@ class Registry(Generic[T]):
         self._added: dict[str, tuple[Entry, type[T] | None]] = {}
         self._found: dict[str, Entry] | None = None
         self._installed: dict[str, Entry] | None = None
+        self._warned: set[str] = set()
 
     def add(self, name: str, target: type[T] | str, summary: str = "") -> None:
         """Add an entry from a plugin.
@@ -61,7 +65,7 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: the name is taken.
         """
-        if name in self._added or name in self._built_in():
+        if name in self._entries():
             raise ConfigError(f"{self.kind} {name}: there is one of this name already; choose another")
         if isinstance(target, str):
             self._added[name] = Entry(name, target, summary), None
@@ -112,6 +116,23 @@ class Registry(Generic[T]):
             raise ConfigError(f"{self.kind} {name}: {found!r} does not derive from {self._base_name}")
         return found
 
+    def load_all(self) -> dict[str, type[T]]:
+        """Classes of all entries by name, without those of installed distributions that cannot be imported.
+
+        A warning names each of the latter: a package that needs a GPU, say, must not stop what does not use it.
+        """
+        found: dict[str, type[T]] = {}
+        for entry in self.entries():
+            try:
+                found[entry.name] = self.load(entry.name)
+            except ConfigError as error:
+                if entry.distribution is None:
+                    raise
+                if entry.name not in self._warned:
+                    self._warned.add(entry.name)
+                    logging.getLogger(__name__).warning("%s; it is left out", error)
+        return found
+
     def instance(self, name: str) -> T:
         """The shared instance of an entry whose class takes no arguments.
 
@@ -129,9 +150,19 @@ class Registry(Generic[T]):
     def _entries(self) -> dict[str, Entry]:
         plugins.load()
         if self._installed is None:  # reading the metadata of all distributions takes milliseconds
-            self._installed = {point.name: Entry(point.name, point.value) for point in entry_points(group=self.group)}
-        entries = self._built_in() | {k: v for k, v in self._installed.items() if k not in self._built_in()}
-        return entries | {name: entry for name, (entry, _) in self._added.items()}
+            self._installed = {}
+            for point in entry_points(group=self.group):
+                distribution = point.dist.name if point.dist is not None else "unknown"
+                if point.name in self._built_in() or point.name in self._installed:
+                    logging.getLogger(__name__).warning(
+                        "%s %s of the distribution %s is not used: there is one of this name already",
+                        self.kind,
+                        point.name,
+                        distribution,
+                    )
+                else:
+                    self._installed[point.name] = Entry(point.name, point.value, distribution=distribution)
+        return self._built_in() | self._installed | {name: entry for name, (entry, _) in self._added.items()}
 
     def _built_in(self) -> dict[str, Entry]:
         if self._found is None:
@@ -142,8 +173,14 @@ class Registry(Generic[T]):
         module_name, _, name = entry.target.partition(":")
         try:
             module = importlib.import_module(module_name)
-        except ImportError as error:
-            raise ConfigError(f"{self.kind} {entry.name}: {module_name} cannot be imported: {error}") from error
+        except Exception as error:
+            if not isinstance(error, ImportError) and entry.distribution is None:
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            remedy = f"; mend or uninstall the distribution {entry.distribution}" if entry.distribution else ""
+            raise ConfigError(
+                f"{self.kind} {entry.name}: {module_name} cannot be imported ({reason}){remedy}"
+            ) from error
         if name:
             try:
                 return getattr(module, name)

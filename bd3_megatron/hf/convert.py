@@ -40,7 +40,7 @@ def export(
     out = Path(out)
     written = FORMATS.load(format_name)
     if not written.writable():
-        able = ", ".join(name for name in FORMATS.names() if FORMATS.load(name).writable())
+        able = ", ".join(name for name, cls in FORMATS.load_all().items() if cls.writable())
         raise ConfigError(f"format={format_name}: can be read, not written; use {able}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out}: exists and is not an empty folder; name another or remove it")
@@ -82,7 +82,7 @@ def find_format(source: Source) -> str:
     Raises:
         ConfigError: no format does, or several do.
     """
-    found = [name for name in FORMATS.names() if FORMATS.load(name)().matches(source.config)]
+    found = [name for name, cls in FORMATS.load_all().items() if cls().matches(source.config)]
     if len(found) == 1:
         return found[0]
     where = f"{source.config_file}: model_type={source.config.get('model_type')!r}"

@@ -183,6 +183,9 @@ def find_tars(folder: Path) -> list[str]:
         for name in files:
             if name.startswith("."):
                 continue
+            if not _is_utf8(name):
+                shown = os.fsencode(Path(path) / name).decode(errors="backslashreplace")
+                raise DataError(f"{shown}: the name is not UTF-8, and a manifest cannot hold it; rename the file")
             if name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
                 raise DataError(f"{Path(path) / name}: compressed: rows cannot be read in place; unpack it to a .tar")
             if name.endswith(".tar"):
@@ -190,6 +193,14 @@ def find_tars(folder: Path) -> list[str]:
     if not names:
         raise DataError(f"{folder}: no .tar file in it; give the folder of the tars to --index")
     return sorted(names)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def scan(
@@ -379,7 +390,7 @@ def _members(stream: _Hashed, path: Path, wanted: str | None) -> tuple[list[_Sam
         payload, begin = tar.payload(), 0
         try:
             ids, begin = npy_ids(payload) if kind == "npy" else (json_ids(payload), 0)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             if kind == "npy":
                 raise DataError(f"{path}: {member.name}: {error}; write the ids as arrays of integers") from None
             problem = problem or f"{path}: {member.name}: {error}; write the ids as a list of integers"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
@@ -26,9 +28,12 @@ def json_ids(payload: bytes) -> Ids:
     """Ids of a ``.json`` member, int64 ``[n]``: a list of numbers, a list of such lists, or an object that has one.
 
     Raises:
-        ValueError: it holds no list of integers; the text says what it holds.
+        ValueError: it holds no list of integers of 64 bits; the text says what it holds.
     """
-    content = json.loads(payload)
+    try:
+        content = json.loads(payload)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if isinstance(content, dict):
         found = next((name for name in ID_FIELDS if name in content), None)
         if found is None:
@@ -38,25 +43,34 @@ def json_ids(payload: bytes) -> Ids:
         content = [number for part in content for number in part]
     if not isinstance(content, list) or any(type(number) is not int for number in content):
         raise ValueError("no list of integers")
-    return np.array(content, np.int64)
+    try:
+        return np.array(content, np.int64)
+    except OverflowError:
+        raise ValueError("an integer of more than 64 bits") from None
 
 
 def npy_ids(payload: bytes) -> tuple[Ids, int]:
     """Ids of a ``.npy`` member, ``[n]``, and where they begin in it. Objects are refused: they would be unpickled.
 
     Raises:
-        ValueError: no npy file of version 1 to 3, or no integers in C order.
+        ValueError: no npy file of version 1 or 2, no integers in C order, or another size than its header says.
     """
     stream = io.BytesIO(payload)
-    array = np.lib.format.read_array(stream, allow_pickle=False)
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{array.dtype} instead of integers")
-    if array.ndim > 1 and not array.flags.c_contiguous:
+    try:
+        version = np.lib.format.read_magic(stream)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read_header(stream)
+        count = math.prod(operator.index(size) for size in shape)
+    except Exception as error:  # of a header made by anybody: numpy's own and those of Python's parser
+        raise ValueError(f"no npy header that can be read ({type(error).__name__})") from None
+    if dtype.kind not in "iu":
+        raise ValueError(f"{dtype} instead of integers")
+    if fortran and len(shape) > 1:
         raise ValueError("in Fortran order")
-    begin = stream.tell() - array.nbytes
-    if stream.tell() != len(payload):
-        raise ValueError("more bytes than its header says")
-    return array.reshape(-1), begin
+    begin = stream.tell()
+    if begin + count * dtype.itemsize != len(payload):
+        raise ValueError(f"{len(payload)} bytes, {begin + count * dtype.itemsize} by its header")
+    return np.frombuffer(payload, dtype, offset=begin), begin
 
 
 class IndexedRows:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,12 +95,9 @@ class OpenFiles:
     ):
         self._paths, self._identities, self._remedy = paths, identities, remedy
         self._limit = default_limit() if limit is None else limit
-        self._files: OrderedDict[int, ShardFile] = OrderedDict()
-        self._lock = threading.RLock()
-        _READERS.add(self)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return sum(owner == id(self) for owner, _ in _OPEN)
 
     @contextmanager
     def file(self, number: int) -> Iterator[ShardFile]:
@@ -110,24 +106,23 @@ class OpenFiles:
         Raises:
             DataError: it is missing, has another size than stated, or was replaced since the data set was opened.
         """
-        with self._lock:  # another thread might close it
-            found = self._files.get(number)
+        with _LOCK:  # another thread might close it
+            found = _OPEN.get((id(self), number))
             if found is None:
                 found = self._open(number)
             else:
-                self._files.move_to_end(number)
+                _OPEN.move_to_end((id(self), number))
             yield found
 
     def close(self) -> None:
-        """Close all files."""
-        with self._lock:
-            while self._files:
-                self._files.popitem()[1].close()
+        """Close all files of this reader."""
+        with _LOCK:
+            for key in [key for key in _OPEN if key[0] == id(self)]:
+                _OPEN.pop(key).close()
 
     def _open(self, number: int) -> ShardFile:
-        # The limit is the process's: train and validation split and all data sets of a mix share it.
-        while len(self._files) >= max(1, self._limit // len(_READERS)):
-            self._files.popitem(last=False)[1].close()
+        while len(_OPEN) >= self._limit:
+            _OPEN.popitem(last=False)[1].close()
         _, _, size, _ = self._identities[number]
         found = ShardFile(self._paths(number), size, self._remedy)
         if found.identity != self._identities[number]:
@@ -136,14 +131,17 @@ class OpenFiles:
                 f"{found.path}: was replaced or changed while it was in use; start again if its content is right, else "
                 f"{self._remedy}"
             )
-        self._files[number] = found
+        _OPEN[id(self), number] = found
         return found
 
     def __del__(self) -> None:
         self.close()
 
 
-_READERS: weakref.WeakSet[OpenFiles] = weakref.WeakSet()
+# Open files of all readers of the process, least recently used first: train and validation split and all data sets of
+# a mix share the limit. The keys are (id of the OpenFiles, number).
+_OPEN: OrderedDict[tuple[int, int], ShardFile] = OrderedDict()
+_LOCK = threading.RLock()
 
 
 def default_limit() -> int:

@@ -17,14 +17,12 @@ class PrepOptions(PrepConfig):
     """Tokenize text, cut it into rows and write them as WebDataset shards."""
 
     inputs: Positional[tuple[str, ...]] = Field(min_length=1, description=PrepConfig.model_fields["inputs"].description)
-    dry_run: bool = Field(
-        default=False, description="estimate tokens, shards, disk and time from a sample; write nothing"
-    )
     index: str | None = Field(
         default=None,
-        description="instead of all this: index the WebDataset tars of token ids in this folder, in place; "
-        "bd3 prep --index DIR --help lists the options",
+        description="folder of WebDataset tars of token ids to index in place, "
+        "instead of preparing text; bd3 prep --index DIR --help lists its options",
     )
+    dry_run: bool = Field(default=False, description="estimate tokens, shards, disk and time; write nothing")
 
 
 class IndexOptions(IndexConfig):

@@ -278,8 +278,7 @@ def reason_against(cls: type[AttentionBackend], demand: Demand, device: torch.de
 
 def _all() -> list[type[AttentionBackend]]:
     """Classes of all backends, those that ``auto`` prefers first."""
-    classes = [ATTENTION_BACKENDS.load(name) for name in ATTENTION_BACKENDS.names()]
-    return sorted(classes, key=lambda cls: -max(cls.priority.values(), default=0))
+    return sorted(ATTENTION_BACKENDS.load_all().values(), key=lambda cls: -max(cls.priority.values(), default=0))
 
 
 def _unsupported(name: str, reason: str, working: list[type[AttentionBackend]]) -> ConfigError:

@@ -61,8 +61,7 @@ def kind_of(file_name: str) -> tuple[str, Compression | None] | None:
 def suffixes() -> dict[str, tuple[str, Compression | None]]:
     """Kind and compression by suffix, including plugins."""
     found: dict[str, tuple[str, Compression | None]] = {}
-    for name in INPUT_KINDS.names():
-        kind = INPUT_KINDS.load(name)
+    for name, kind in INPUT_KINDS.load_all().items():
         for suffix in kind.suffixes:
             found[suffix] = name, None
             found |= {f"{suffix}.{packed}": (name, packed) for packed in kind.compressions}
@@ -71,6 +70,6 @@ def suffixes() -> dict[str, tuple[str, Compression | None]]:
 
 def readable() -> str:
     """Remedy for a file of no known kind."""
-    kinds = [INPUT_KINDS.load(name) for name in INPUT_KINDS.names()]
+    kinds = INPUT_KINDS.load_all().values()
     names = [suffix + ("[.gz|.zst]" if kind.compressions else "") for kind in kinds for suffix in kind.suffixes]
     return f"name files that end in {', '.join(names)}"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_rows_are_cut_from_samples_of_any_length(tmp_path_factory, tokenizer, da
 @pytest.mark.parametrize(
     ("samples", "words"),
     [
-        ([{"npy": np.array([{"a": 1}], object)}], r"0000\.npy: .*allow_pickle"),
+        ([{"npy": np.array([{"a": 1}], object)}], r"0000\.npy: object instead of integers"),
         ([{"pyd": [1, 2, 3]}], r"0000\.pyd: pickled data can execute code when it is read, and is refused"),
         ([{"npy": np.ones(8)}], r"0000\.npy: float64 instead of integers"),
         ([{"npy": np.asfortranarray(ids(3, 8))}], r"0000\.npy: in Fortran order"),
@@ -109,6 +110,7 @@ def test_rows_are_cut_from_samples_of_any_length(tmp_path_factory, tokenizer, da
         ([{"npy": ids(8) + 10**6}], r"0000\.npy: id \d+: not among the tokenizer's ids 0 to \d+"),
         ([{"npy": -ids(8)}], r"0000\.npy: id -\d+: not among"),
         ([{"json": {"text": "abc"}}], r"0000\.json: an object without input_ids, tokens, ids"),
+        ([{"json": [10**30]}], r"0000\.json: an integer of more than 64 bits"),
         ([{"json": [1.5, 2]}], r"0000\.json: no list of integers"),
         ([{"txt": "words"}], r"no sample has a \.npy or \.json member"),
         ([{"a.npy": ids(8), "b.npy": ids(8)}], r"name the one with the ids, as in --member b\.npy"),
@@ -121,6 +123,47 @@ def test_what_cannot_be_indexed_is_one_line(tmp_path, tokenizer, samples, words)
         index(tmp_path / "set", tokenizer)
     assert "\n" not in str(caught.value)
     assert [path.name for path in (tmp_path / "set").iterdir()] == ["a.tar"]
+
+
+def header(text: bytes, version: bytes = b"\x01\x00") -> bytes:
+    return b"\x93NUMPY" + version + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        b"",
+        b"(((",
+        header(b"((("),
+        header(b"{'descr': '<i8', 'fortran_order': False, 'shape': (10000000000000000,)}"),
+        header(b"{'descr': '<i8', 'fortran_order': False, 'shape': (99999999999999999999999,)}"),
+        header(b"{'descr': '<i8', 'fortran_order': False, 'shape': (True,)}"),
+        header(b"{'descr': '<i8', 'fortran_order': False, 'shape': (-8,)}") + bytes(64),
+        header(b"{'descr': '<i8', 'fortran_order': False, 'shape': (8"),
+        header(b"{'descr': '<i8', 'fortran_order': False, 'shape': (8,)}") + bytes(63),
+        header(b"{'descr': '<i8', 'fortran_order': False, 'shape': (8,)}", b"\x09\x00") + bytes(64),
+    ],
+)
+def test_a_damaged_array_is_one_line(tmp_path, tokenizer, payload):
+    (tmp_path / "set").mkdir()
+    with webdataset.TarWriter(str(tmp_path / "set" / "a.tar"), encoder=False) as writer:
+        writer.write({"__key__": "0", "npy": payload})
+    with pytest.raises(DataError, match=r"a\.tar: 0\.npy: ") as caught:
+        index(tmp_path / "set", tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_huge_number_in_metadata_does_no_harm(tmp_path, tokenizer):
+    write_tar(tmp_path / "set" / "a.tar", [{"npy": row, "json": [10**30]} for row in ids(20, LENGTH)])
+    index(tmp_path / "set", tokenizer)
+    assert sum(map(len, rows_of(tmp_path / "set").values())) == 20
+
+
+def test_a_name_that_is_not_utf8_is_one_line(tmp_path, tokenizer):
+    write_tar(tmp_path / "set" / "a.tar", [{"npy": ids(LENGTH)}])
+    os.rename(tmp_path / "set" / "a.tar", os.fsencode(tmp_path / "set") + b"/a\xff.tar")
+    with pytest.raises(DataError, match=r"a\\xff\.tar: the name is not UTF-8"):
+        index(tmp_path / "set", tokenizer)
 
 
 def test_nothing_of_a_pickle_is_executed(tmp_path, tokenizer):

@@ -133,6 +133,16 @@ def test_rows_do_not_depend_on_how_many_files_are_open(data_set, monkeypatch, li
             reader.rows(np.array([0, wrong]))
 
 
+def test_all_readers_of_a_process_share_the_limit(data_set, monkeypatch):
+    folder, tokens, _ = data_set
+    monkeypatch.setattr("data_prep.read.open_files.default_limit", lambda: 3)
+    readers = [RowReader(folder, "train") for _ in range(4)]
+    for _ in range(2):
+        for reader in readers:
+            assert (reader.rows(np.arange(len(reader))) == tokens).all()
+            assert sum(len(other._files) for other in readers) <= 3
+
+
 @pytest.mark.parametrize(("soft", "limit"), [(1024, 512), (10**6, 4096), (1, 1), (resource.RLIM_INFINITY, 4096)])
 def test_at_most_half_of_the_files_a_process_may_open_are_kept_open(monkeypatch, soft, limit):
     monkeypatch.setattr("data_prep.read.open_files.resource.getrlimit", lambda _: (soft, resource.RLIM_INFINITY))
