@@ -159,14 +159,19 @@ def megatron_nll(
     t: Tensor,
 ) -> Tensor:
     """The model that is trained, in a world of 1."""
-    if not dist.is_initialized():
+    started = not dist.is_initialized()
+    if started:
         parallel.start(ParallelConfig())
-    fp32 = OptimizationConfig(precision="fp32")
-    network = BlockDiffusionModel(EngineConfig(model=model, diffusion=diffusion, optimization=fp32))
-    masked = xt == model.mask_id
-    streams = torch.cat([xt, x0]) if network.streams.clean else xt
-    batch = Batch(streams, x0, torch.where(masked, 1 / t, 0.0), tokens=x0.numel())
-    return functional_call(network, weights, (batch,))
+    try:
+        fp32 = OptimizationConfig(precision="fp32")
+        network = BlockDiffusionModel(EngineConfig(model=model, diffusion=diffusion, optimization=fp32))
+        masked = xt == model.mask_id
+        streams = torch.cat([xt, x0]) if network.streams.clean else xt
+        batch = Batch(streams, x0, torch.where(masked, 1 / t, 0.0), tokens=x0.numel())
+        return functional_call(network, weights, (batch,))
+    finally:
+        if started:  # whoever comes next in this process may start one of its own
+            parallel.stop()
 
 
 MODELS: dict[str, Model] = {"hf": hf_nll, "megatron": megatron_nll}

@@ -32,12 +32,18 @@ _LOG = logging.getLogger(__name__)
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files match its list; None if there is none."""
+    """The newest checkpoint whose files match its list; None if there is none.
+
+    A warning names each newer one that does not.
+    """
+    damaged: list[str] = []
     for path in reversed(folders(run)):
         found = _examine(path)
         if isinstance(found, Checkpoint):
+            for line in damaged:
+                _LOG.warning("%s", line)
             return found
-        _LOG.warning(f"{path}: {found}; skipped")
+        damaged.append(f"{path}: {found}; skipped")
     return None
 
 
