@@ -44,7 +44,6 @@ PICKLED = ("pyd", "pickle", "pkl", "pth", "pt", "npz")
 """extensions of members that webdataset would unpickle, or that may hold what is unpickled"""
 SPLIT_FOLDERS: dict[str, SplitName] = {"train": "train", "validation": "validation", "valid": "validation"}
 SPLIT_FOLDERS |= {"val": "validation", "dev": "validation"}
-_LITTLE = 64 << 20  # bytes of tars, for which starting processes takes longer than it saves
 
 
 class IndexConfig(BaseModel):
@@ -216,7 +215,7 @@ def scan(
     progress = Progress(report, "indexed", size)
     found: dict[str, IndexedTar] = {}
     count = workers or len(os.sched_getaffinity(0))
-    for job, result in pool.run(index_tar, jobs, count if size > _LITTLE else 1, progress.tick):
+    for job, result in pool.run(index_tar, jobs, count, progress.tick, size):
         if isinstance(result, DataError):
             raise result
         progress.done(result.bytes, result.bytes)

@@ -17,13 +17,19 @@ from typing import Any
 from data_prep.errors import DataError
 
 TICK = 1.0  # seconds between calls of ``tick``
+LITTLE = 64 << 20
+"""bytes of work for which starting processes takes longer than it saves"""
 _PR_SET_PDEATHSIG = 1
 
 _counter: Any = None  # in a worker: the shared counter of bytes
 
 
 def run(
-    function: Callable[[Any], Any], jobs: Sequence[Any], workers: int, tick: Callable[[int], None]
+    function: Callable[[Any], Any],
+    jobs: Sequence[Any],
+    workers: int,
+    tick: Callable[[int], None],
+    size: int | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """Run ``function(job)`` in ``workers`` processes; yields ``(job, result)`` as jobs finish.
 
@@ -33,12 +39,13 @@ def run(
     Args:
         function: of a module's top level; it reports progress through :func:`count`.
         tick: called about once a second with the sum of all counts.
+        size: bytes to work through, if known: :data:`LITTLE` or less is done in this process.
 
     Raises:
         DataError: a worker died.
     """
     global _counter
-    if min(workers, len(jobs)) <= 1:
+    if min(workers, len(jobs)) <= 1 or (size is not None and size <= LITTLE):
         _counter = _Local(tick)
         for job in jobs:
             yield job, _result_of(function, job)

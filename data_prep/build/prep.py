@@ -59,7 +59,6 @@ if TYPE_CHECKING:
 __all__ = ["PrepConfig", "in_validation", "prep"]
 
 SMALLEST_PART, LARGEST_PART = 1 << 20, 64 << 20  # stored bytes that one job reads, if the file can be split
-_LITTLE = 64 << 20  # bytes of token streams
 _SAMPLE = 1  # seed of the tokenizer's training sample, not the default seed of the split
 
 
@@ -262,8 +261,7 @@ class _Prep:
         itemsize = np.dtype(jobs[0].stream.dtype).itemsize
         size = sum(job.stream.tokens * itemsize for job in missing)
         progress = Progress(self.report, "packed", size)
-        # Starting processes takes longer than a few shards.
-        for job, result in pool.run(build_shard, missing, self.workers if size > _LITTLE else 1, progress.tick):
+        for job, result in pool.run(build_shard, missing, self.workers, progress.tick, size):
             if isinstance(result, DataError):
                 raise result
             progress.done(job.stream.tokens * itemsize, job.stream.tokens * itemsize)

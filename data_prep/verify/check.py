@@ -37,7 +37,6 @@ from data_prep.verify.walk import Reasons, Rules, Walked, WalkJob, walk_shard
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_LITTLE = 64 << 20  # bytes of shards; with fewer, starting processes takes longer than it saves
 _CLOSE = 1e-6  # nats by which sums of logarithms may differ between machines
 
 
@@ -237,7 +236,7 @@ class Check:
         walked: dict[WalkJob, Walked] = {}
         counts = {name: np.zeros(rules.vocab_size, np.int64) for name in SPLITS}
         progress = Progress(self.report, "checked", size)
-        for job, found in pool.run(walk_shard, jobs, workers if size > _LITTLE else 1, progress.tick):
+        for job, found in pool.run(walk_shard, jobs, workers, progress.tick, size):
             progress.done(job.shard.bytes, job.shard.bytes)
             counts[job.split] += found.counts
             if found.whole:

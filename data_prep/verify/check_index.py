@@ -17,8 +17,6 @@ from data_prep.format.tokenizer import SpecialIds, token_dtype
 from data_prep.verify.check import Check, SplitContent
 from data_prep.verify.duplicates import row_hashes
 
-_LITTLE = 64 << 20  # bytes of tars, for which starting processes takes longer than it saves
-
 
 class IndexCheck(Check):
     """Index every tar anew and compare. Other files beside the tars are ignored."""
@@ -66,7 +64,7 @@ class IndexCheck(Check):
         size = sum(source.bytes for source in manifest.sources)
         progress = Progress(self.report, "checked", size)
         tars: dict[str, IndexedTar] = {}
-        for job, found in pool.run(_walk_tar, jobs, workers if size > _LITTLE else 1, progress.tick):
+        for job, found in pool.run(_walk_tar, jobs, workers, progress.tick, size):
             if isinstance(found, DataError):
                 self._fault(job.name, str(found).removeprefix(f"{self.folder / job.name}: "))
             else:

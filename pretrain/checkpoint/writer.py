@@ -31,7 +31,8 @@ from bd3_megatron.engine.base import Engine
 from bd3_megatron.shards import Chunk, ShardedTensor
 from pretrain.checkpoint import folder
 from pretrain.checkpoint.planner import SaveChunks
-from pretrain.distributed.collectives import gather_from_ranks, mark_collective, on_rank_0, raise_on_all_ranks
+from pretrain.distributed.collective_errors import mark_collective
+from pretrain.distributed.collectives import gather_from_ranks, on_rank_0, raise_on_all_ranks
 
 # Ranks wait for the slowest disk. A rank that died is noticed at once, by its closed connection.
 _TIMEOUT = datetime.timedelta(hours=2)

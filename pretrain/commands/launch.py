@@ -114,6 +114,8 @@ def prep(args: list[str]) -> None:
     config = PrepConfig(**options.model_dump(include=set(PrepConfig.model_fields)))
     if options.part is not None:
         raise ConfigError(f"--part={options.part}: set by the array; give --tasks, the number of shares")
+    if options.index is not None:
+        raise ConfigError(f"--index={options.index}: not a job of its own; call bd3 prep --index {options.index}")
     if options.workers is not None:
         raise ConfigError(f"--workers={options.workers}: one for each core of a task; give --cpus-per-task")
     out = Path(options.out).absolute()

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.distributed.collective_errors import collective_errors, is_collective, mark_collective  # noqa: F401
+from pretrain.distributed.collective_errors import mark_collective
 
 T = TypeVar("T")
 

@@ -25,14 +25,8 @@ from bd3_megatron.parallel import World
 from data_prep.read.stream import RowStream
 from pretrain.checkpoint.folder import folders as checkpoint_folders
 from pretrain.config.schema import RunConfig, check_run
-from pretrain.distributed.collectives import (
-    collective_errors,
-    gather_from_ranks,
-    gather_outcomes,
-    mark_collective,
-    on_rank_0,
-    raise_on_all_ranks,
-)
+from pretrain.distributed.collective_errors import collective_errors, mark_collective
+from pretrain.distributed.collectives import gather_from_ranks, gather_outcomes, on_rank_0, raise_on_all_ranks
 from pretrain.distributed.ranks import Ranks, read_ranks
 from pretrain.preflight import findings, probes
 from pretrain.preflight.findings import Clock, Finding, Report

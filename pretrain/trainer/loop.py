@@ -14,12 +14,8 @@ from data_prep.read.stream import RowStream
 from pretrain.checkpoint.reader import restore
 from pretrain.checkpoint.writer import CheckpointWriter, Written
 from pretrain.config.schema import RunConfig, check_batches, check_profile, check_run
-from pretrain.distributed.collectives import (
-    collective_errors,
-    max_over_ranks,
-    on_rank_0,
-    raise_on_all_ranks,
-)
+from pretrain.distributed.collective_errors import collective_errors
+from pretrain.distributed.collectives import max_over_ranks, on_rank_0, raise_on_all_ranks
 from pretrain.distributed.ranks import Ranks, read_ranks
 from pretrain.estimate.devices import peak_flops
 from pretrain.preflight.run import Preflight

@@ -13,7 +13,8 @@ from pretrain.checkpoint.folder import Checkpoint, folders
 from pretrain.checkpoint.reader import newest_on_all_ranks
 from pretrain.config.resolve import load_saved
 from pretrain.config.schema import RunConfig
-from pretrain.distributed.collectives import mark_collective, on_rank_0
+from pretrain.distributed.collective_errors import mark_collective
+from pretrain.distributed.collectives import on_rank_0
 from pretrain.run_folder import layout
 from pretrain.run_folder.data import data_identity, order_seed
 from pretrain.trainer.stability import check_skips, read_ranges, undone

@@ -29,7 +29,8 @@ from bd3_megatron.parallel import World
 from pretrain.checkpoint.folder import Checkpoint, folders, read_listing, step_of
 from pretrain.checkpoint.reader import newest_on_all_ranks
 from pretrain.config.schema import GuardConfig, RunConfig
-from pretrain.distributed.collectives import gather_from_ranks, mark_collective, on_rank_0
+from pretrain.distributed.collective_errors import mark_collective
+from pretrain.distributed.collectives import gather_from_ranks, on_rank_0
 from pretrain.run_folder import layout
 from pretrain.tracking.metrics import read_metrics
 from pretrain.trainer.batches import Batches

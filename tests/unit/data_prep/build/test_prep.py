@@ -20,8 +20,8 @@ from bd3_common import atomic
 from bd3_common.atomic import atomic_file
 from data_prep import sources as sources_module
 from data_prep.build import encode as encode_module
+from data_prep.build import pool, work_folder
 from data_prep.build import prep as prep_module
-from data_prep.build import work_folder
 from data_prep.build.estimate import estimate
 from data_prep.build.prep import PrepConfig, in_validation, prep
 from data_prep.build.progress import Progress, duration
@@ -430,7 +430,7 @@ def test_a_killed_prep_goes_on_to_the_same_bytes(tmp_path, workers, moments):
 
 
 def small_parts() -> None:
-    prep_module.SMALLEST_PART, prep_module._LITTLE = 8000, 0
+    prep_module.SMALLEST_PART, pool.LITTLE = 8000, 0
     atomic.sync = work_folder.sync = lambda path: None  # a killed process loses nothing that it has written
 
 

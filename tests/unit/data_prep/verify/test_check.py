@@ -425,7 +425,7 @@ def test_planted_rows_are_found_within_and_across_splits(tokenizer, tmp_path_fac
 def test_workers_find_what_one_process_finds(copy, monkeypatch):
     flip(copy / "train" / "train-000001.tar", 5000)
     one = check(copy, workers=1)
-    monkeypatch.setattr("data_prep.verify.check._LITTLE", 0)
+    monkeypatch.setattr("data_prep.build.pool.LITTLE", 0)
     two = check(copy, workers=2)
     assert two.faults == one.faults
     assert [c.lengths for c in two.splits.values()] == [c.lengths for c in one.splits.values()]

@@ -433,3 +433,9 @@ def test_what_slurm_says_of_jobs_is_read(slurm):
     slurm.answers("scontrol", "sleep 5")
     with pytest.raises(client.SlurmError, match=r"no answer within 0\.5 s"):
         client.call("scontrol", timeout=0.5)
+
+
+def test_an_index_is_no_job(tmp_path):
+    args = ["prep", "text.jsonl", "--out", str(tmp_path / "out"), "--index", str(tmp_path)]
+    with pytest.raises(ConfigError, match=r"--index=.*: not a job of its own; call bd3 prep --index"):
+        launch.main(args)
