@@ -73,26 +73,31 @@ def atomic_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
-def publish_folder(folder: Path, out: Path, overwrite: bool = False) -> None:
+def publish_folder(folder: Path, out: Path, overwrite: bool = False, aside: Path | None = None) -> None:
     """Rename a finished folder to ``out``, on the same file system, and sync it and its parent.
+
+    Args:
+        overwrite: replace a folder that has files in it.
+        aside: new place of the replaced folder, which the caller removes; None: it is removed.
 
     Raises:
         OSError: ``out`` has files in it, and ``overwrite`` is false or another process has just written them.
     """
     sync(folder)
-    aside = None
-    if overwrite and out.exists():
-        aside = out.with_name(_temporary(out, "replaced"))
-        out.rename(aside)
+    replaced = aside or out.with_name(_temporary(out, "replaced"))
+    replaces = overwrite and out.exists()
+    if replaces:
+        shutil.rmtree(replaced, ignore_errors=True)  # of a process that was killed after publishing
+        out.rename(replaced)
     try:
         folder.rename(out)
     except OSError:
-        if aside:
-            aside.rename(out)
+        if replaces:
+            replaced.rename(out)
         raise
     sync(out.parent)
-    if aside:
-        shutil.rmtree(aside, ignore_errors=True)
+    if replaces and aside is None:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_bytes(path: Path, content: bytes, durable: bool = True) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from bd3_common.atomic import sync, write_text
+from bd3_common.atomic import publish_folder, sync, write_text
 from data_prep.build.encode import RESULT
 from data_prep.errors import DataError
 from data_prep.format.files import lies_at
@@ -126,20 +126,9 @@ class Work:
         Raises:
             OSError: another data set was published there meanwhile.
         """
-        for folder in (*(self.data / split for split in SPLITS), self.data):
-            sync(folder)
-        aside = None
-        if replace and self.out.exists():
-            aside = self.folder / "replaced"
-            shutil.rmtree(aside, ignore_errors=True)  # of a prep that was killed after publishing
-            self.out.rename(aside)
-        try:
-            self.data.rename(self.out)  # fails if another process has published meanwhile
-        except OSError:
-            if aside:
-                aside.rename(self.out)
-            raise
-        sync(self.out.parent)
+        for split in SPLITS:
+            sync(self.data / split)
+        publish_folder(self.data, self.out, replace, aside=self.folder / "replaced")
         self.remove()
 
     def sweep(self) -> None:
