@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.build import pool
-from data_prep.build.index import IndexConfig, IndexedTar, TarJob, describe, find_tars, index_tar, tar_jobs
+from data_prep.build.index import describe, find_tars, tar_jobs
 from data_prep.build.progress import Progress
+from data_prep.build.token_tar import IndexConfig, IndexedTar, TarJob, index_tar
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
 from data_prep.format.manifest import MANIFEST, SPLITS, IndexedSplit, IndexRecipe

@@ -6,9 +6,10 @@ import sys
 
 from pydantic import Field
 
-from data_prep.build.index import IndexConfig, index_folder
+from data_prep.build.index import index_folder
 from data_prep.build.plan import PrepConfig
 from data_prep.build.prep import prep
+from data_prep.build.token_tar import IndexConfig
 from data_prep.format.manifest import Manifest
 from pretrain.config.command_line import Positional, parse_options
 

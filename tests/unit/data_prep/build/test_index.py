@@ -13,7 +13,8 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.build.index import IndexConfig, index_folder
+from data_prep.build.index import index_folder
+from data_prep.build.token_tar import IndexConfig
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
 from data_prep.format.manifest import SPLITS, load_manifest
