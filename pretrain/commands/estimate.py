@@ -25,7 +25,7 @@ class EstimateOptions(ShowOptions):
     """Predict memory, traffic and time of a run of this configuration; starts nothing. Later wins: defaults, preset,
     file, flags."""
 
-    device: Literal["h100-sxm", "h100-pcie", "h200", "gh200", "b200", "a100-80gb", "a100-40gb", "l40s", "cpu"] = Field(
+    device: Literal[(*DEVICES, "cpu")] = Field(  # type: ignore[valid-type]
         default="h100-sxm", description="what a rank runs on; cpu measures this machine"
     )
     efficiency: float = Field(
