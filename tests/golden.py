@@ -188,10 +188,10 @@ def main(files: list[str]) -> int:
         for file, golden in goldens.items():
             for name, run in MODELS.items():
                 d = compare(golden, run)
-                verdict = "pass" if d.passed else "MISS"
+                outcome = "pass" if d.passed else "MISS"
                 print(
                     f"{Path(file).name}  {name}  loss {d.loss:.1e}  nll {d.nll:.1e}  "
-                    f"grad {d.grad:.1e} ({d.worst})  {verdict}"
+                    f"grad {d.grad:.1e} ({d.worst})  {outcome}"
                 )
                 missed |= not d.passed
     except ConfigError as error:

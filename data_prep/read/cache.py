@@ -42,14 +42,14 @@ class ShardCache:
     Args:
         folder: created if missing; on a local disk, because the locks need one.
         limit_bytes: limit on the total size of its files.
-        attempts: number of tries of a fetch (see :func:`data_prep.format.remote.fetch`).
+        tries: tries of a fetch (see :func:`data_prep.format.remote.fetch`).
 
     Raises:
         DataError: the folder cannot be written.
     """
 
-    def __init__(self, folder: str | Path, limit_bytes: int, attempts: int = 5):
-        self.folder, self.limit, self.attempts = Path(folder).expanduser(), int(limit_bytes), attempts
+    def __init__(self, folder: str | Path, limit_bytes: int, tries: int = 5):
+        self.folder, self.limit, self.tries = Path(folder).expanduser(), int(limit_bytes), tries
         self._checked: set[str] = set()
         self._coming: dict[str, Future[Path]] = {}
         self._asked: queue.SimpleQueue[tuple[RemoteShard, Future[Path]]] = queue.SimpleQueue()
@@ -107,7 +107,7 @@ class ShardCache:
                 path.unlink()
             if not path.exists():
                 self._reserve(handle, shard)
-                fetch(shard.url, path, shard.bytes, shard.sha256, self.attempts)
+                fetch(shard.url, path, shard.bytes, shard.sha256, self.tries)
         self._checked.add(shard.sha256)
         return path
 

@@ -1,4 +1,4 @@
-"""What the tests change in the ranks inside of jobs: put this folder on PYTHONPATH and set
+"""Changes of the ranks inside of jobs that the tests ask for: put this folder on PYTHONPATH and set
 
 - ``BD3_TEST_STEP_SECONDS=0.2``: every batch takes so long to make;
 - ``BD3_TEST_NAN_STEPS=7,9``: a prediction of each rank in these steps (0 is the first) has the weight NaN;

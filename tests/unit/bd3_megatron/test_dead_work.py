@@ -1,4 +1,4 @@
-"""What is left out of a step changes neither its loss nor its gradients, and is left out."""
+"""Savings of a step: loss and gradients do not change, and the work is left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What FlashAttention-4 is given: its predicate evaluated in plain integers, and the names it is called by."""
+"""FlashAttention-4: its predicate evaluated in plain integers, and the names it is called by."""
 
 from __future__ import annotations
 

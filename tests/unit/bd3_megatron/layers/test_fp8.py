@@ -1,4 +1,4 @@
-"""What FP8 and Transformer Engine ask for is refused in one line when it is not there."""
+"""FP8 and Transformer Engine: one line where they are not there."""
 
 from __future__ import annotations
 

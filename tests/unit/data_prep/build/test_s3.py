@@ -68,7 +68,7 @@ def test_a_damaged_shard_in_the_store_is_named(stored, s3, tmp_path):
     whole = (stored / "train" / shard.name).read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
-    cache = ShardCache(tmp_path / "cache", 1 << 30, attempts=2)
+    cache = ShardCache(tmp_path / "cache", 1 << 30, tries=2)
     rows = np.array([24])  # of the second shard
     for body, message in ((bytes(flipped), "sha256 is"), (whole[:5120], "it has 5120 bytes, 10240 are expected")):
         s3.put_object(Bucket="texts", Key=key, Body=body)

@@ -188,7 +188,7 @@ def test_a_dead_server_is_one_line(far, tmp_path, store):
 
 
 def test_damage_elsewhere_names_the_shard(far, tmp_path):
-    reader = RowReader(far[0], "train", ShardCache(tmp_path / "cache", 10**8, attempts=2))
+    reader = RowReader(far[0], "train", ShardCache(tmp_path / "cache", 10**8, tries=2))
     folder = folder_of(far[0]) / "train"
     flipped = bytearray((folder / "train-000000.tar").read_bytes())
     flipped[3000] ^= 1

@@ -1,4 +1,4 @@
-"""What a preflight finds, on invented clusters of many nodes, and what it costs a run of one process."""
+"""Findings of a preflight on invented clusters of many nodes, and its cost for a run of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees: progress lines, the bar, curves."""
+"""Console: progress lines, the bar, curves."""
 
 from __future__ import annotations
 
