@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import configparser
 import importlib
 import re
@@ -83,6 +84,9 @@ def headings(path: Path) -> set[str]:
 
 
 def test_defaults_of_configuration_fields_are_named():
-    positional = re.compile(r"\bField\((?!\s*(?:default\b|\w+=|\.\.\.|\*|\)))")
-    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
-    assert [str(path) for path in files if positional.search(path.read_text())] == []
+    positional = []
+    for path in [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]:
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Field":
+                positional += [f"{path}:{call.lineno}" for default in call.args if ast.unparse(default) != "..."]
+    assert positional == []
