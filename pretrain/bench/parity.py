@@ -132,7 +132,10 @@ def _weights(model: ModelConfig) -> dict[str, torch.Tensor]:
     """Random weights by global name. Initial weights would hide errors: where a head or a bias starts at zero, most
     gradients are zero in every layout."""
     generator = torch.Generator().manual_seed(3)
-    drawn = {entry.name: torch.randn(entry.shape, generator=generator) for entry in entries(model)}
+    drawn = {
+        entry.name: torch.randn(entry.shape, generator=generator)
+        for entry in sorted(entries(model), key=lambda e: e.name)
+    }
     return {name: 0.2 * x + name.endswith("norm.weight") for name, x in drawn.items()}
 
 
