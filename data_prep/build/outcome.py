@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-import numpy as np
-
-from data_prep.build.assemble import ShardJob, counts_of, finished_shard
+from data_prep.build.assemble import ShardJob, Stream, counts_of, recorded_shard
 from data_prep.build.encode import Encoded, Reject, too_many_rejects
 from data_prep.build.plan import PrepConfig
 from data_prep.errors import DataError
@@ -68,11 +66,20 @@ def make_manifest(
     tokenizer_sha256: str,
     parts: Sequence[Part],
     results: Sequence[Encoded],
+    streams: Mapping[SplitName, Stream],
     jobs: Jobs,
 ) -> Manifest:
     """The manifest of a data set whose shards are all finished; equal for every number of parts and processes."""
-    counts = {name: counts_of(jobs[name]) for name in SPLITS}
-    nats = unigram_nats(counts["validation"], counts["train"] + 1)
+    splits = {
+        name: split_record(
+            streams[name],
+            jobs[name],
+            recipe.documents,
+            documents=sum(result.documents[name] for result in results),
+            text_bytes=sum(result.text_bytes[name] for result in results),
+        )
+        for name in SPLITS
+    }
     skipped = {why: sum(result.skipped.get(why, 0) for result in results) for why in ("short", "long")}
     return Manifest(
         package_version=package_version(),
@@ -83,10 +90,15 @@ def make_manifest(
         sources=_source_files(parts, results),
         rejects=len(all_rejects(results)),
         skipped={why: count for why, count in skipped.items() if count},
-        validation_unigram_nats=nats,
-        validation_unigram_perplexity=math.exp(nats),
-        splits={name: _split(name, jobs[name], results, counts[name]) for name in SPLITS},
+        **validation_unigram(jobs),
+        splits=splits,
     )
+
+
+def validation_unigram(jobs: Jobs) -> dict[str, Any]:
+    """Fields of the manifest that compare the validation split with the train split."""
+    nats = unigram_nats(counts_of(jobs["validation"]), counts_of(jobs["train"]) + 1)
+    return {"validation_unigram_nats": nats, "validation_unigram_perplexity": math.exp(nats)}
 
 
 def vocabulary(special: SpecialIds) -> dict[str, Any]:
@@ -104,18 +116,28 @@ def _source_files(parts: Sequence[Part], results: Sequence[Encoded]) -> list[Sou
     ]
 
 
-def _split(name: SplitName, jobs: Sequence[ShardJob], results: Sequence[Encoded], counts: np.ndarray) -> Split:
-    shards = [shard for job in jobs if (shard := finished_shard(job)) is not None]
+def split_record(
+    stream: Stream, jobs: Sequence[ShardJob], starts: bool, documents: int, text_bytes: int, lost: int = 0
+) -> Split:
+    """The manifest's record of a split whose shards are all finished.
+
+    Args:
+        starts: the data set stores where documents start.
+        documents, text_bytes: of the whole split.
+        lost: tokens behind the stream that are not there (:class:`~data_prep.format.manifest.Tail`).
+    """
+    shards = [shard for job in jobs if (shard := recorded_shard(job)) is not None]
     rows = sum(shard.rows for shard in shards)
-    form = jobs[0].stream.rows
+    counts = counts_of(jobs)
     return Split(
-        documents=sum(result.documents[name] for result in results),
-        text_bytes=sum(result.text_bytes[name] for result in results),
+        documents=documents,
+        text_bytes=text_bytes,
         rows=rows,
-        tokens=rows * form.length,
-        dropped_tokens=sum(result.tokens[name] for result in results) - rows * form.width,
+        tokens=rows * stream.rows.length,
+        dropped_tokens=stream.tokens - rows * stream.rows.width,
         unigram_entropy=unigram_nats(counts, counts),
         shards=shards,
+        tail=stream.tail(starts, lost),
     )
 
 

@@ -11,6 +11,7 @@ from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
 from data_prep.format.manifest import Recipe
 from data_prep.format.pack import Packing, RowFormat
+from data_prep.format.remote import is_remote
 from data_prep.format.tokenizer import SpecialIds, shared_tokenizer
 from data_prep.sources import Fields
 
@@ -19,7 +20,11 @@ class PrepConfig(Fields):
     """Options of ``bd3 prep``: inputs, output, recipe and processes."""
 
     inputs: tuple[str, ...] = Field(min_length=1, description="text to tokenize: files, folders, globs or URLs")
-    out: str = Field(min_length=1, description="folder of the data set, created at the end by one rename")
+    out: str = Field(min_length=1, description="folder of the data set, or URL of one (s3://bucket/prefix)")
+    work: str | None = Field(
+        default=None,
+        description="with a URL: local folder for unfinished work; null: prep in the user's cache folder",
+    )
     length: int = Field(default=256, ge=4, description="tokens per row, L")
     tokenizer: str = Field(default="bpe:4096", description="bpe:N trains one on the train split; else a tokenizer.json")
     tokenizer_sample: float = Field(default=1.0, gt=0, le=1, description="fraction of documents to train bpe:N on")
@@ -48,15 +53,11 @@ class PrepConfig(Fields):
 
     @model_validator(mode="after")
     def _fits_together(self) -> PrepConfig:
-        if self.rows_per_shard % self.rows_per_member:
-            fit = -(-self.rows_per_shard // self.rows_per_member) * self.rows_per_member
-            raise ValueError(
-                f"rows_per_shard={self.rows_per_shard}: not a multiple of "
-                f"rows_per_member={self.rows_per_member}; use {fit}"
-            )
-        if self.packing == "wrap" and not (self.add_bos and self.add_eos):
-            key = "add_eos" if self.add_bos else "add_bos"
-            raise ValueError(f"{key}=false: rows of packing=wrap begin with BOS and end with EOS; use packing=stream")
+        check_rows_options(self)
+        if self.work is not None and not is_remote(self.out):
+            raise ValueError(f"work={self.work}: only for a URL; unfinished work lies beside a folder; leave it out")
+        if self.part is not None and is_remote(self.out) and self.work is None:
+            raise ValueError(f"part={self.part}: with a URL, all tasks need one work folder: name it with --work")
         if self.part is not None and self.overwrite:
             raise ValueError(
                 f"overwrite=true: with part={self.part} each task would begin anew; remove {self.out} first"
@@ -103,3 +104,16 @@ class PrepConfig(Fields):
 
     def rows(self, special: SpecialIds) -> RowFormat:
         return RowFormat(self.length, self.packing, special.bos, special.eos, self.add_bos, self.add_eos)
+
+
+def check_rows_options(options: PrepConfig | Recipe) -> None:
+    """Raise ValueError if the options of the rows do not fit each other."""
+    if options.rows_per_shard % options.rows_per_member:
+        fit = -(-options.rows_per_shard // options.rows_per_member) * options.rows_per_member
+        raise ValueError(
+            f"rows_per_shard={options.rows_per_shard}: not a multiple of "
+            f"rows_per_member={options.rows_per_member}; use {fit}"
+        )
+    if options.packing == "wrap" and not (options.add_bos and options.add_eos):
+        key = "add_eos" if options.add_bos else "add_bos"
+        raise ValueError(f"{key}=false: rows of packing=wrap begin with BOS and end with EOS; use packing=stream")

@@ -15,11 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from bd3_common.atomic import atomic_file, unique_suffix, write_text
 from data_prep.build import pool
-from data_prep.build.assemble import Segment, ShardJob, Stream, build_shard, finished_shard, shard_jobs
+from data_prep.build.assemble import Segment, Stream, build_shards, shard_jobs
+from data_prep.build.destination import Destination, destination
 from data_prep.build.encode import (
     Encoded,
     EncodeJob,
@@ -34,19 +33,16 @@ from data_prep.build.encode import (
 from data_prep.build.outcome import all_rejects, check_documents, check_rejects, check_rows, make_manifest
 from data_prep.build.plan import PrepConfig
 from data_prep.build.progress import Progress, Report
-from data_prep.build.work_folder import Work, check_replaceable, recipe_difference
+from data_prep.build.work_folder import recipe_difference
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
 from data_prep.format.manifest import (
-    MANIFEST,
     REJECTS,
     SPLITS,
     TOKENIZER,
     Manifest,
     SourceFile,
     SplitName,
-    check_files,
-    load_manifest,
     save_manifest,
 )
 from data_prep.format.remote import fetch
@@ -77,14 +73,34 @@ def prep(config: PrepConfig, report: Report = lambda line: None) -> Manifest | N
         DataError: inputs, tokenizer or output cannot be used; one line.
     """
     sources = expand(config.inputs)
-    out = Path(config.out).absolute()
-    if os.path.lexists(out):
+    place = destination(config.out, config.work)
+    if place.exists():
         if not config.overwrite:
-            manifest = _reuse(config, sources, out, report)
-            Work(out).tidy()
+            manifest = place.load()
+            difference = recipe_difference(manifest.recipe, config.recipe())
+            if difference is None and not _same_sources(sources, manifest.sources):
+                difference = "other sources"
+            reuse(place, manifest, difference, report)
             return manifest
-        check_replaceable(out)
-    return _Prep(config, sources, Work(out), report).run()
+        place.check_replaceable()
+    try:
+        return _Prep(config, sources, place, report).run()
+    except BaseException:
+        place.release()
+        raise
+
+
+def reuse(place: Destination, manifest: Manifest, difference: str | None, report: Report) -> None:
+    """Keep the data set that is there already.
+
+    Raises:
+        DataError: it differs from the one that is wanted, in ``difference``, or its shards are not whole.
+    """
+    if difference:
+        raise DataError(f"{place.shown}: holds a data set with {difference}; choose another --out or pass --overwrite")
+    place.check(manifest)
+    report(f"{place.shown}: already there, same recipe and sources; nothing to do")
+    place.tidy(manifest)
 
 
 def workers_of(config: PrepConfig) -> int:
@@ -134,8 +150,9 @@ def share_of(part: str) -> tuple[int, int]:
 class _Prep:
     """One run of prep in its work folder."""
 
-    def __init__(self, config: PrepConfig, sources: Sequence[Source], work: Work, report: Report):
-        self.config, self.sources, self.work, self.report = config, sources, work, report
+    def __init__(self, config: PrepConfig, sources: Sequence[Source], place: Destination, report: Report):
+        self.config, self.sources, self.place, self.report = config, sources, place, report
+        self.work = place.work
         self.parts = parts_of(sources)
         self.recipe = config.recipe()
         self.workers = workers_of(config)
@@ -150,13 +167,13 @@ class _Prep:
             try:
                 self._encode(self.parts[mine::of])
             except _Published:
-                return load_manifest(self.work.out)
+                return self.place.load()
             missing = sum(read_result(self.work.part(part)) is None for part in self.parts)
             if missing:
                 self.report(f"share {mine} of {of}: done; {missing} of {len(self.parts)} parts are left to others")
                 return None
             with self.work.exclusively("finish") as unfinished:
-                return self._finish() if unfinished else load_manifest(self.work.out)
+                return self._finish() if unfinished else self.place.load()
 
     def _encode(self, parts: Sequence[Part]) -> None:
         """Tokenize the parts that are not done yet; if one fails, the others are still done."""
@@ -203,23 +220,39 @@ class _Prep:
         results = [self._result(part) for part in self.parts]
         check_rejects(self.config, results)
         self._check_sources()
-        jobs = {name: self._shard_jobs(name, special, results) for name in SPLITS}
+        streams = {name: self._stream(name, special, results) for name in SPLITS}
+        jobs = {
+            name: shard_jobs(
+                stream,
+                self.config.rows_per_shard,
+                folder=self.work.data / name,
+                notes=self.work.notes,
+                rows_per_member=self.config.rows_per_member,
+                documents=self.config.documents,
+                vocab_size=special.vocab_size,
+                url=self.place.shard_folder(name),
+            )
+            for name, stream in streams.items()
+        }
         try:
             check_documents(self.config, results)
             check_rows(self.config, jobs, results)
         except DataError:
             self.work.remove()  # the remedy changes options, which need other streams
             raise
-        self._build([job for split_jobs in jobs.values() for job in split_jobs])
+        self.work.keep_shards_of(self.parts)
+        self.work.sweep()
+        every = [job for split_jobs in jobs.values() for job in split_jobs]
+        build_shards(every, self.workers, self.report, self.place.make_room(every))
         data, rejects = self.work.data, all_rejects(results)
         with atomic_file(data / TOKENIZER) as temporary:
             shutil.copyfile(self.work.tokenizer, temporary)
         if rejects:
             write_text(data / REJECTS, rejects_text(rejects))
         digest = sha256_file(self.work.tokenizer)
-        manifest = make_manifest(self.config, self.recipe, special, digest, self.parts, results, jobs)
+        manifest = make_manifest(self.config, self.recipe, special, digest, self.parts, results, streams, jobs)
         save_manifest(manifest, data)
-        self.work.publish(self.config.overwrite)
+        self.place.publish(self.config.overwrite)
         self._summary(manifest)
         return manifest
 
@@ -241,32 +274,9 @@ class _Prep:
             f"validation unigram perplexity {manifest.validation_unigram_perplexity:.1f}"
         )
 
-    def _shard_jobs(self, name: SplitName, special: SpecialIds, results: Sequence[Encoded]) -> list[ShardJob]:
+    def _stream(self, name: SplitName, special: SpecialIds, results: Sequence[Encoded]) -> Stream:
         segments = [Segment(self.work.part(part), 0, result.tokens[name]) for part, result in zip(self.parts, results)]
-        stream = Stream(name, tuple(segments), self.config.rows(special), token_dtype(special.vocab_size).str)
-        return shard_jobs(
-            stream,
-            self.config.rows_per_shard,
-            folder=self.work.data / name,
-            notes=self.work.notes,
-            rows_per_member=self.config.rows_per_member,
-            documents=self.config.documents,
-            vocab_size=special.vocab_size,
-        )
-
-    def _build(self, jobs: Sequence[ShardJob]) -> None:
-        self.work.keep_shards_of(self.parts)
-        self.work.sweep()
-        missing = [job for job in jobs if finished_shard(job) is None]
-        itemsize = np.dtype(jobs[0].stream.dtype).itemsize
-        size = sum(job.stream.tokens * itemsize for job in missing)
-        progress = Progress(self.report, "packed", size)
-        for job, result in pool.run(build_shard, missing, self.workers, progress.tick, size):
-            if isinstance(result, DataError):
-                raise result
-            progress.done(job.stream.tokens * itemsize, job.stream.tokens * itemsize)
-        if missing:
-            progress.line()
+        return Stream(name, tuple(segments), self.config.rows(special), token_dtype(special.vocab_size).str)
 
     def _check_sources(self) -> None:
         for source in self.sources:
@@ -281,6 +291,7 @@ class _Prep:
             if not unfinished:
                 out = self.work.out
                 raise _Published(f"{out}: another task has written it meanwhile; run again to check it")
+            self.place.claim()
             if not path.exists() and size is None:
                 with atomic_file(path) as temporary:
                     shutil.copyfile(self.config.tokenizer, temporary)
@@ -352,21 +363,6 @@ class _Prep:
 
 class _Published(DataError):
     """Another task of the same work has written the data set, so its folder is gone."""
-
-
-def _reuse(config: PrepConfig, sources: Sequence[Source], out: Path, report: Report) -> Manifest:
-    """Return the manifest in ``out``, or raise DataError if recipe or sources differ."""
-    if not (out / MANIFEST).is_file():
-        raise DataError(f"{config.out}: exists and is not a data set; choose another --out")
-    manifest = load_manifest(out)
-    difference = recipe_difference(manifest.recipe, config.recipe())
-    if difference:
-        raise DataError(f"{config.out}: holds a data set with {difference}; choose another --out or pass --overwrite")
-    if not _same_sources(sources, manifest.sources):
-        raise DataError(f"{config.out}: holds a data set of other sources; choose another --out or pass --overwrite")
-    check_files(out, manifest)
-    report(f"{config.out}: already there, same recipe and sources; nothing to do")
-    return manifest
 
 
 def _same_sources(sources: Sequence[Source], recorded: Sequence[SourceFile]) -> bool:

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+import stat
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -28,11 +30,17 @@ from data_prep.sources import Part
 
 
 class Work:
-    """Paths of the unfinished data set ``out`` (absolute), and its lock."""
+    """Paths of an unfinished data set, and its lock.
 
-    def __init__(self, out: Path):
+    Args:
+        out: place of the finished data set: an absolute path, or a URL.
+        folder: the work folder; None: beside the path ``out``.
+    """
+
+    def __init__(self, out: Path | str, folder: Path | None = None):
         self.out = out
-        self.folder = out.with_name(f".{out.name}.partial")
+        self.private = folder is not None  # beside the data set, its own rights decide
+        self.folder = folder or Path(out).with_name(f".{Path(out).name}.partial")
         self.tokenizer = self.folder / TOKENIZER
         self._trained_on = self.folder / "tokenizer.inputs"
         self.notes = self.folder / "notes"
@@ -81,9 +89,9 @@ class Work:
         Raises:
             DataError: unfinished work has another recipe, another process works there, or the disk refuses.
         """
-        created = [parent for parent in self.out.parents if not parent.exists()]
+        created = [parent for parent in self.folder.parents if not parent.exists()]
         try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
             with self._locked(shared) as lock:
                 try:
                     self._check_recipe(recipe, discard)
@@ -128,7 +136,7 @@ class Work:
         """
         for split in SPLITS:
             sync(self.data / split)
-        publish_folder(self.data, self.out, replace, aside=self.folder / "replaced")
+        publish_folder(self.data, Path(self.out), replace, aside=self.folder / "replaced")
         self.remove()
 
     def sweep(self) -> None:
@@ -139,8 +147,19 @@ class Work:
     def tidy(self) -> None:
         """Remove the work folder of a prep that was killed after publishing."""
         if self.folder.exists() and not self.data.exists():
-            with suppress(_Busy), self._locked(shared=False):
-                self.remove()
+            self.remove_if_idle()
+
+    def remove_if_idle(self, before: Callable[[], None] = lambda: None) -> None:
+        """Call ``before`` and remove the folder, unless another process works there."""
+        with suppress(_Busy), self._locked(shared=False):
+            before()
+            self.remove()
+
+    def recipe(self) -> Recipe | None:
+        """The recipe of the unfinished work; None if there is none, or one of another version."""
+        with suppress(FileNotFoundError, ValidationError):
+            return Recipe.model_validate_json((self.folder / "recipe.json").read_bytes())
+        return None
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -149,7 +168,9 @@ class Work:
     def _locked(self, shared: bool) -> Iterator[int]:
         """Lock the folder and yield the lock's descriptor. The system releases the lock when the process dies."""
         while True:
-            self.folder.mkdir(exist_ok=True)
+            self.folder.mkdir(exist_ok=True, mode=0o700 if self.private else 0o777)
+            if self.private:
+                _check_private(self.folder)
             with (self.folder / "lock").open("a") as handle:
                 try:
                     fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -164,10 +185,8 @@ class Work:
     def _check_recipe(self, recipe: Recipe, discard: bool) -> None:
         path = self.folder / "recipe.json"
         if path.exists():
-            try:
-                difference = recipe_difference(Recipe.model_validate_json(path.read_bytes()), recipe)
-            except ValidationError:
-                difference = "a recipe of another version"
+            made = self.recipe()
+            difference = "a recipe of another version" if made is None else recipe_difference(made, recipe)
             if difference is None:
                 return
             if not discard:
@@ -192,6 +211,15 @@ def _text(path: Path) -> str | None:
     with suppress(FileNotFoundError):
         return path.read_text()
     return None
+
+
+def _check_private(folder: Path) -> None:
+    """Refuse a folder that somebody else may have put there, and close it to others."""
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise _Busy(f"{folder}: is a link or belongs to another user; remove it, or choose another --work")
+    if status.st_mode & 0o077:
+        folder.chmod(0o700)
 
 
 class _Busy(DataError):

@@ -29,9 +29,11 @@ from data_prep.format.files import Identity, identity_of
 from data_prep.format.pack import Packing
 
 FORMAT: Final = "bd3-rows"
-VERSION: Final = 2
+VERSION: Final = 4
 INDEX_VERSION: Final = 3
 """version of a manifest over token tars of another program"""
+VERSIONS: Final = (2, INDEX_VERSION, VERSION)
+"""versions that are read; those of version 2 have no tails"""
 MANIFEST = "manifest.json"
 TOKENIZER: Final = "tokenizer.json"
 REJECTS = "rejects.jsonl"
@@ -90,6 +92,16 @@ class IndexedShard(Shard):
         return name
 
 
+class Tail(Record):
+    """End of a split's token stream that fills no row. With it, the rows can be cut again to another length."""
+
+    tokens: list[Count]
+    starts: list[Count] = Field(description="offsets of document starts in tokens, if the recipe stores starts")
+    lost: Count = Field(
+        default=0, description="tokens behind these that the data set it was repacked from had not kept"
+    )
+
+
 class Split(Record):
     """One half of the data set. ``tokens`` = ``rows`` x length; ``dropped_tokens`` filled no row."""
 
@@ -101,6 +113,12 @@ class Split(Record):
     unigram_entropy: float = Field(description="nats per token of its own counts, position 0 left out")
     # A list of ours is taken for what it is at once; other tars have keys that ours have not.
     shards: list[Annotated[Shard | IndexedShard, Field(union_mode="left_to_right")]]
+    tail: Tail | None = Field(default=None, description="the dropped tokens; null before version 4 and of token tars")
+
+    @property
+    def ends_early(self) -> bool:
+        """True if tokens after those of the last row exist, or existed."""
+        return self.dropped_tokens > 0 or (self.tail is not None and self.tail.lost > 0)
 
 
 class IndexedSplit(Split):
@@ -151,11 +169,18 @@ class IndexRecipe(Recipe):
     index_member: str | None = Field(description="extension of the members that hold the ids")
 
 
+class Parent(Record):
+    """The data set that another one was repacked from."""
+
+    name: str = Field(description="last part of its path or address")
+    manifest_sha256: Sha256
+
+
 class Manifest(Record):
     """Contents of ``manifest.json``."""
 
     format: Literal["bd3-rows"] = FORMAT
-    version: Literal[2, 3] = VERSION
+    version: Literal[2, 3, 4] = VERSION
     package_version: str
     length: int = Field(ge=4, description="tokens per row, L")
     dtype: Literal["<u2", "<u4"]
@@ -175,6 +200,7 @@ class Manifest(Record):
     )
     validation_unigram_perplexity: float = Field(description="exp(validation_unigram_nats): what a model must beat")
     splits: dict[SplitName, Annotated[Split | IndexedSplit, Field(union_mode="left_to_right")]]
+    repacked_from: Parent | None = None
 
 
 def shard_path(split: SplitName, shard: Shard) -> str:
@@ -194,7 +220,12 @@ def unigram_nats(counts: np.ndarray, weights: np.ndarray) -> float:
 
 def save_manifest(manifest: Manifest, folder: Path) -> None:
     """Write ``manifest.json``, indented, with each member's four numbers on one line."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=1)
+    content = manifest.model_dump(mode="json")
+    # Earlier programs refuse keys that they do not know: what they wrote is written as they did.
+    for record, key in [(content, "repacked_from"), *((split, "tail") for split in content["splits"].values())]:
+        if record[key] is None:
+            del record[key]
+    text = json.dumps(content, indent=1)
     # A JSON string has no raw line end, so what indent=1 wrote between numbers is all that can change.
     text = re.sub(r"\[\s+\d+(,\s+\d+)*\s+\]", lambda found: " ".join(found[0].split()), text)
     write_text(folder / MANIFEST, text + "\n")
@@ -232,8 +263,8 @@ def parse_manifest(text: bytes, where: str | Path) -> Manifest:
         raise DataError(f"{where}: not JSON ({error}); {again}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise DataError(f"{where}: not the manifest of a data set; name a folder that bd3 prep wrote")
-    if content.get("version") not in (VERSION, INDEX_VERSION):
-        known = f"{VERSION} and {INDEX_VERSION}"
+    if content.get("version") not in VERSIONS:
+        known = " and ".join(map(str, VERSIONS))
         raise DataError(f"{where}: version={content.get('version')}: this program reads versions {known}; {again}")
     raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: damaged ({first['msg']}); {again}")
 

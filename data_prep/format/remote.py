@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import random
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bd3_common.atomic import atomic_file
+from bd3_common.schema import MAX_BYTES
+from bd3_common.text import shorten
 from data_prep.errors import DataError
 
 PARTIAL = ".partial"
@@ -38,13 +43,21 @@ def open_remote(url: str) -> Any:
         raise DataError(f"{url}: cannot be opened ({error}); install the package or correct the address") from None
 
 
-def fetch(url: str, to: Path, size: int | None = None, sha256: str | None = None, tries: int = TRIES) -> str:
+def fetch(
+    url: str,
+    to: Path,
+    size: int | None = None,
+    sha256: str | None = None,
+    tries: int = TRIES,
+    most: int | None = None,
+) -> str:
     """Copy a remote file to ``to`` and return its sha256; ``to`` is complete and checked, or absent.
 
     A failed or wrong copy is retried with exponential backoff and jitter.
 
     Args:
         size, sha256: expected values, if known.
+        most: bytes that the file may have.
 
     Raises:
         DataError: no try succeeded, or the file is missing; names the file and the last reason.
@@ -54,9 +67,9 @@ def fetch(url: str, to: Path, size: int | None = None, sha256: str | None = None
     with atomic_file(to, durable=False, suffix=PARTIAL) as partial:
         for number in range(tries):
             if number:
-                time.sleep(min(FIRST_WAIT * 2 ** (number - 1), LONGEST_WAIT) * random.uniform(0.5, 1.5))
+                time.sleep(backoff(number))
             try:
-                found, digest = _copy(url, partial)
+                found, digest = _copy(url, partial, most)
             except FileNotFoundError:
                 raise DataError(f"{url}: no such file; check the address") from None
             except PermissionError as error:
@@ -75,6 +88,29 @@ def fetch(url: str, to: Path, size: int | None = None, sha256: str | None = None
         raise DataError(f"{url}: cannot be fetched after {tries} tries ({problem}); {remedy}")
 
 
+def backoff(number: int) -> float:
+    """Seconds to wait before try ``number`` (the first one is 0)."""
+    longest: float = min(FIRST_WAIT * 2.0 ** (number - 1), LONGEST_WAIT)
+    return longest * random.uniform(0.5, 1.5)
+
+
+def read_remote(url: str, most: int = MAX_BYTES) -> bytes:
+    """Content of a small remote file; errors as :func:`fetch`, or it has more than ``most`` bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "content"
+        fetch(url, path, most=most)
+        return path.read_bytes()
+
+
+def sha256_remote(url: str) -> str:
+    """sha256 of a remote file. Errors are those of the protocol."""
+    digest = hashlib.sha256()
+    with open_remote(url) as source:
+        while chunk := source.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 class _SourceError(Exception):
     """Reading the remote file failed; other errors are those of the local disk."""
 
@@ -83,14 +119,16 @@ class _SourceError(Exception):
         self.cause = cause
 
 
-def _copy(url: str, to: Path) -> tuple[int, str]:
-    """Copy a file; returns (bytes, sha256)."""
+def _copy(url: str, to: Path, most: int | None) -> tuple[int, str]:
+    """Copy a file of at most ``most`` bytes; returns (bytes, sha256)."""
     digest, size = hashlib.sha256(), 0
     with to.open("wb") as target:
         for chunk in _chunks(url):
             target.write(chunk)
             digest.update(chunk)
             size += len(chunk)
+            if most is not None and size > most:
+                raise DataError(f"{url}: has more than {most} bytes, which no file of this kind has")
     return size, digest.hexdigest()
 
 
@@ -126,18 +164,47 @@ def list_remote(url: str) -> RemoteListing:
     Raises:
         DataError: nothing is there, access is denied, the store cannot be reached, or its package is missing.
     """
-    try:
+    with _listing(url):
         return _list_remote(url)
+
+
+def tree_remote(url: str) -> dict[str, RemoteFile]:
+    """All files below a folder, in any depth, by path below it, sorted; empty if there is no such folder.
+
+    A file at ``url`` itself has the path ``""``.
+
+    Raises:
+        DataError: access is denied, the store cannot be reached, or its package is missing.
+    """
+    import fsspec
+
+    with _listing(url):
+        files, path = fsspec.url_to_fs(url)
+        files.invalidate_cache()
+        infos = files.find(path, detail=True)
+        below = path.rstrip("/") + "/"
+        return {
+            name.removeprefix(below) if name != path else "": _describe(files, info)
+            for name, info in sorted(infos.items())
+            if info["type"] == "file" and not name.endswith("/")
+        }
+
+
+@contextmanager
+def _listing(url: str) -> Iterator[None]:
+    """Context that turns the errors of every protocol into DataError."""
+    try:
+        yield
     except DataError:
         raise
     except FileNotFoundError:
         raise DataError(f"{url}: no such file or folder; check the address") from None
     except PermissionError as error:
-        raise DataError(f"{url}: access denied ({_line(error)}); check the credentials") from None
+        raise DataError(f"{url}: access denied ({line_of(error)}); check the credentials") from None
     except ImportError as error:
-        raise DataError(f"{url}: cannot be opened ({_line(error)}); pip install 'bd3-megatron[data]'") from None
+        raise DataError(f"{url}: cannot be opened ({line_of(error)}); pip install 'bd3-megatron[data]'") from None
     except Exception as error:  # each protocol has its own exceptions
-        reason = f"{type(error).__name__}: {_line(error)}"
+        reason = f"{type(error).__name__}: {line_of(error)}"
         raise DataError(f"{url}: cannot be listed ({reason}); check address and credentials") from None
 
 
@@ -166,11 +233,19 @@ def _describe(files: Any, info: dict[str, Any], url: str | None = None) -> Remot
     url = url or files.unstrip_protocol(info["name"])
     if info.get("size") is None:  # a web folder lists names only
         info = files.info(info["name"])
+    return RemoteFile(url, info.get("size"), stamp_of(info))
+
+
+def stamp_of(info: dict[str, Any]) -> str:
+    """A text that changes when the file does, as far as the store's record of it tells."""
     strong = ("ETag", "etag", "md5Hash", "content_md5", "Content-MD5", "generation")
     dates = ("LastModified", "last_modified", "Last-Modified", "updated", "mtime", "modified", "created")
-    stamp = next((str(info[key]) for key in strong + dates if info.get(key)), "")
-    return RemoteFile(url, info.get("size"), stamp.strip('"') or f"{info.get('size')} bytes")
+    stamp = next((info[key] for key in strong + dates if info.get(key)), "")
+    if isinstance(stamp, datetime):  # some listings tell the same moment as a number
+        stamp = stamp.timestamp()
+    return str(stamp).strip('"') or f"{info.get('size')} bytes"
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def line_of(error: Exception) -> str:
+    """Message of another program's error on one short line."""
+    return shorten(" ".join(str(error).split()), 200)

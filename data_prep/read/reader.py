@@ -26,7 +26,7 @@ from data_prep.format.manifest import (
     parse_manifest,
     shard_path,
 )
-from data_prep.format.remote import fetch, is_remote
+from data_prep.format.remote import fetch, is_remote, read_remote
 from data_prep.read.cache import RemoteShard, ShardCache
 from data_prep.read.indexed import IndexedRows
 from data_prep.read.open_files import OpenFiles, ShardFile, bytes_of
@@ -193,7 +193,7 @@ class RowReader:
         """Numbers, int64, of documents whose last tokens may have filled no row: the last one, or none."""
         if self._indexed is not None:
             return self._indexed.unfinished if self.manifest.recipe.documents else np.array([], np.int64)
-        cut = self.manifest.splits[self.split].dropped_tokens > 0 and self.documents_started > 0
+        cut = self.manifest.splits[self.split].ends_early and self.documents_started > 0
         return np.array([self.documents_started - 1] if cut else [], np.int64)
 
     def shard_rows(self) -> np.ndarray:
@@ -298,7 +298,4 @@ def _runs(shard: np.ndarray, offset: np.ndarray, size: int) -> Iterator[tuple[in
 
 def _remote_manifest(url: str) -> Manifest:
     where = f"{url}/{MANIFEST}"
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / MANIFEST
-        fetch(where, path)
-        return parse_manifest(path.read_bytes(), where)
+    return parse_manifest(read_remote(where), where)

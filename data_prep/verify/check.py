@@ -24,10 +24,13 @@ from data_prep.format.manifest import (
     SPLITS,
     TOKENIZER,
     Manifest,
+    Split,
     SplitName,
     load_manifest,
+    shard_path,
     unigram_nats,
 )
+from data_prep.format.remote import is_remote
 from data_prep.format.shards import shard_name
 from data_prep.format.tokenizer import load_tokenizer, special_ids, token_dtype
 from data_prep.read.reader import RowReader
@@ -67,7 +70,7 @@ class Sample:
 class Checked:
     """Result of :func:`check`. ``duplicates`` is None if damage prevents comparing rows."""
 
-    folder: Path
+    folder: Path | str  # a path, or the URL of a remote data set
     faults: dict[str, Reasons]  # by path
     manifest: Manifest | None = None
     tokenizer: Tokenizer | None = None
@@ -91,7 +94,7 @@ def check(
     """Verify all files of a data set and count their contents. Nothing is written.
 
     Args:
-        folder: a data set of ``bd3 prep``.
+        folder: a data set of ``bd3 prep``, or its URL.
         workers: processes; None: one for each core that this process may run on.
         samples: rows of each split to decode, chosen by ``seed``.
         report: called with one line of text every few seconds.
@@ -99,6 +102,10 @@ def check(
     Raises:
         DataError: there is no data set in ``folder``, or a worker died. Damage is in the result.
     """
+    if is_remote(folder):
+        from data_prep.verify.check_remote import check_remote  # which derives from this module's class
+
+        return check_remote(str(folder).rstrip("/"), workers, samples, seed, report)
     folder = Path(folder)
     try:
         manifest = load_manifest(folder)
@@ -115,11 +122,16 @@ def check(
 
 
 class Check:
-    """One check of one data set."""
+    """One check of one data set.
 
-    def __init__(self, folder: Path, manifest: Manifest, report: Report):
-        self.folder, self.manifest, self.report = folder, manifest, report
-        self.result = Checked(folder, {}, manifest)
+    Args:
+        folder: where manifest, tokenizer and rejects are.
+        url: of a remote data set, whose shards are fetched one by one.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, report: Report, url: str | None = None):
+        self.folder, self.manifest, self.report, self.url = folder, manifest, report, url
+        self.result = Checked(url or folder, {}, manifest)
 
     def run(self, workers: int | None, samples: int, seed: int) -> Checked:
         self._files()
@@ -132,18 +144,25 @@ class Check:
         hashes = self._walk(workers or len(os.sched_getaffinity(0)))
         result = self.result
         if all(content.whole for content in result.splits.values()):
-            if not result.faults.keys() - {str(self.folder / MANIFEST)}:  # otherwise the shard is wrong
+            if not result.faults.keys() - {self._shown(MANIFEST)}:  # otherwise the shard is wrong
                 self._entropies()
             with suppress(DataError):  # for example wrong names of shards, already among the faults
-                readers = {name: RowReader(self.folder, name) for name in SPLITS}
+                readers = {name: self._reader(name) for name in SPLITS}
                 result.duplicates = self._duplicates(hashes, readers)
                 if result.tokenizer is not None:
                     result.samples = list(_samples(result.tokenizer, self.manifest, readers, samples, seed))
         result.faults = {path: reasons for path, reasons in sorted(result.faults.items()) if reasons}
         return result
 
+    def _reader(self, split: SplitName) -> RowReader:
+        return RowReader(self.folder, split)
+
+    def _shown(self, name: str | Path) -> str:
+        """Path or URL of a file of the data set."""
+        return f"{self.url}/{name}" if self.url is not None else str(self.folder / name)
+
     def _fault(self, name: str | Path, reason: str) -> None:
-        self.result.faults.setdefault(str(self.folder / name), Reasons()).add(reason)
+        self.result.faults.setdefault(self._shown(name), Reasons()).add(reason)
 
     def _files(self) -> None:
         """Report files that are not in the manifest."""
@@ -209,6 +228,8 @@ class Check:
                     self._fault(MANIFEST, f"splits.{name}.{what}={value}: its shards have {counted}")
             if split.dropped_tokens >= rules.rows.width:
                 self._fault(MANIFEST, f"splits.{name}.dropped_tokens={split.dropped_tokens}: would fill a row")
+            for fault in _tail_faults(split, manifest):
+                self._fault(MANIFEST, f"splits.{name}.tail.{fault}")
             for number, shard in enumerate(split.shards):
                 where = f"splits.{name}.shards.{number}"
                 if shard.name != shard_name(name, number):
@@ -225,7 +246,14 @@ class Check:
         """Walk all shards and merge their contents; returns a hash of every row of all splits ``[n]``."""
         rules = Rules.of(self.manifest)
         jobs = [
-            WalkJob(self.folder / name / Path(shard.name).name, name, number, shard, rules)
+            WalkJob(
+                self.folder / name / Path(shard.name).name,
+                name,
+                number,
+                shard,
+                rules,
+                None if self.url is None else self._shown(shard_path(name, shard)),
+            )
             for name, split in self.manifest.splits.items()
             for number, shard in enumerate(split.shards)
         ]
@@ -243,9 +271,9 @@ class Check:
                 hashes[begins[job] : begins[job] + found.rows] = np.concatenate(found.hashes)
             walked[job] = found.without_arrays()
             for reason in found.reasons:
-                self._fault(job.path.relative_to(self.folder), reason)
+                self._fault(f"{job.split}/{job.path.name}", reason)
             if found.reasons.more:
-                self.result.faults[str(job.path)].more += found.reasons.more
+                self.result.faults[self._shown(f"{job.split}/{job.path.name}")].more += found.reasons.more
         progress.line()
         for name in SPLITS:
             self.result.splits[name] = self._merge(name, [walked[job] for job in jobs if job.split == name])
@@ -271,7 +299,7 @@ class Check:
             content.starts += shard.starts
         if last is not None:
             stored = content.rows * form.width - last
-            if split.dropped_tokens == 0 or (form.tail and shards[-1].last_token == form.eos):
+            if not split.ends_early or (form.tail and shards[-1].last_token == form.eos):
                 content.lengths[stored - extra] += 1
             else:
                 content.cut_tokens = stored - len(form.head)
@@ -302,6 +330,18 @@ class Check:
             return rows
 
         return find_duplicates(hashes, read)
+
+
+def _tail_faults(split: Split, manifest: Manifest) -> Iterator[str]:
+    """Faults of a tail's tokens and document starts."""
+    if (tail := split.tail) is None:
+        return
+    if len(tail.tokens) != split.dropped_tokens:
+        yield f"tokens: {len(tail.tokens)}, and dropped_tokens={split.dropped_tokens}"
+    if any(token >= manifest.vocab_size or token == manifest.mask_id for token in tail.tokens):
+        yield "tokens: one is the mask or not in the vocabulary"
+    if tail.starts != sorted(set(tail.starts)) or any(start >= len(tail.tokens) for start in tail.starts):
+        yield "starts: not ascending offsets of its tokens"
 
 
 def _samples(

@@ -10,9 +10,11 @@ from typing import BinaryIO
 import numpy as np
 
 from data_prep.build import pool
+from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
 from data_prep.format.manifest import Manifest, Member, Shard, SplitName
 from data_prep.format.pack import RowFormat
+from data_prep.format.remote import fetch
 from data_prep.verify.duplicates import row_hashes
 
 MOST_REASONS = 8  # listed for one file
@@ -40,13 +42,14 @@ class Rules:
 
 @dataclass(frozen=True, eq=False)
 class WalkJob:
-    """Arguments of :func:`walk_shard`."""
+    """Arguments of :func:`walk_shard`. With ``url``, the shard is fetched to ``path`` and removed afterwards."""
 
     path: Path
     split: SplitName
     number: int
     shard: Shard
     rules: Rules
+    url: str | None = None
 
 
 class Reasons(list[str]):
@@ -92,6 +95,8 @@ def walk_shard(job: WalkJob) -> Walked:
     """
     found = Walked(counts=np.zeros(job.rules.vocab_size, np.int64))
     try:
+        if job.url is not None:
+            fetch(job.url, job.path)
         size = job.path.stat().st_size
         found.whole = size == job.shard.bytes  # until _Walk finds a fault
         if not found.whole:
@@ -101,8 +106,13 @@ def walk_shard(job: WalkJob) -> Walked:
         _Walk(job, found).run()
     except FileNotFoundError:
         found.reasons.add("this shard is missing")
+    except DataError as error:
+        found.reasons.add(str(error).removeprefix(f"{job.url}: "))
     except OSError as error:
         found.reasons.add(f"cannot be read ({error.strerror or error})")
+    finally:
+        if job.url is not None:
+            job.path.unlink(missing_ok=True)
     return found
 
 

@@ -32,7 +32,7 @@ class CheckOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    folder: Positional[str] = Field(description="a data set that bd3 prep wrote")
+    folder: Positional[str] = Field(description="a data set that bd3 prep wrote: a folder or a URL")
     samples: int = Field(default=3, ge=0, description="rows of each split to show as text")
     seed: int = Field(default=0, ge=0, description="seed of the choice of these rows")
     plot: str | None = Field(default=None, description="PNG to write with both histograms; null: none")

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from bd3_common.errors import ConfigError
 from data_prep.build.plan import PrepConfig
+from data_prep.format.remote import is_remote
 from pretrain.commands.prep import PrepOptions
 from pretrain.config.command_line import parse_options, scan_options
 from pretrain.config.resolve import RunOptions, resolve
@@ -118,10 +119,14 @@ def prep(args: list[str]) -> None:
         raise ConfigError(f"--index={options.index}: not a job of its own; call bd3 prep --index {options.index}")
     if options.workers is not None:
         raise ConfigError(f"--workers={options.workers}: one for each core of a task; give --cpus-per-task")
-    out = Path(options.out).absolute()
+    remote = is_remote(options.out)
+    if remote and options.work is None:
+        raise ConfigError(f"--out={options.out}: all tasks need one work folder on a shared disk: name it with --work")
+    out = Path(options.work or "") / options.out.rstrip("/").rpartition("/")[2] if remote else Path(options.out)
+    out = out.absolute()
     if options.overwrite:
         raise ConfigError(f"overwrite=true: each task of the array would begin anew; remove {out} first")
-    if os.path.lexists(out) and not options.dry_run:
+    if not remote and os.path.lexists(out) and not options.dry_run:
         from data_prep.build.prep import prep as check
 
         check(config, print)  # prints that the data set is there, or raises with the difference
@@ -140,7 +145,7 @@ def _site(flags: Mapping[str, Any]) -> list[Layer]:
 def _prep_words(args: list[str]) -> list[str]:
     """The part of a command line of bd3 launch prep that bd3 prep understands."""
     given = scan_options(PrepJob, args)
-    words = given.pop("inputs")
+    words = ["./repack" if word == "repack" else word for word in given.pop("inputs")]
     for path, values in given.items():
         if path in PrepConfig.model_fields and path not in ("part", "workers", "overwrite"):
             words += [f"--{path.replace('_', '-')}", *values]

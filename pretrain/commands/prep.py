@@ -1,4 +1,4 @@
-"""`bd3 prep`: text to a data set, or an index of existing token tars."""
+"""`bd3 prep`: text to a data set, other rows of a finished one, or an index of existing token tars."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from data_prep.build.plan import PrepConfig
 from data_prep.build.prep import prep
 from data_prep.build.token_tar import IndexConfig
 from data_prep.format.manifest import Manifest
+from data_prep.repack.repack import RepackConfig, repack
 from pretrain.config.command_line import Positional, parse_options
 
 
@@ -30,12 +31,23 @@ class IndexOptions(IndexConfig):
     """Index WebDataset tars of token ids in place: write a manifest over them, so that they train as they are."""
 
 
+class RepackOptions(RepackConfig):
+    """Write a data set anew in rows of another length or packing, without tokenizing again."""
+
+    data: Positional[str] = Field(min_length=1, description=RepackConfig.model_fields["data"].description)
+
+
 def main(args: list[str]) -> None:
     """Parse the options, prepare the data set and print what it holds.
+
+    ``repack`` as the first word is the command `bd3 prep repack`; an input of this name is written ``./repack``.
 
     Raises:
         ConfigError, DataError: one line for the user.
     """
+    if args[:1] == ["repack"]:
+        _repack(args[1:])
+        return
     if any(word.partition("=")[0] == "--index" for word in args):
         _index(args)
         return
@@ -55,6 +67,12 @@ def main(args: list[str]) -> None:
 def _index(args: list[str]) -> None:
     options = parse_options(IndexOptions, args, "bd3 prep")
     _print(options.index, index_folder(options, lambda line: print(line, file=sys.stderr, flush=True)))
+
+
+def _repack(args: list[str]) -> None:
+    options = parse_options(RepackOptions, args, "bd3 prep repack")
+    config = RepackConfig(**options.model_dump())
+    _print(config.out, repack(config, lambda line: print(line, file=sys.stderr, flush=True)))
 
 
 def _print(folder: str, manifest: Manifest) -> None:

@@ -1,0 +1,1 @@
+"""Repacking of data sets: rows of another length or packing from the token ids of finished ones."""
