@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from data_prep.build import pool
+from bd3_common import atomic
+from data_prep.build import pool, work_folder
 from data_prep.build.prep import PrepConfig, prep
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
@@ -23,6 +24,13 @@ from tests.unit.commands import bd3, die_at
 
 LETTERS = list("abcdefghijklmnopqrstuvwxyz")
 SIZES = {"rows_per_member": 4, "rows_per_shard": 8}
+LARGE = {"rows_per_member": 16, "rows_per_shard": 64}
+
+
+@pytest.fixture(autouse=True)
+def without_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(atomic, "sync", lambda path: None)
+    monkeypatch.setattr(work_folder, "sync", lambda path: None)
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +77,12 @@ def unguarded(**more) -> dict:
     [
         ({"length": 32}, {"length": 64}),
         ({"length": 64}, {"length": 32}),
-        ({"length": 17, "documents": False}, {"length": 29, "rows_per_shard": 4}),
-        ({"length": 9}, {"documents": False, "length": 33}),
+        ({"length": 27, "documents": False}, {"length": 39, "rows_per_shard": 16}),
+        ({"length": 19}, {"documents": False, "length": 33}),
         ({}, {"packing": "stream"}),
         ({"packing": "stream"}, {"packing": "wrap", "length": 15}),
-        ({"packing": "stream", "length": 5}, unguarded(length=7)),
-        ({"packing": "stream", "length": 4, "add_eos": False}, unguarded(add_eos=True)),
+        ({"packing": "stream", "length": 4} | LARGE, unguarded(length=7)),
+        ({"packing": "stream", "length": 5, "add_eos": False} | LARGE, unguarded(add_eos=True)),
         ({"packing": "stream", "add_bos": False, "documents": False}, {"packing": "wrap", "rows_per_member": 2}),
         (unguarded(length=64), unguarded(length=31)),
     ],
@@ -138,7 +146,6 @@ def test_repack_goes_on_after_kills(texts, tmp_path, monkeypatch):
     prepared(texts, tmp_path / "made")
     prepared(texts, tmp_path / "whole", length=64)
     places = [("data_prep.repack.repack", "rejoin", 3), ("data_prep.build.assemble", "write_shard", 2)]
-    places += [("data_prep.build.assemble", "write_text", 1), ("data_prep.repack.repack", "save_manifest", 1)]
     command = ["prep", "repack", tmp_path / "made", "--length", 64, "--out", tmp_path / "out", "--workers", 1]
     for place in places:
         assert bd3(*command, log=tmp_path / "log", before=partial(die_at, *place)).code == -9
