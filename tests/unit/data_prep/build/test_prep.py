@@ -435,7 +435,7 @@ def small_parts() -> None:
 
 
 @pytest.mark.parametrize(
-    "where", ["encode.read_part", "assemble.write_shard", "prep.save_manifest", "prep.Work.publish"]
+    "where", ["encode.read_part", "assemble.write_shard", "prep.save_manifest", "work_folder.Work.publish"]
 )
 def test_a_prep_that_fails_late_goes_on(tmp_path, monkeypatch, where):
     corpus(tmp_path)
