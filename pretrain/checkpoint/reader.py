@@ -1,21 +1,19 @@
 """Checkpoint reader: finds complete checkpoints, and reads them into an engine or as whole tensors.
 
-A checkpoint is a folder ``checkpoints/step-00001000`` with torch's distributed checkpoint files and ``complete.json``,
-which :mod:`pretrain.checkpoint.writer` writes last; it lists every file with its size and sha256. A checkpoint that
-does not match its list is skipped with a warning, and the one before it is used.
+A checkpoint is a folder ``checkpoints/step-00001000`` with files of tensors, their index, and ``complete.json``, which
+:mod:`pretrain.checkpoint.writer` writes last; it lists every file with its size and sha256. A checkpoint that does not
+match its list is skipped with a warning, and the one before it is used.
 """
 
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from bd3_common.errors import ConfigError
@@ -23,9 +21,18 @@ from bd3_megatron.engine.base import Engine
 from bd3_megatron.engine.scaling import SECTION
 from bd3_megatron.parallel import World
 from bd3_megatron.shards import Chunk, ShardedTensor, as_parameter
-from pretrain.checkpoint.folder import Checkpoint, folder_of, folders, problem, read_listing, step_of
-from pretrain.checkpoint.planner import LoadChunks
-from pretrain.distributed.collectives import gather_from_ranks, on_rank_0
+from pretrain.checkpoint.folder import (
+    Checkpoint,
+    checkpoint_of,
+    folder_of,
+    folders,
+    problem,
+    read_listing,
+    step_of,
+)
+from pretrain.checkpoint.index import DTYPES
+from pretrain.checkpoint.stored import StoredTensors
+from pretrain.distributed.collectives import gather_from_ranks, on_rank_0, raise_on_all_ranks
 from pretrain.run_folder.layout import CHECKPOINTS
 
 _LOG = logging.getLogger(__name__)
@@ -67,7 +74,7 @@ def newest_on_all_ranks(
             mine = {name: stamps[name] for name in order[world.rank :: world.size]}
             problems = gather_from_ranks(partial(problem, path, mine))
             if not any(problems):
-                return Checkpoint(path, found["step"], found["meta"])
+                return checkpoint_of(path, found)
             found = next(filter(None, problems))
         _LOG.warning(f"{path}: {found}; skipped")
     return None
@@ -106,12 +113,13 @@ def restore(checkpoint: Checkpoint, engine: Engine) -> None:
         ConfigError: names or shapes of the tensors are not those of this model.
     """
     state = engine.state()
+    stored = raise_on_all_ranks(lambda: StoredTensors(checkpoint))
     scales = {name: sharded for name, sharded in state.items() if name.startswith(f"{SECTION}/")}
-    if scales and not _has(checkpoint, scales):
+    if scales and not _has(stored, scales):
         state = {name: sharded for name, sharded in state.items() if name not in scales}
         _LOG.info(f"{checkpoint.path}: has no FP8 scales of this recipe and history; they start anew")
-    gather_from_ranks(lambda: _check(checkpoint, state))  # pipeline stages have different tensors
-    _load(checkpoint, state)
+    raise_on_all_ranks(lambda: _check(stored, state))  # pipeline stages have different tensors
+    raise_on_all_ranks(lambda: stored.fill(state))
     engine.loaded(checkpoint.meta.get("updates", checkpoint.step))
 
 
@@ -121,37 +129,33 @@ def read_weights(checkpoint: Checkpoint, averaged: bool = True) -> dict[str, Ten
     Args:
         averaged: take the EMA weights where the checkpoint has them.
     """
-    known = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
-    section = "ema/" if averaged and any(name.startswith("ema/") for name in known) else "weights/"
-    tensors = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in known.items() if k.startswith(section)}
-    state = {k: ShardedTensor(tuple(t.shape), (Chunk((0,) * t.dim(), t),)) for k, t in tensors.items()}
-    _check(checkpoint, state)
-    _load(checkpoint, state, no_dist=True)
-    weights = {name.removeprefix(section): tensor for name, tensor in tensors.items()}
+    stored = StoredTensors(checkpoint)
+    section = "ema/" if averaged and any(name.startswith("ema/") for name in stored.tensors) else "weights/"
+    weights = read_tensors(stored, section)
     return {name: as_parameter(name, tensor) for name, tensor in weights.items()}
 
 
-def _has(checkpoint: Checkpoint, state: dict[str, ShardedTensor]) -> bool:
-    known = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
-    return all(name in known and tuple(known[name].size) == sharded.shape for name, sharded in state.items())
+def read_tensors(stored: StoredTensors, section: str) -> dict[str, Tensor]:
+    """Whole tensors on the CPU whose names begin with ``section``, by the rest of their names."""
+    found = {name: tensor for name, tensor in stored.tensors.items() if name.startswith(section)}
+    tensors = {name: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype]) for name, tensor in found.items()}
+    stored.fill({name: ShardedTensor(tuple(x.shape), (Chunk((0,) * x.dim(), x),)) for name, x in tensors.items()})
+    return {name.removeprefix(section): tensor for name, tensor in tensors.items()}
 
 
-def _check(checkpoint: Checkpoint, state: dict[str, ShardedTensor]) -> None:
-    known = dcp.FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+def _has(stored: StoredTensors, state: Mapping[str, ShardedTensor]) -> bool:
+    return all(name in stored.tensors and stored.tensors[name].shape == state[name].shape for name in state)
+
+
+def _check(stored: StoredTensors, state: Mapping[str, ShardedTensor]) -> None:
     for name, sharded in state.items():
-        there = known.get(name)
-        if there is None or tuple(there.size) != sharded.shape:
-            found = "absent" if there is None else f"of shape {list(there.size)}"
+        there = stored.tensors.get(name)
+        if there is None or there.shape != tuple(sharded.shape):
+            found = "absent" if there is None else f"of shape {list(there.shape)}"
             raise ConfigError(
-                f"{checkpoint.path}: {name} is {found}, the configuration asks for {list(sharded.shape)}; "
+                f"{stored.path}: {name} is {found}, the configuration asks for {list(sharded.shape)}; "
                 f"use the configuration the run was started with"
             )
-
-
-def _load(checkpoint: Checkpoint, state: dict[str, ShardedTensor], **options: Any) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(state, checkpoint_id=checkpoint.path, planner=LoadChunks(), **options)
 
 
 def _examine(path: Path) -> Checkpoint | str:
@@ -159,4 +163,4 @@ def _examine(path: Path) -> Checkpoint | str:
     found = read_listing(path)
     if isinstance(found, str):
         return found
-    return problem(path, found["files"]) or Checkpoint(path, found["step"], found["meta"])
+    return problem(path, found["files"]) or checkpoint_of(path, found)

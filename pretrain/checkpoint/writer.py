@@ -1,38 +1,36 @@
 """Checkpoint writer: writes checkpoints in the background while training goes on.
 
-``save`` copies the chunks that this rank writes to the CPU and returns. A thread per rank writes them with torch's
-distributed checkpoint, over a process group of its own: training uses the others at the same time. All threads end
-with the same result. All ranks look at it at the same step boundary and raise its error there, so that no rank waits
-in a collective for one that has failed.
+``save`` copies the chunks that this rank writes to the CPU and returns. A thread per rank writes them into a file, and
+rank 0 the index of all. The threads use a process group of their own: training uses the others at the same time. All
+threads end with the same result. All ranks look at it at the same step boundary and raise its error there, so that no
+rank waits in a collective for one that has failed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import hashlib
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from bd3_megatron.engine.base import Engine
 from bd3_megatron.shards import Chunk, ShardedTensor
 from pretrain.checkpoint import folder
-from pretrain.checkpoint.planner import SaveChunks
-from pretrain.distributed.collective_errors import mark_collective
+from pretrain.checkpoint.index import DTYPE_NAMES, write_index
+from pretrain.checkpoint.tensor_file import ChunkEntry, write_chunks
 from pretrain.distributed.collectives import gather_from_ranks, on_rank_0, raise_on_all_ranks
+from pretrain.run_folder import layout
 
 # Ranks wait for the slowest disk. A rank that died is noticed at once, by its closed connection.
 _TIMEOUT = datetime.timedelta(hours=2)
@@ -212,12 +210,8 @@ class _Write:
         try:
             raise_on_all_ranks(self._use_device, group)
             on_rank_0(lambda: folder.start(partial), group)
-            # No copies ahead: the tensors are on the CPU, and this thread should use no CUDA stream beside training.
-            storage = dcp.FileSystemWriter(partial, per_thread_copy_ahead=0)
-            with _plain_errors(final):
-                dcp.save(self._staged, storage_writer=storage, planner=SaveChunks(), process_group=group)
-            parts = gather_from_ranks(lambda: _stamps(partial, rank), group)
-            stamps = {name: stamp for part in parts for name, stamp in part.items()}
+            parts = gather_from_ranks(lambda: _write_chunks(self._staged, partial, final, rank), group)
+            stamps = on_rank_0(lambda: _write_index(parts, partial, final), group)
             on_rank_0(lambda: folder.publish(partial, final, self._meta, stamps), group)
         except BaseException:
             if rank == 0:
@@ -227,10 +221,33 @@ class _Write:
         return sum(stamp["bytes"] for stamp in stamps.values())
 
 
-def _stamps(partial: Path, rank: int) -> dict[str, Any]:
-    """Stamps of the files that this rank wrote."""
-    own = [*([".metadata"] if rank == 0 else []), *(path.name for path in partial.glob(f"__{rank}_*"))]
-    return {name: folder.stamp(partial / name) for name in own}
+def _write_chunks(staged: Mapping[str, ShardedTensor], partial: Path, final: Path, rank: int) -> dict[str, Any]:
+    """Write a rank's chunks; returns its :func:`pretrain.checkpoint.tensor_file.write_chunks`, empty without chunks."""
+    chunks = [(name, sharded, chunk) for name, sharded in staged.items() for chunk in sharded.chunks]
+    described = [
+        ChunkEntry(name, DTYPE_NAMES[chunk.data.dtype], sharded.shape, chunk.offsets, tuple(chunk.data.shape))
+        for name, sharded, chunk in chunks
+    ]
+    if not described:
+        return {"tensors": {}, "files": {}}
+    with _named(final):
+        return write_chunks(partial / layout.tensors_name(rank), described, (chunk.data for _, _, chunk in chunks))
+
+
+def _write_index(parts: Sequence[Mapping[str, Any]], partial: Path, final: Path) -> dict[str, Any]:
+    """Write the index of all ranks' chunks; returns the stamps of all files."""
+    with _named(final):
+        return write_index(partial, parts)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Name the checkpoint in an error of the disk, instead of a file in the partial folder, which is removed."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
 
 
 def save_checkpoint(run: Path, engine: Engine, step: int, meta: Mapping[str, Any], keep: int) -> Path:
@@ -245,15 +262,9 @@ def save_checkpoint(run: Path, engine: Engine, step: int, meta: Mapping[str, Any
 
 
 def _buffers(shapes: Mapping[ChunkKey, torch.Size], pinned: bool) -> dict[ChunkKey, Tensor]:
-    """fp32 tensors of these shapes; pinned ones share one allocation, because the system rounds each up.
-
-    Others have an allocation each: torch's writer copies a tensor that is part of a larger allocation, and keeps all
-    copies until the file is written, which would double the memory.
-    """
-    if not pinned:
-        return {chunk: torch.empty(shape, dtype=torch.float32) for chunk, shape in shapes.items()}
+    """fp32 tensors of these shapes in one allocation, because the system rounds each pinned one up."""
     sizes = [shape.numel() for shape in shapes.values()]
-    parts = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=True).split(sizes)
+    parts = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=pinned).split(sizes)
     return {chunk: part.view(shape) for (chunk, shape), part in zip(shapes.items(), parts)}
 
 
@@ -276,18 +287,3 @@ def _share(state: Mapping[str, ShardedTensor], rank: int, group: dist.ProcessGro
         if writer == rank:
             mine.add(chunk)
     return mine
-
-
-@contextlib.contextmanager
-def _plain_errors(path: Path) -> Iterator[None]:
-    """Raise the first failing rank's error instead of torch's wrapper around it, which is no Exception."""
-    try:
-        yield
-    except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, OSError) and cause.filename is None:
-            cause.filename = str(path)
-        if isinstance(cause, RuntimeError) and "inline_container" in str(cause):
-            # torch's archive writer lost the system's error and found its file shorter than it should be.
-            cause = OSError(errno.EIO, "some of it is missing; is the disk full?", str(path))
-        raise mark_collective(cause) from error

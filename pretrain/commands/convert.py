@@ -1,7 +1,8 @@
-"""`bd3 convert`: checkpoints to and from Hugging Face folders."""
+"""`bd3 convert`: checkpoints to and from Hugging Face folders, and from an earlier format to the present one."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -46,10 +47,21 @@ class ImportOptions(Section):
     )
 
 
+class UpgradeOptions(Section):
+    """Rewrite a run's checkpoints that an earlier version wrote, in place, in the present format."""
+
+    run: Positional[str] = Field(description="run folder")
+    dry_run: bool = Field(default=False, description="print what would be done, and change nothing")
+
+
 def main(args: list[str]) -> int:
-    """`bd3 convert export RUN OUT` and `bd3 convert import SOURCE RUN`; the exit code."""
-    usage = "usage: bd3 convert export RUN OUT | bd3 convert import SOURCE RUN   (--help after either for options)"
-    return run_subcommand("bd3 convert", "direction", {"export": export_run, "import": import_run}, lambda: usage, args)
+    """`bd3 convert export RUN OUT`, `bd3 convert import SOURCE RUN` and `bd3 convert upgrade RUN`; the exit code."""
+    usage = (
+        "usage: bd3 convert export RUN OUT | bd3 convert import SOURCE RUN | bd3 convert upgrade RUN"
+        "   (--help after each for options)"
+    )
+    commands = {"export": export_run, "import": import_run, "upgrade": upgrade_run}
+    return run_subcommand("bd3 convert", "direction", commands, lambda: usage, args)
 
 
 def export_run(args: list[str]) -> None:
@@ -111,6 +123,30 @@ def import_run(args: list[str]) -> None:
         parallel.stop()
     count = sum(t.numel() for t in weights.values())
     print(f"{run}: {count:,} parameters of a checkpoint in format {name} as the checkpoint of step 0")
+
+
+def upgrade_run(args: list[str]) -> None:
+    """Upgrade every checkpoint of a run, and print what was done; damaged ones stay and are named at the end."""
+    options = parse_options(UpgradeOptions, args, "bd3 convert upgrade")
+    from pretrain.checkpoint.upgrade import upgrade_checkpoints
+    from pretrain.run_folder.prepare import lock
+
+    run = Path(options.run)
+    if not (run / layout.CHECKPOINTS).is_dir():
+        raise ConfigError(f"{run}: has no checkpoints; give the folder of a run that bd3 pretrain wrote")
+    damaged = []
+    locked = lock(run)
+    try:
+        for done in upgrade_checkpoints(run, options.dry_run):
+            if done.problem is None:
+                print(f"{done.path}: {done.action}")
+            else:
+                damaged.append(f"{done.path}: {done.problem}")
+    finally:
+        os.close(locked)
+    if damaged:
+        more = f" (and {len(damaged) - 1} more)" if damaged[1:] else ""
+        raise ConfigError(f"{damaged[0]}{more}; a damaged checkpoint stays as it is: remove it")
 
 
 def _read_source(source: Path, tokenizer_file: Path | None, options: ImportOptions) -> tuple[str, Loaded]:

@@ -33,6 +33,13 @@ BAD_NODES = "suspects.json"
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete.json"
 """list of a checkpoint's files, written last"""
+INDEX = "index.json"
+"""tensors of a checkpoint, and where their chunks are"""
+TENSORS = ".safetensors"
+"""suffix of a checkpoint's files of tensors"""
+OLD_INDEX = ".metadata"
+"""index of a checkpoint that torch's distributed checkpoint wrote"""
+OLD_TENSORS = ".distcp"
 _CHECKPOINT_PREFIX = "step-"
 
 SKIPPED_RANGES = "skips.json"
@@ -64,7 +71,14 @@ def checkpoint_name(step: int) -> str:
 def checkpoint_step(name: str) -> int | None:
     """Step of a checkpoint's folder; None for the name of another file."""
     step = name.removeprefix(_CHECKPOINT_PREFIX)
-    return int(step) if name.startswith(_CHECKPOINT_PREFIX) and step.isdecimal() else None
+    if not name.startswith(_CHECKPOINT_PREFIX) or not (step.isascii() and step.isdecimal()):
+        return None
+    return int(step) if checkpoint_name(int(step)) == name else None  # one name for each step
+
+
+def tensors_name(rank: int) -> str:
+    """File of the chunks that a rank wrote."""
+    return f"rank-{rank:05d}{TENSORS}"
 
 
 def partial_checkpoint_name(step: int, writer: str) -> str:

@@ -28,12 +28,7 @@ def prepare(run: Path, config: RunConfig, stream: RowStream) -> int:
         ConfigError: another process is training in it.
     """
     run.mkdir(parents=True, exist_ok=True)
-    lock = os.open(run, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ConfigError(f"run={run}: another process is training in it; wait for it or use another --run") from None
+    locked = lock(run)
     tokenizer = run / layout.TOKENIZER
     if not tokenizer.exists():
         with atomic_file(tokenizer) as temporary:
@@ -41,4 +36,19 @@ def prepare(run: Path, config: RunConfig, stream: RowStream) -> int:
     versions = [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in _PACKAGES)]
     write_text(run / layout.VERSIONS, "\n".join(versions) + "\n")
     save_config(config, run / layout.CONFIG)
-    return lock
+    return locked
+
+
+def lock(run: Path) -> int:
+    """Lock a run folder until the descriptor that is returned is closed.
+
+    Raises:
+        ConfigError: another process is training in it.
+    """
+    locked = os.open(run, os.O_RDONLY)
+    try:
+        fcntl.flock(locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(locked)
+        raise ConfigError(f"run={run}: another process is training in it; wait for it or use another --run") from None
+    return locked

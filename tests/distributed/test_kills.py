@@ -156,7 +156,7 @@ def test_a_disk_that_fills_up_under_one_rank_ends_all_with_one_line(tmp_path, da
     first, second = run.start(before=full).finish()
     path = run.run / "checkpoints" / "step-00000003"
     assert (first.code, second.code) == (2, 2)
-    assert first.err.splitlines()[-1] == f"{path}: cannot write: some of it is missing; is the disk full?"
+    assert first.err.splitlines()[-1] == f"{path}: cannot write: File too large"
     assert second.err == ""
     assert "Traceback" not in first.err
     assert run.checkpoints() == before
@@ -217,13 +217,13 @@ def test_a_damaged_newest_checkpoint_is_passed_over_by_all_ranks_with_one_warnin
     for done in run.start("--train.steps", 3).finish():
         assert done.code == 0, done.err
     newest = run.run / "checkpoints" / "step-00000003"
-    file = newest / "__1_0.distcp"  # written by rank 1, and checked by one rank only
+    file = newest / "rank-00001.safetensors"  # written by rank 1, and checked by one rank only
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     first, second = run.start("--train.steps", 4).finish()
     assert (first.code, second.code, second.err) == (0, 0, "")
-    assert first.err.count(f"{newest}: __1_0.distcp has another checksum than listed; skipped\n") == 1
+    assert first.err.count(f"{newest}: rank-00001.safetensors has another checksum than listed; skipped\n") == 1
     assert "going on from step 2\n" in first.err
     for path in (run.run / "checkpoints").glob("step-*"):
         (path / COMPLETE).unlink()

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
 from bd3_megatron.config import DiffusionConfig, Fp8Config, KernelConfig, ModelConfig
 from pretrain.bench import parity
 from pretrain.bench.parity import LAYOUTS, Layout, Task
-from pretrain.checkpoint.reader import find_checkpoint
+from pretrain.checkpoint.reader import find_checkpoint, read_tensors
+from pretrain.checkpoint.stored import StoredTensors
 from pretrain.distributed.spawn import run_world
 from tests.distributed.workers import resume_with_te, train_with_te
 
@@ -46,11 +46,7 @@ def test_a_layout_equals_one_process_with_local_layers(outcomes, task, name):
 
 def scales(run: Path) -> dict[str, torch.Tensor]:
     """The section of FP8 in a run's newest checkpoint."""
-    path = find_checkpoint(run).path
-    known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    found = {name: torch.empty(entry.size) for name, entry in known.items() if name.startswith("fp8/")}
-    dcp.load(found, checkpoint_id=path, no_dist=True)
-    return found
+    return read_tensors(StoredTensors(find_checkpoint(run)), "fp8/")
 
 
 def test_delayed_scaling_goes_on_under_every_layout(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 import time
@@ -18,6 +19,7 @@ from bd3_megatron.engine.base import StepResult
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.parallel import seed_dropout
 from pretrain.checkpoint import folder as checkpoint_folder
+from pretrain.checkpoint import tensor_file
 from pretrain.checkpoint.reader import (
     find_checkpoint,
     newest_checkpoint,
@@ -221,7 +223,7 @@ def test_a_failure_in_the_background_is_raised_at_the_next_occasion(world, run, 
     def fail(*_, **__):
         raise OSError(28, "No space left on device", "disk")
 
-    monkeypatch.setattr(checkpoint_folder, "stamp", fail)
+    monkeypatch.setattr(tensor_file, "_write_tensors", fail)
     with CheckpointWriter(run, made(world), keep=1) as writer:
         writer.save(4, {})
         with pytest.raises(OSError, match="No space left") as caught:
@@ -258,9 +260,9 @@ def remove_tensors(path: Path) -> str:
     return f"{file.name} is missing"
 
 
-def remove_metadata(path: Path) -> str:
-    (path / ".metadata").unlink()
-    return ".metadata is missing"
+def remove_index(path: Path) -> str:
+    (path / "index.json").unlink()
+    return "index.json is missing"
 
 
 def remove_list(path: Path) -> str:
@@ -271,28 +273,94 @@ def remove_list(path: Path) -> str:
 def cut_list(path: Path) -> str:
     file = path / COMPLETE
     file.write_text(file.read_text()[:-20])
-    return "complete.json is unreadable"
+    return "complete.json: is no JSON: "
 
 
 def empty_list(path: Path) -> str:
     (path / COMPLETE).write_text('{"files": {}}')
-    return "complete.json is unreadable"
+    return "complete.json: step: is missing"
 
 
 def garbled_list(path: Path) -> str:
     (path / COMPLETE).write_bytes(b"\xff\xfe")
-    return "complete.json is unreadable"
+    return "complete.json: is no JSON: "
+
+
+def changed(path: Path, *keys: str, value: object) -> None:
+    """Set a value in ``complete.json``; None stands for null."""
+    listing = json.loads((path / COMPLETE).read_text())
+    place = listing
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (path / COMPLETE).write_text(json.dumps(listing))
+
+
+def null_step(path: Path) -> str:
+    changed(path, "step", value=None)
+    return "complete.json: step: value None: "
+
+
+def null_meta(path: Path) -> str:
+    changed(path, "meta", value=None)
+    return "complete.json: meta: value None: "
+
+
+def updates_as_text(path: Path) -> str:
+    changed(path, "meta", "updates", value="3")
+    return "complete.json: meta.updates: value 3: "
+
+
+def step_of_another_folder(path: Path) -> str:
+    changed(path, "step", value=2)
+    return "complete.json is that of step 2"
+
+
+def later_format(path: Path) -> str:
+    changed(path, "format", value=3)
+    return "complete.json: format: value 3: "
+
+
+def empty_list_of_files(path: Path) -> str:
+    changed(path, "files", value={})
+    return "index.json is not listed in complete.json"
+
+
+def unlisted_file(path: Path) -> str:
+    (path / "rank-00001.safetensors").write_bytes(b"")
+    return "rank-00001.safetensors is not listed in complete.json"
+
+
+def file_outside(path: Path) -> str:
+    listing = json.loads((path / COMPLETE).read_text())
+    changed(path, "files", value=listing["files"] | {"../../x": {"bytes": 0, "sha256": "0" * 64}})
+    return "complete.json: files.../../x"
+
+
+def pipe(path: Path) -> str:
+    (path / "index.json").unlink()
+    os.mkfifo(path / "index.json")
+    return "index.json is not a regular file"
 
 
 DAMAGES = [
     flip_a_byte,
     cut,
     remove_tensors,
-    remove_metadata,
+    remove_index,
     remove_list,
     cut_list,
     empty_list,
     garbled_list,
+    null_step,
+    null_meta,
+    updates_as_text,
+    step_of_another_folder,
+    later_format,
+    empty_list_of_files,
+    unlisted_file,
+    file_outside,
+    pipe,
 ]
 
 
@@ -304,7 +372,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(world, run, d
         caplog.clear()
         found = newest_on_all_ranks(run, world) if on_all_ranks else newest_checkpoint(run)
         assert (found.step, found.meta) == (2, {"tokens": 200})
-        assert caplog.messages == [f"{path}: {problem}; skipped"]
+        (message,) = caplog.messages
+        assert message.startswith(f"{path}: {problem}")
+        assert message.endswith("; skipped")
     assert find_checkpoint(run).step == 2
     with pytest.raises(ConfigError, match=r"; use another step$"):
         find_checkpoint(run, 3)

@@ -241,8 +241,9 @@ DEATHS = [
     ("pretrain.tracking.metrics", "MetricsWriter._record", 1),
     ("pretrain.trainer.loop", "Trainer._train_step", 1),  # evaluated at step 0, nothing else
     ("pretrain.trainer.loop", "Trainer._save", 1),  # step 1 recorded, not saved
-    ("torch.distributed.checkpoint", "FileSystemWriter.write_data", 1),  # an empty folder
-    ("pretrain.checkpoint.folder", "stamp", 1),  # tensors written, their list not
+    ("pretrain.checkpoint.tensor_file", "_write_tensors", 1),  # an empty folder
+    ("pretrain.checkpoint.writer", "write_index", 1),  # tensors written, their index not
+    ("pretrain.checkpoint.folder", "publish", 1),  # all written but the list
     ("pretrain.checkpoint.folder", "_rename", 1),  # the list written, the checkpoint of step 1 about to appear
     ("pretrain.checkpoint.folder", "sync", 1),  # it has appeared
     ("pretrain.trainer.loop", "Trainer._evaluate", 1),  # before the validation of step 3
@@ -288,12 +289,12 @@ def test_a_run_killed_while_it_writes_checkpoints_ends_as_if_it_never_was(recipe
 def test_damage_costs_steps_and_nothing_else(recipe, uninterrupted):
     assert recipe.finish("--train.steps", 4).code == 0
     newest = recipe.run / "checkpoints" / "step-00000004"
-    (newest / ".metadata").unlink()
+    (newest / "index.json").unlink()
     with (recipe.run / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 5, "spl')  # a torn line
     # The evaluation at the end of the shorter run is of step 4, which lies behind the checkpoint of step 3.
     assert_as_uninterrupted(recipe, uninterrupted)
-    assert f"{newest}: .metadata is missing; skipped" in (recipe.log.with_suffix(".err")).read_text()
+    assert f"{newest}: index.json is missing; skipped" in (recipe.log.with_suffix(".err")).read_text()
 
 
 def test_a_finished_run_started_again_does_nothing(uninterrupted):

@@ -1,0 +1,216 @@
+"""Safetensors files: written from tensors in place without a copy, and read by regions.
+
+Files are read with pread instead of memory maps: a failing disk is then an error and no signal that ends the process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from bd3_common import schema
+from bd3_common.errors import ConfigError
+from bd3_common.text import shorten
+from pretrain.checkpoint.index import DTYPES, REMEDY, Size, StoredChunk, nbytes
+
+_HEADER = 100 << 20
+"""bytes of the largest header that the safetensors library reads"""
+_BUFFER = 16 << 20
+"""bytes that are read at a time"""
+_METADATA = "__metadata__"
+
+
+class _Entry(schema.Record):
+    """A tensor in the header; ``data_offsets`` count from the header's end."""
+
+    dtype: Literal["F32", "F16", "BF16"]
+    shape: Annotated[list[Size], Field(max_length=8)]
+    data_offsets: Annotated[list[schema.Count], Field(min_length=2, max_length=2)]
+
+
+class ChunkEntry(NamedTuple):
+    """A chunk to write: name, dtype and shape of the whole tensor, and its place in that."""
+
+    name: str
+    dtype: str
+    whole: tuple[int, ...]
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        """Name in the file: the tensor's, with ``[offsets]`` if the chunk is a part of it."""
+        return self.name if self.shape == self.whole else f"{self.name}[{','.join(map(str, self.offsets))}]"
+
+    @property
+    def place(self) -> dict[str, tuple[int, ...]]:
+        """Its place in the whole tensor, as in the index."""
+        return {"offsets": self.offsets, "shape": self.shape}
+
+
+def write_chunks(path: Path, chunks: Sequence[ChunkEntry], tensors: Iterable[Tensor]) -> dict[str, Any]:
+    """Write and sync a file of chunks.
+
+    Args:
+        tensors: contiguous, on the CPU, in the order of ``chunks``; taken one at a time.
+
+    Returns:
+        ``tensors``: this file's part of the index; ``files``: its stamp by its name. Both are plain values.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    stamp = _write_tensors(path, chunks, tensors)
+    found: dict[str, Any] = {}
+    for chunk in chunks:
+        tensor = found.setdefault(chunk.name, {"shape": list(chunk.whole), "dtype": chunk.dtype, "chunks": []})
+        place = {axis: list(sizes) for axis, sizes in chunk.place.items()}
+        tensor["chunks"].append({**place, "file": path.name, "key": chunk.key})
+    return {"tensors": found, "files": {path.name: stamp}}
+
+
+def _write_tensors(path: Path, chunks: Sequence[ChunkEntry], tensors: Iterable[Tensor]) -> dict[str, Any]:
+    """Write a safetensors file; returns its stamp."""
+    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    begin = 0
+    for chunk in chunks:
+        end = begin + nbytes(chunk.shape, chunk.dtype)
+        header[chunk.key] = {"dtype": chunk.dtype, "shape": list(chunk.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # aligns the values
+    digest, size = hashlib.sha256(), 0
+    with path.open("xb", buffering=0) as file:
+        for data in itertools.chain([len(text).to_bytes(8, "little"), text], map(_bytes_of, tensors)):
+            view = memoryview(data)
+            for first in range(0, len(view), _BUFFER):
+                part = view[first : first + _BUFFER]
+                digest.update(part)
+                size += len(part)
+                while len(part):
+                    part = part[file.write(part) :]
+        os.fsync(file.fileno())
+    if size != 8 + len(text) + begin:
+        raise ValueError(f"{path}: {size} bytes of tensors, {8 + len(text) + begin} are announced")
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+class TensorFile:
+    """A safetensors file open for reading, its header checked.
+
+    Raises:
+        ConfigError: the header is damaged, or describes another file than this one.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            status = os.fstat(self._file)
+            if not stat.S_ISREG(status.st_mode):
+                raise self._damaged("is not a regular file")
+            self._entries, self._begin = self._read_header(status.st_size)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+
+    def read(self, chunk: StoredChunk, dtype: str, low: Sequence[int], target: Tensor) -> None:
+        """Copy the region of a chunk that begins at ``low`` and has ``target``'s shape into ``target``.
+
+        Raises:
+            ConfigError: the file has no such tensor, or one of another shape or dtype.
+        """
+        entry = self._entries.get(chunk.key)
+        if entry is None or (entry.dtype, tuple(entry.shape)) != (dtype, chunk.shape):
+            raise self._damaged(f"has no {chunk.key} of shape {list(chunk.shape)} and dtype {dtype}")
+        for at, part in _parts(tuple(low), target):
+            buffer = torch.empty(part.shape, dtype=DTYPES[dtype])
+            view = memoryview(_bytes_of(buffer))
+            for place, begin, end in _runs(chunk.shape, at, part.shape):
+                size = buffer.element_size()
+                self._pread(view[begin * size : end * size], self._begin + entry.data_offsets[0] + place * size)
+            part.copy_(buffer)
+
+    def _read_header(self, size: int) -> tuple[dict[str, _Entry], int]:
+        length = bytearray(8)
+        if size < len(length):
+            raise self._damaged("is no safetensors file")
+        self._pread(memoryview(length), 0)
+        count = int.from_bytes(length, "little")
+        if count > min(_HEADER, size - len(length)):
+            raise self._damaged(f"has a header of {count} bytes, more than the file or the format allows")
+        text = bytearray(count)
+        self._pread(memoryview(text), len(length))
+        found = schema.parse(bytes(text), dict[str, Any], self.path, REMEDY, ConfigError)
+        found.pop(_METADATA, None)
+        entries = schema.check(found, dict[str, _Entry], self.path, REMEDY, ConfigError)
+        end = 0
+        for key, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets[0]):
+            begin, last = entry.data_offsets
+            if begin != end or last - begin != nbytes(entry.shape, entry.dtype):
+                raise self._damaged(f"places {shorten(key)} at {begin} to {last}, which does not fit")
+            end = last
+        if len(length) + count + end != size:
+            raise self._damaged(f"has {size} bytes, its header describes {len(length) + count + end}")
+        return entries, len(length) + count
+
+    def _pread(self, view: memoryview, place: int) -> None:
+        while len(view):
+            count = os.preadv(self._file, [view], place)
+            if count == 0:
+                raise self._damaged("has become shorter")
+            view, place = view[count:], place + count
+
+    def _damaged(self, reason: str) -> ConfigError:
+        return ConfigError(f"{self.path}: {reason}; {REMEDY}")
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """The memory of a contiguous CPU tensor as an array of bytes."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy()
+
+
+def _parts(low: tuple[int, ...], target: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Parts of the target that fit into the buffer, with their places."""
+    if target.nbytes <= _BUFFER:
+        yield low, target
+        return
+    axis = next(axis for axis, size in enumerate(target.shape) if size > 1)
+    half = target.shape[axis] // 2
+    yield from _parts(low, target.narrow(axis, 0, half))
+    later = (*low[:axis], low[axis] + half, *low[axis + 1 :])
+    yield from _parts(later, target.narrow(axis, half, target.shape[axis] - half))
+
+
+def _runs(shape: Sequence[int], low: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Runs of a region's elements that lie one after the other in the array.
+
+    Yields:
+        place of the run's first element in the array; first and end of the run in the region.
+    """
+    axis = len(shape) - 1
+    while axis > 0 and sizes[axis] == shape[axis]:
+        axis -= 1
+    strides = [math.prod(shape[n + 1 :]) for n in range(len(shape))]
+    first = sum(at * stride for at, stride in zip(low, strides))
+    length = math.prod(sizes[axis:])
+    for number, index in enumerate(itertools.product(*map(range, sizes[:axis]))):
+        place = first + sum(at * stride for at, stride in zip(index, strides))
+        yield place, number * length, (number + 1) * length
