@@ -28,7 +28,7 @@ COMMANDS = {
     ),
     "eval": ("pretrain.commands.eval:main", "evaluate a run's checkpoint on the validation split"),
     "sample": ("pretrain.commands.sample:main", "generate text block by block"),
-    "convert": ("pretrain.commands.convert:main", "export to and import from Hugging Face folders"),
+    "convert": ("pretrain.commands.convert:main", "to and from Hugging Face folders; upgrade old checkpoints"),
     "config": ("pretrain.commands.config:main", "print the resolved configuration as YAML"),
     "estimate": ("pretrain.commands.estimate:main", "predict memory, traffic and time of a run before it is launched"),
     "launch": ("pretrain.commands.launch:main", "submit a run, a sweep or a data preparation to Slurm"),

@@ -374,6 +374,6 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(recipe, uninterrupte
     done = recipe.finish(before=functools.partial(limit_files, 100_000))
     assert done.code == 2
     path = recipe.run / "checkpoints" / "step-00000003"
-    assert done.err.splitlines()[-1] == f"{path}: cannot write: some of it is missing; is the disk full?"
+    assert done.err.splitlines()[-1] == f"{path}: cannot write: File too large"
     assert "Traceback" not in done.err
     assert sorted((recipe.run / "checkpoints").iterdir()) == before
