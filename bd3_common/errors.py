@@ -17,7 +17,9 @@ class ConfigError(UserError):
 
 
 def user_line(error: Exception) -> str | None:
-    """The line to print for a user error or a failing disk; None for a bug, which keeps its traceback."""
+    """The line to print for a user error, a failing disk or a full memory; None for a bug."""
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error):  # torch's is a RuntimeError
+        return "out of memory: this machine cannot hold it; make the model, the batch or the row length smaller"
     if isinstance(error, OSError):
         return _os_line(error)
     return " ".join(str(error).split()) if isinstance(error, UserError) else None

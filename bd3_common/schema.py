@@ -23,6 +23,10 @@ MAX_BYTES = 256 << 20
 """bytes of a file that is read whole"""
 MAX_COUNT = 2**53
 """largest count or offset: beyond it JSON readers of other languages round"""
+MAX_LENGTH = 2**22
+"""most tokens of a row"""
+MAX_VOCABULARY = 2**24
+"""most ids of a tokenizer: a count of each must fit the memory of a worker"""
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 """a number of bytes, rows, tokens or steps"""
@@ -52,26 +56,43 @@ InnerPath = Annotated[str, AfterValidator(_inside)]
 """a relative path that does not leave the folder of the file that names it"""
 
 
-def parse(data: bytes | str, schema: type[T], where: object, remedy: str = "", error: type[UserError] = UserError) -> T:
+def parse(
+    data: bytes | str,
+    schema: type[T],
+    where: object,
+    remedy: str = "",
+    error: type[UserError] = UserError,
+    nan: bool = False,
+) -> T:
     """The value of a JSON text that fits ``schema``.
 
     Args:
         where: names the text in the error: a file, or a file and a line.
         remedy: ends the error: ``; REMEDY``.
         error: class to raise.
+        nan: allow NaN and infinities, as a record of a step that went wrong has them.
 
     Raises:
         UserError: of class ``error``, one line: it is no JSON, too deep, has NaN, or does not fit.
     """
     ending = f"; {remedy}" if remedy else ""
     try:
-        from_json(data, allow_inf_nan=False, cache_strings=False)  # syntax, depth (200) and NaN in parts of type Any
+        tree(data, nan)  # syntax, depth and NaN, also in parts of type Any
         value: T = _adapter(cast(Any, schema)).validate_json(data, strict=True)
     except ValidationError as invalid:
         raise error(f"{where}: {_first(invalid)}{ending}") from None
     except (ValueError, RecursionError) as broken:
         raise error(f"{where}: is no JSON: {shorten(str(broken), 120)}{ending}") from None
     return value
+
+
+def tree(data: bytes | str, nan: bool = False) -> Any:
+    """The plain value of a JSON text, for content of no fixed schema.
+
+    Raises:
+        ValueError: no JSON, NaN, nested more than 200 deep, or a number of thousands of digits.
+    """
+    return from_json(data, allow_inf_nan=nan, cache_strings=False)
 
 
 def check(value: object, schema: type[T], where: object, remedy: str = "", error: type[UserError] = UserError) -> T:
@@ -104,7 +125,10 @@ def read_bytes(path: Path, error: type[UserError] = UserError, max_bytes: int = 
     if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
         raise error(f"{path}: is not a regular file")
     with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
+        # Not max_bytes at once: a read takes its memory before it knows how much there is.
+        data = file.read(min(path.stat().st_size, max_bytes) + 1)
+        while len(data) <= max_bytes and (more := file.read(1 << 20)):
+            data += more
     if len(data) > max_bytes:
         raise error(f"{path}: has more than {max_bytes} bytes, which no file of this kind has")
     return data
@@ -127,4 +151,6 @@ def _first(invalid: ValidationError) -> str:
     if found["type"] == "extra_forbidden":
         return f"{place}: unknown key"
     value = f"value {shorten(found['input'])}: "
-    return f"{place}: {value}{text[:1].lower()}{shorten(text[1:], 160)}" if place else f"{value}{text}"
+    if not place:
+        value = "" if found["type"] == "value_error" else value
+    return f"{place}{': ' if place else ''}{value}{text[:1].lower()}{shorten(text[1:], 160)}"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bd3_common.atomic import atomic_folder
 from bd3_common.errors import ConfigError
+from bd3_common.text import shorten
 from bd3_megatron.config import DiffusionConfig, ModelConfig
 from bd3_megatron.hf.files import Loaded, Source, open_source
 from bd3_megatron.hf.formats import FORMATS, Contents, TokenIds
@@ -72,7 +73,7 @@ def read_checkpoint(
     source = path if isinstance(path, Source) else open_source(Path(path))
     form = FORMATS.load(find_format(source) if format_name is None else format_name)()
     if not form.matches(source.config):
-        raise ConfigError(f"{source.path}: model_type={source.config.get('model_type')!r}, not {form.model_type!r}")
+        raise ConfigError(f"{source.path}: model_type={_model_type(source)}, not {form.model_type!r}")
     return form.read(source, tokens or TokenIds())
 
 
@@ -85,7 +86,11 @@ def find_format(source: Source) -> str:
     found = [name for name, cls in FORMATS.load_all().items() if cls().matches(source.config)]
     if len(found) == 1:
         return found[0]
-    where = f"{source.config_file}: model_type={source.config.get('model_type')!r}"
+    where = f"{source.config_file}: model_type={_model_type(source)}"
     if found:
         raise ConfigError(f"{where}: more than one format has it; choose with --format: {', '.join(found)}")
     raise ConfigError(f"{where}: no format has it; known are {', '.join(FORMATS.names())}")
+
+
+def _model_type(source: Source) -> str:
+    return shorten(repr(source.config.get("model_type"))[:200])

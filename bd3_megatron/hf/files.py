@@ -9,17 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bd3_common import schema
 from bd3_common.errors import ConfigError
+from bd3_common.machine import memory_limit
+from bd3_common.schema import InnerPath, OpenRecord
+from bd3_common.tensor_header import read_header
+from bd3_common.text import shorten
 from bd3_megatron.config import DiffusionConfig, ModelConfig, Section
 
+T = TypeVar("T")
 AnySection = TypeVar("AnySection", bound=Section)
 Loaded = tuple[ModelConfig, DiffusionConfig, dict[str, Tensor]]
 
+MAX_JSON = 64 << 20
 _PREFIX = "weights."  # of tensors in a single file that has other tensors, too
+
+
+class WeightIndex(OpenRecord):
+    """``model.safetensors.index.json``: the file of each tensor."""
+
+    weight_map: dict[str, InnerPath]
 
 
 @dataclass(frozen=True)
@@ -75,9 +87,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return read_safetensors(folder / "model.safetensors")[0]
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict):
-        raise ConfigError(f"{index}: no weight_map; download the checkpoint again")
+    shards = _read(index, WeightIndex).weight_map
     weights: dict[str, Tensor] = {}
     for shard in sorted(set(shards.values())):
         weights |= read_safetensors(folder / shard)[0]
@@ -96,14 +106,18 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @contextmanager
 def _safetensors(path: Path) -> Iterator[Any]:
-    """An open safetensors file."""
+    """An open safetensors file, whose header is checked and whose tensors fit the memory."""
     try:
+        header, _ = read_header(path, ConfigError)
+        size = max((place.data_offsets[1] for place in header.values()), default=0)
+        if size > memory_limit():
+            raise ConfigError(f"{path}: its tensors have {size} bytes, more than the memory of {memory_limit()} bytes")
         with safe_open(path, "pt") as file:
             yield file
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path}: not a readable safetensors file: {error}") from None
+        raise ConfigError(f"{path}: not a readable safetensors file: {shorten(str(error), 160)}") from None
 
 
 def section(kind: type[AnySection], values: Mapping[str, Any], source: str) -> AnySection:
@@ -112,13 +126,7 @@ def section(kind: type[AnySection], values: Mapping[str, Any], source: str) -> A
     Raises:
         ConfigError: a value does not fit.
     """
-    try:
-        return kind(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{source}: {where}{': ' if where else ''}{message}") from None
+    return schema.check(values, kind, source, error=ConfigError)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -127,15 +135,16 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, or it holds no JSON object.
     """
+    return _read(path, dict[str, Any])
+
+
+def _read(path: Path, kind: type[T]) -> T:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return schema.read(path, kind, error=ConfigError, max_bytes=MAX_JSON)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not a readable JSON file: {error}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds no JSON object")
-    return content
+    except OSError as error:
+        raise ConfigError(f"{path}: not a readable JSON file: {error.strerror or error}") from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

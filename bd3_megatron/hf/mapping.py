@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import printable
 from bd3_megatron.backbones import Parameter, Shape
 from bd3_megatron.config import ModelConfig
 
 Weights = Mapping[str, Tensor]
+_FEW = 100  # layers whose names may be listed in any case, to say which are missing
 
 
 def entries(model: ModelConfig) -> list[Parameter]:
@@ -34,6 +36,7 @@ def to_hf(weights: Weights, model: ModelConfig) -> dict[str, Tensor]:
     Raises:
         ConfigError: a name is missing, unknown, or has another shape than the model gives it.
     """
+    check_depth(weights, model)
     table = entries(model)
     check_shapes(weights, {entry.name: entry.shape for entry in table})
     result = {}
@@ -56,6 +59,7 @@ def from_hf(weights: Weights, model: ModelConfig) -> dict[str, Tensor]:
     Raises:
         ConfigError: a name is missing, unknown, or has another shape than the model gives it.
     """
+    check_depth(weights, model)
     table = entries(model)
     check_shapes(weights, {name: shape for entry in table for name, shape in entry.exported.items()})
     result = {}
@@ -67,6 +71,19 @@ def from_hf(weights: Weights, model: ModelConfig) -> dict[str, Tensor]:
         else:
             result[entry.name] = torch.cat(parts) if len(parts) > 1 else parts[0]
     return result
+
+
+def check_depth(weights: Weights, model: ModelConfig) -> None:
+    """Check that there is a tensor for each layer, before the names of all layers are listed.
+
+    Raises:
+        ConfigError: there are more layers than tensors.
+    """
+    if model.layers > max(_FEW, len(weights)):
+        raise ConfigError(
+            f"model.layers={model.layers}: the weights are {len(weights)} tensors; the checkpoint is not of this "
+            "model's shape"
+        )
 
 
 def check_shapes(weights: Weights, expected: Mapping[str, Shape]) -> None:
@@ -81,7 +98,8 @@ def check_shapes(weights: Weights, expected: Mapping[str, Shape]) -> None:
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ConfigError(f"weights: {names[0]}{more} {problem}; the checkpoint is not of this model's shape")
+            first = printable(names[0])
+            raise ConfigError(f"weights: {first}{more} {problem}; the checkpoint is not of this model's shape")
     for name, shape in expected.items():
         if tuple(weights[name].shape) != shape:
             raise ConfigError(

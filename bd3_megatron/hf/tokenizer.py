@@ -8,6 +8,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from bd3_common.errors import ConfigError
+from bd3_common.schema import read_bytes
+from bd3_common.text import shorten
 from bd3_megatron.config import ModelConfig
 from bd3_megatron.hf.files import write_json
 from bd3_megatron.hf.formats import TokenIds
@@ -27,10 +29,12 @@ def tokenizer_with_mask(path: Path, tokens: TokenIds, model: ModelConfig) -> Tok
     Raises:
         ConfigError: it cannot be read, lacks a special token, or has more tokens than the model.
     """
+    text = read_bytes(path, ConfigError)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(text)
     except Exception as error:  # the library raises plain Exception
-        raise ConfigError(f"tokenizer={path}: not a readable tokenizer.json: {error}") from None
+        problem = shorten(str(error), 160)
+        raise ConfigError(f"tokenizer={path}: not a readable tokenizer.json: {problem}") from None
     # Stored in the file, they would cut or fill prompts without a word.
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import ValidationError
 
+from bd3_common import schema
 from bd3_common.atomic import atomic_file, write_text
+from bd3_common.errors import UserError
 from data_prep.build import pool
 from data_prep.build.progress import Progress, Report
 from data_prep.errors import DataError
@@ -146,8 +147,8 @@ def build_shard(job: ShardJob) -> Shard:
 
 def recorded_shard(job: ShardJob) -> Shard | None:
     """The record of a shard that was complete once; None if it must be written."""
-    with suppress(OSError, ValidationError):
-        return Shard.model_validate_json(job.note(".json").read_bytes())
+    with suppress(OSError, UserError):
+        return schema.read(job.note(".json"), Shard)
     return None
 
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 
+from bd3_common import schema
 from bd3_common.atomic import atomic_file, unique_suffix, write_text
+from bd3_common.errors import UserError
+from bd3_common.schema import Count, InnerPath, Record, Sha256
 from data_prep.build import pool
 from data_prep.errors import DataError
-from data_prep.format.manifest import SPLITS, Count, Record, Sha256, SplitName
+from data_prep.format.manifest import SPLITS, SplitName
 from data_prep.format.pack import RowFormat
 from data_prep.format.remote import fetch
 from data_prep.format.tokenizer import encode, shared_tokenizer
@@ -43,7 +45,7 @@ class Encoded(Record):
     tokens: dict[SplitName, Count]
     skipped: dict[str, Count]
     rejects: list[Reject]
-    files: dict[str, Count]  # bytes of each stream
+    files: dict[InnerPath, Count]  # bytes of each stream
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,10 @@ def encode_part(job: EncodeJob) -> Encoded:
 def read_result(folder: Path) -> Encoded | None:
     """Read the result of :func:`encode_part`; None if it has not finished or a stream is incomplete."""
     try:
-        result = Encoded.model_validate_json((folder / RESULT).read_bytes())
+        result = schema.read(folder / RESULT, Encoded)
         # A truncated stream would silently shift all rows after it.
         whole = all((folder / name).stat().st_size == size for name, size in result.files.items())
-    except (FileNotFoundError, ValidationError):
+    except (FileNotFoundError, UserError):
         return None
     return result if whole else None
 

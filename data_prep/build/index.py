@@ -95,6 +95,8 @@ def find_tars(folder: Path) -> list[str]:
             if name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
                 raise DataError(f"{Path(path) / name}: compressed: rows cannot be read in place; unpack it to a .tar")
             if name.endswith(".tar"):
+                if not (Path(path) / name).is_file():  # a pipe would be waited for
+                    raise DataError(f"{Path(path) / name}: is not a regular file; remove it")
                 names.append((base / name).as_posix())
     if not names:
         raise DataError(f"{folder}: no .tar file in it; give the folder of the tars to --index")

@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from pydantic import ValidationError
-
+from bd3_common import schema
 from bd3_common.atomic import publish_folder, sync, write_text
+from bd3_common.errors import UserError
 from data_prep.build.encode import RESULT
 from data_prep.errors import DataError
 from data_prep.format.files import lies_at
@@ -157,8 +157,8 @@ class Work:
 
     def recipe(self) -> Recipe | None:
         """The recipe of the unfinished work; None if there is none, or one of another version."""
-        with suppress(FileNotFoundError, ValidationError):
-            return Recipe.model_validate_json((self.folder / "recipe.json").read_bytes())
+        with suppress(FileNotFoundError, UserError):
+            return schema.read(self.folder / "recipe.json", Recipe)
         return None
 
     def remove(self) -> None:
@@ -209,7 +209,7 @@ def _digest(work: Work, parts: Sequence[Part]) -> str:
 
 def _text(path: Path) -> str | None:
     with suppress(FileNotFoundError):
-        return path.read_text()
+        return path.read_text(errors="replace")
     return None
 
 

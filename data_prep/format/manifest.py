@@ -17,13 +17,16 @@ import json
 import os
 import re
 import stat
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Final, Literal, NamedTuple, get_args
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, model_validator
 
+from bd3_common import schema
 from bd3_common.atomic import write_text
+from bd3_common.schema import MAX_LENGTH, MAX_VOCABULARY, Count, InnerPath, Record, Sha256
+from bd3_common.text import shorten
 from data_prep.errors import DataError
 from data_prep.format.files import Identity, identity_of
 from data_prep.format.pack import Packing
@@ -40,14 +43,9 @@ REJECTS = "rejects.jsonl"
 MEND = "copy the data set again or write it with bd3 prep --overwrite"
 SplitName = Literal["train", "validation"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
-Count = Annotated[int, Field(ge=0)]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class Record(BaseModel):
-    """Base of the manifest's parts: immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+AGAIN = "write the data set again with bd3 prep --overwrite"
+# exp() of more has no float. A vocabulary of 2^31 ids has 21.5 nats.
+Nats = Annotated[float, Field(ge=0, le=700)]
 
 
 class Member(NamedTuple):
@@ -65,7 +63,7 @@ class Member(NamedTuple):
 class Shard(Record):
     """One tar file."""
 
-    name: str
+    name: InnerPath
     bytes: Count
     sha256: Sha256
     rows: Count
@@ -79,17 +77,18 @@ class IndexedShard(Shard):
     Both splits may take samples of one tar: ``rows`` are those of this split.
     """
 
-    name: str = Field(pattern=r"\.tar$", description="path below the data set's folder")
+    name: InnerPath = Field(pattern=r"\.tar$", description="path below the data set's folder")
     samples: Count = Field(description="samples that the split takes from it, the next ones of the index")
     encoding: Literal["npy", "json"]
-    dtype: str | None = Field(description="of the arrays in npy members, as numpy writes it")
+    dtype: str | None = Field(
+        pattern=r"^[<>|][iu][1248]$", description="of the arrays in npy members, as numpy writes it"
+    )
 
-    @field_validator("name")
-    @classmethod
-    def _stays_below(cls, name: str) -> str:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise ValueError("leaves the folder of the data set")
-        return name
+    @model_validator(mode="after")
+    def _typed(self) -> IndexedShard:
+        if self.encoding == "npy" and self.dtype is None:
+            raise ValueError("npy members without a dtype")
+        return self
 
 
 class Tail(Record):
@@ -110,7 +109,7 @@ class Split(Record):
     rows: Count
     tokens: Count
     dropped_tokens: Count
-    unigram_entropy: float = Field(description="nats per token of its own counts, position 0 left out")
+    unigram_entropy: Nats = Field(description="nats per token of its own counts, position 0 left out")
     # A list of ours is taken for what it is at once; other tars have keys that ours have not.
     shards: list[Annotated[Shard | IndexedShard, Field(union_mode="left_to_right")]]
     tail: Tail | None = Field(default=None, description="the dropped tokens; null before version 4 and of token tars")
@@ -143,7 +142,7 @@ class SourceFile(Record):
 class Recipe(Record):
     """Options that decide the rows, beside text and tokenizer file: equal recipes give equal data sets."""
 
-    length: int = Field(ge=4)
+    length: int = Field(ge=4, le=MAX_LENGTH)
     packing: Packing
     documents: bool = Field(description="whether samples list where documents start")
     add_bos: bool
@@ -182,9 +181,9 @@ class Manifest(Record):
     format: Literal["bd3-rows"] = FORMAT
     version: Literal[2, 3, 4] = VERSION
     package_version: str
-    length: int = Field(ge=4, description="tokens per row, L")
+    length: int = Field(ge=4, le=MAX_LENGTH, description="tokens per row, L")
     dtype: Literal["<u2", "<u4"]
-    vocab_size: int = Field(description="ids a model needs, the mask's included")
+    vocab_size: int = Field(ge=1, le=MAX_VOCABULARY, description="ids a model needs, the mask's included")
     bos_id: Count
     eos_id: Count
     mask_id: Count
@@ -194,13 +193,28 @@ class Manifest(Record):
     sources: list[SourceFile]
     rejects: Count = Field(default=0, description=f"records left out as unreadable, listed in {REJECTS}")
     skipped: dict[str, Count] = Field(default={}, description="documents left out by length: short, long")
-    validation_unigram_nats: float = Field(
+    validation_unigram_nats: Nats = Field(
         description="cross-entropy per token of the validation rows under the train rows' counts plus one; "
         "position 0 of each row is left out of both"
     )
     validation_unigram_perplexity: float = Field(description="exp(validation_unigram_nats): what a model must beat")
     splits: dict[SplitName, Annotated[Split | IndexedSplit, Field(union_mode="left_to_right")]]
     repacked_from: Parent | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        for name in ("bos_id", "eos_id", "mask_id"):
+            if getattr(self, name) >= self.vocab_size:
+                raise ValueError(f"{name}={getattr(self, name)}: not below vocab_size={self.vocab_size}")
+        if self.dtype == "<u2" and self.vocab_size > 2**16:
+            raise ValueError(f"dtype={self.dtype}: has no room for vocab_size={self.vocab_size}")
+        # An id takes at least a byte, so rows are bounded by the bytes on disk.
+        for name, split in self.splits.items():
+            for number, shard in enumerate(split.shards):
+                if shard.rows * self.length > shard.bytes:
+                    where = f"splits.{name}.shards[{number}]"
+                    raise ValueError(f"{where}.rows={shard.rows}: more than its {shard.bytes} bytes can hold")
+        return self
 
 
 def shard_path(split: SplitName, shard: Shard) -> str:
@@ -244,7 +258,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     if not path.is_file():
         raise DataError(f"{folder}: not a data set, it has no {MANIFEST}; name a folder that bd3 prep wrote")
     try:
-        text = path.read_bytes()
+        text = schema.read_bytes(path, DataError)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its rights") from None
     return parse_manifest(text, path)
@@ -253,20 +267,19 @@ def load_manifest(folder: str | Path) -> Manifest:
 def parse_manifest(text: bytes, where: str | Path) -> Manifest:
     """The manifest in ``text``; errors as in :func:`load_manifest`, which name ``where``."""
     try:
-        return Manifest.model_validate_json(text)  # at once, because this is the fast way
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    again = "write the data set again with bd3 prep --overwrite"
+        return schema.parse(text, Manifest, where, AGAIN, DataError)
+    except DataError as error:
+        damaged = error
     try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}); {again}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        content = schema.parse(text, dict[str, Any], where, AGAIN, DataError)
+    except DataError:
+        raise damaged from None
+    if content.get("format") != FORMAT:
         raise DataError(f"{where}: not the manifest of a data set; name a folder that bd3 prep wrote")
     if content.get("version") not in VERSIONS:
-        known = " and ".join(map(str, VERSIONS))
-        raise DataError(f"{where}: version={content.get('version')}: this program reads versions {known}; {again}")
-    raise DataError(f"{where}: {'.'.join(map(str, first['loc']))}: damaged ({first['msg']}); {again}")
+        known, found = " and ".join(map(str, VERSIONS)), shorten(content.get("version"))
+        raise DataError(f"{where}: version={found}: this program reads versions {known}; {AGAIN}")
+    raise damaged
 
 
 def check_files(folder: Path, manifest: Manifest, splits: tuple[SplitName, ...] = SPLITS) -> list[Identity]:

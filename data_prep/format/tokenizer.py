@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from bd3_common.text import shorten
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
 
@@ -90,7 +91,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
-        reason = str(error).splitlines()[0]
+        reason = shorten(" ".join(str(error).split()), 160)
         raise DataError(f"{path}: not a tokenizer ({reason}); give a tokenizer.json that `tokenizers` wrote") from None
     # Truncation stored in the file would silently cut every document.
     tokenizer.no_truncation()

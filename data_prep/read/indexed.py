@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bd3_common.schema import MAX_COUNT, tree
+from bd3_common.text import shorten
 from data_prep.errors import DataError
 from data_prep.format.manifest import IndexedShard
 from data_prep.read.open_files import ShardFile, bytes_of
@@ -30,10 +32,7 @@ def json_ids(payload: bytes) -> Ids:
     Raises:
         ValueError: it holds no list of integers of 64 bits; the text says what it holds.
     """
-    try:
-        content = json.loads(payload)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    content = tree(payload)
     if isinstance(content, dict):
         found = next((name for name in ID_FIELDS if name in content), None)
         if found is None:
@@ -55,12 +54,24 @@ def npy_ids(payload: bytes) -> tuple[Ids, int]:
     Raises:
         ValueError: no npy file of version 1 or 2, no integers in C order, or another size than its header says.
     """
-    stream = io.BytesIO(payload)
+    dtype, shape, begin = _npy_header(io.BytesIO(payload), len(payload))
+    return np.frombuffer(payload, dtype, offset=begin, count=math.prod(shape)), begin
+
+
+def npy_file(path: Path) -> Ids:
+    """The array of an npy file, mapped; refusals and errors as :func:`npy_ids`."""
+    with path.open("rb") as stream:
+        dtype, shape, begin = _npy_header(stream, path.stat().st_size)
+    return np.memmap(path, dtype, "r", begin, shape) if math.prod(shape) else np.empty(shape, dtype)
+
+
+def _npy_header(stream: IO[bytes], size: int) -> tuple[np.dtype[Any], tuple[int, ...], int]:
+    """Type, shape and first byte of the integers in an npy file of ``size`` bytes."""
     try:
         version = np.lib.format.read_magic(stream)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read_header(stream)
-        count = math.prod(operator.index(size) for size in shape)
+        stated, fortran, dtype = read_header(stream)
+        shape = tuple(map(operator.index, stated))
     except Exception as error:  # of a header made by anybody: numpy's own and those of Python's parser
         raise ValueError(f"no npy header that can be read ({type(error).__name__})") from None
     if dtype.kind not in "iu":
@@ -68,9 +79,9 @@ def npy_ids(payload: bytes) -> tuple[Ids, int]:
     if fortran and len(shape) > 1:
         raise ValueError("in Fortran order")
     begin = stream.tell()
-    if begin + count * dtype.itemsize != len(payload):
-        raise ValueError(f"{len(payload)} bytes, {begin + count * dtype.itemsize} by its header")
-    return np.frombuffer(payload, dtype, offset=begin), begin
+    if min(shape, default=0) < 0 or begin + math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"{size} bytes, others by its header: {dtype}{shorten(list(shape))}")
+    return dtype, shape, begin
 
 
 class IndexedRows:
@@ -81,6 +92,7 @@ class IndexedRows:
         index: int64 ``[samples, 3]``, see :class:`data_prep.format.manifest.IndexedSplit`.
         length: ids in a row, L.
         dtype: of the rows.
+        vocab_size: ids in the rows are below it.
         file: opens shard ``n``.
 
     Raises:
@@ -93,17 +105,24 @@ class IndexedRows:
         index: NDArray[np.int64],
         length: int,
         dtype: np.dtype[Any],
+        vocab_size: int,
         file: Callable[[int], AbstractContextManager[ShardFile]],
     ):
         self._shards, self._length, self._dtype, self._file = shards, length, dtype, file
+        self._vocab_size = vocab_size
+        total = sum(shard.samples for shard in shards)
+        if index.shape != (total, 3) or index.dtype != np.int64 or (index < 0).any():
+            raise ValueError(f"{index.dtype}{list(index.shape)} instead of int64[{total}, 3]")
         counts = np.array([shard.samples for shard in shards], np.int64)
-        if index.ndim != 2 or index.shape != (counts.sum(), 3) or index.dtype != np.int64 or (index < 0).any():
-            raise ValueError(f"{index.dtype}{list(index.shape)} instead of int64[{counts.sum()}, 3]")
         self._shard = np.repeat(np.arange(len(shards)), counts)
         self._offset, self._bytes, ids = np.ascontiguousarray(index.T)
         sizes = np.array([shard.bytes for shard in shards], np.int64)[self._shard]
-        if (self._offset + self._bytes > sizes).any():
+        widths = np.array([np.dtype(shard.dtype).itemsize if shard.dtype else 1 for shard in shards])[self._shard]
+        # Compared without sums and products, which could pass the range of int64.
+        if (self._offset > sizes).any() or (self._bytes > sizes - self._offset).any():
             raise ValueError("samples outside their shards")
+        if (ids > self._bytes // widths).any() or sum(ids.tolist()) > MAX_COUNT:
+            raise ValueError("samples of more ids than their bytes hold")
         # Place of each sample in the stream of the split, in which the shards' rows lie one after another.
         rows = np.array([shard.rows for shard in shards], np.int64)
         ends, first = np.cumsum(ids), np.concatenate([[0], np.cumsum(counts)])
@@ -154,11 +173,17 @@ class IndexedRows:
         number = int(self._shard[sample])
         shard = self._shards[number]
         if shard.encoding == "json":
-            return self._json(sample)[begin:end]
-        dtype = np.dtype(shard.dtype)
-        ids = np.empty(end - begin, dtype)
-        with self._file(number) as file:
-            file.read_into(bytes_of(ids), int(self._offset[sample]) + begin * dtype.itemsize)
+            ids = self._json(sample)[begin:end]
+        else:
+            dtype = np.dtype(shard.dtype)
+            ids = np.empty(end - begin, dtype)
+            with self._file(number) as file:
+                file.read_into(bytes_of(ids), int(self._offset[sample]) + begin * dtype.itemsize)
+        if len(ids) < end - begin or (ids < 0).any() or (ids >= self._vocab_size).any():
+            raise DataError(
+                f"{shard.name}: byte {self._offset[sample]}: fewer ids than indexed, or ids outside the vocabulary of "
+                f"{self._vocab_size}; was it changed since it was indexed?"
+            )
         return ids
 
     def _read_json(self, sample: int) -> Ids:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from bd3_common.schema import MAX_COUNT
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
 from data_prep.format.manifest import (
@@ -28,7 +29,7 @@ from data_prep.format.manifest import (
 )
 from data_prep.format.remote import fetch, is_remote, read_remote
 from data_prep.read.cache import RemoteShard, ShardCache
-from data_prep.read.indexed import IndexedRows
+from data_prep.read.indexed import IndexedRows, npy_file
 from data_prep.read.open_files import OpenFiles, ShardFile, bytes_of
 
 
@@ -95,9 +96,18 @@ class RowReader:
             with self._file(number) as file:
                 for begin, end, place in runs:
                     file.read_into(memory[begin * size : end * size], place)
+        if (outside := found >= self.manifest.vocab_size).any():
+            at = int(order[outside.any(1).argmax()])
+            raise self._strange_id(int(np.asarray(indices)[at]), int(found[outside][0]))
         out = np.empty_like(found)
         out[order] = found
         return out
+
+    def _strange_id(self, row: int, found: int) -> DataError:
+        return DataError(
+            f"{self.folder}: row {row} of {self.split} holds id {found}, the manifest says {self.manifest.vocab_size} "
+            f"ids; {MEND}"
+        )
 
     def documents(self, indices: np.ndarray) -> np.ndarray:
         """Document number of each position of rows ``[n]``, ``[n, length]`` int64.
@@ -203,20 +213,29 @@ class RowReader:
     def _index_members(self) -> None:
         """Build the index of members, one array per column of :class:`data_prep.format.manifest.Member`."""
         counts = [len(shard.members) for shard in self.shards]
+        for shard in self.shards:
+            if (there := sum(member[2] for member in shard.members)) != shard.rows:
+                raise DataError(
+                    f"{self.folder}/{self.split}/{shard.name}: {shard.rows} rows in the manifest, whose members have "
+                    f"{there}; {MEND}"
+                )
         numbers = chain.from_iterable(chain.from_iterable(shard.members for shard in self.shards))
         columns = np.fromiter(numbers, np.int64, 4 * sum(counts)).reshape(-1, 4).T
         self._tokens_offset, self._docs_offset, rows, self._starts = map(np.ascontiguousarray, columns)
         self._shard = np.repeat(np.arange(len(counts)), counts)
-        self._first = np.concatenate([[0], np.cumsum(rows)])  # row with which each member begins
-        self._rows = int(self._first[-1])
-        self._first_document = np.cumsum(self._starts) - self._starts  # documents that start before each member
         sizes = np.array([shard.bytes for shard in self.shards], np.int64)[self._shard]
-        bad = (self._tokens_offset + rows * self.length * self.dtype.itemsize > sizes) | (
-            self._docs_offset + self._starts * 8 > sizes
+        # Divided, not multiplied: numbers of any size may stand in the manifest.
+        bad = (rows > (sizes - self._tokens_offset) // (self.length * self.dtype.itemsize)) | (
+            self._starts > (sizes - self._docs_offset) // 8
         )
         if bad.any():
             name = self.shards[self._shard[bad.argmax()]].name
             raise DataError(f"{self.folder}/{self.split}/{name}: its rows lie outside it in the manifest; {MEND}")
+        if max(sum(rows.tolist()), sum(self._starts.tolist())) > MAX_COUNT:
+            raise DataError(f"{self.folder}: more rows or documents than {MAX_COUNT}; {MEND}")
+        self._first = np.concatenate([[0], np.cumsum(rows)])  # row with which each member begins
+        self._rows = int(self._first[-1])
+        self._first_document = np.cumsum(self._starts) - self._starts  # documents that start before each member
 
     def _open_index(self, split: IndexedSplit) -> IndexedRows:
         """The rows of token tars that :mod:`data_prep.build.index` has indexed."""
@@ -228,9 +247,10 @@ class RowReader:
             else:
                 self._check_digest(path, split.index_sha256)
             try:
-                index = np.load(path, allow_pickle=False)
+                index = npy_file(path)
                 shards = [shard for shard in split.shards if isinstance(shard, IndexedShard)]
-                found = IndexedRows(shards, index, self.length, self.dtype, self._file)
+                vocab_size = self.manifest.vocab_size
+                found = IndexedRows(shards, index, self.length, self.dtype, vocab_size, self._file)
             except (ValueError, TypeError) as error:
                 raise DataError(f"{self.folder}/{split.index}: {error}; write it again with bd3 prep --index") from None
         self._rows = sum(shard.rows for shard in split.shards)
@@ -241,6 +261,10 @@ class RowReader:
         starts = np.empty((self._starts[member], 2), "<i4")
         with self._file(int(self._shard[member])) as file:
             file.read_into(bytes_of(starts), int(self._docs_offset[member]))
+            path = file.path
+        rows, places = starts.T
+        if (starts < 0).any() or (places >= self.length).any() or (np.diff(rows) < 0).any():
+            raise DataError(f"{path}: document starts outside its rows; {MEND}")
         return starts
 
     def _file(self, number: int) -> AbstractContextManager[ShardFile]:

@@ -14,6 +14,13 @@ MAX_LINE = MAX_DOCUMENT + (1 << 20)  # bytes read of one line or member, with ro
 BOM = b"\xef\xbb\xbf"
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+
+
 class BadRecord(Exception):
     """A record that cannot be used; its text is one line with the problem, the value and the remedy."""
 
@@ -88,10 +95,10 @@ def parse_object(data: bytes, at: int, text_field: str) -> dict[str, Any]:
         BadRecord: not UTF-8, not JSON, or not an object.
     """
     try:
-        record = json.loads(decode(data, at))
+        record = _DECODER.decode(decode(data, at))
     except json.JSONDecodeError as error:
         raise BadRecord(f"not JSON ({error.msg}, column {error.colno}); put one object on each line") from None
-    except (ValueError, RecursionError) as error:  # absurdly long numbers or deep nesting
+    except (ValueError, RecursionError) as error:  # NaN, absurdly long numbers, deep nesting
         raise BadRecord(f"not JSON that can be read ({error}); put one plain object on each line") from None
     if not isinstance(record, dict):
         raise BadRecord(f"a JSON {json_type(record)}, not an object; write {{{json.dumps(text_field)}: ...}}")

@@ -9,6 +9,7 @@ from typing import Protocol
 from data_prep.errors import DataError
 
 BLOCK = 512
+_PORTION = 64 << 20
 MAX_HEADER = 1 << 20  # bytes of a long name or an extended header
 GNU_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
@@ -131,7 +132,10 @@ class TarMembers:
             count -= len(self._read(min(count, 1 << 20)))
 
     def _read(self, count: int) -> bytes:
-        data = self._stream.read(count)
+        # In portions: the size that a header states may be more than there is, and than memory holds.
+        data = self._stream.read(min(count, _PORTION))
+        while len(data) < count and (more := self._stream.read(min(count - len(data), _PORTION))):
+            data += more
         self._at += len(data)
         if len(data) < count:
             raise DataError(

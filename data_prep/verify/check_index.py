@@ -24,11 +24,11 @@ class IndexCheck(Check):
 
     def _files(self) -> None:
         known = {source.name for source in self.manifest.sources}
+        self._there, there = set[str](), set[str]()
         try:
-            there = set(find_tars(self.folder))
+            self._there = there = set(find_tars(self.folder))
         except DataError as error:
             self._fault(MANIFEST, str(error))
-            there = set()
         for name in sorted(known - there):
             self._fault(name, "this shard is missing")
         for name in sorted(there - known):
@@ -61,7 +61,8 @@ class IndexCheck(Check):
             eos=recipe.eos,
         )
         special = SpecialIds(manifest.bos_id, manifest.eos_id, manifest.mask_id, manifest.vocab_size)
-        jobs = tar_jobs(self.folder, [source.name for source in manifest.sources], config, special)
+        names = [source.name for source in manifest.sources]
+        jobs = tar_jobs(self.folder, [name for name in names if name in self._there], config, special)
         size = sum(source.bytes for source in manifest.sources)
         progress = Progress(self.report, "checked", size)
         tars: dict[str, IndexedTar] = {}
@@ -71,7 +72,7 @@ class IndexCheck(Check):
             else:
                 tars[job.name] = found
         progress.line()
-        if len(tars) < len(jobs):
+        if len(tars) < len(names):
             return np.empty(0, np.uint64)
         return self._compare([tars[job.name] for job in jobs], config, special)
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import operator
+import os
+import stat
 import tarfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -97,7 +101,11 @@ def walk_shard(job: WalkJob) -> Walked:
     try:
         if job.url is not None:
             fetch(job.url, job.path)
-        size = job.path.stat().st_size
+        status = job.path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+            found.reasons.add("is not a regular file")
+            return found
+        size = status.st_size
         found.whole = size == job.shard.bytes  # until _Walk finds a fault
         if not found.whole:
             found.reasons.add(f"{size} bytes, the manifest says {job.shard.bytes}")
@@ -266,16 +274,19 @@ def _read_array(stream: BinaryIO, size: int) -> tuple[np.ndarray, int]:
     version = np.lib.format.read_magic(stream)
     if version != (1, 0):
         raise ValueError(f"version {version[0]}.{version[1]}, not 1.0")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    try:
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        bytes_ = math.prod(operator.index(count) for count in shape) * dtype.itemsize
+    except Exception as error:  # of a header made by anybody: numpy's own and those of Python's parser
+        raise ValueError(f"no npy header that can be read ({type(error).__name__})") from None
     offset = stream.tell()
-    bytes_ = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if fortran and len(shape) > 1 and min(shape) > 1:
         raise ValueError("stored column by column")
     if dtype.hasobject or offset - begin + bytes_ != size:
         raise ValueError(f"{dtype}{list(shape)} in {size} bytes")
-    raw = stream.read(bytes_)
-    if len(raw) != bytes_:
+    if offset + bytes_ > os.fstat(stream.fileno()).st_size:
         raise ValueError("cut")
+    raw = stream.read(bytes_)
     return np.frombuffer(raw, dtype).reshape(shape), offset
 
 

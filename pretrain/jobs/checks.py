@@ -73,7 +73,7 @@ def check_idle(root: Path) -> None:
     Raises:
         ConfigError: one is.
     """
-    for number in {job for event in events.read(root) if event["event"] == "launched" for job in event["jobs"]}:
+    for number in {job for event in events.read(root) if event["event"] == "launched" for job in event.get("jobs", ())}:
         for found in client.tasks(number):
             if found.get("JobState", "").split()[0] in client.ACTIVE:
                 raise ConfigError(

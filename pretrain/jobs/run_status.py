@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import math
+import stat
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import printable
 from pretrain.checkpoint.folder import newest_complete, step_of
 from pretrain.config.resolve import load_saved
 from pretrain.resilience import heartbeat
 from pretrain.run_folder import events, layout
 from pretrain.tracking.console import duration, si
+from pretrain.tracking.metrics import parse_record
 from slurm import client
 from slurm.client import SlurmError
 
@@ -44,7 +47,7 @@ def run_status(run: Path) -> dict[str, Any]:
     newest = newest_complete(run)
     checkpoint = step_of(newest) if newest else 0
     step = max(train["step"] if train else 0, checkpoint)
-    pace = speed and speed.get("seconds_per_step")
+    pace = _plausible(speed, "seconds_per_step")
     left = None if steps is None or not pace else max(0, steps - step) * pace
     beat = heartbeat.read(run)
     jobs, trouble = _jobs(run, happened)
@@ -57,7 +60,7 @@ def run_status(run: Path) -> dict[str, Any]:
         "steps": steps,
         "loss": train and train.get("loss"),
         "perplexity": validation and validation.get("perplexity"),
-        "tokens_per_second": speed and speed.get("tokens_per_second"),
+        "tokens_per_second": _plausible(speed, "tokens_per_second"),
         "seconds_left": left,
         "record_age": _age(run / layout.METRICS),
         "checkpoint": checkpoint or None,
@@ -90,7 +93,7 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
     if found["loss"] is not None:
         parts.append(f"loss {found['loss']:.4g}")
     if found["perplexity"] is not None:
-        parts.append(f"validation perplexity {found['perplexity']:.2f}")
+        parts.append(f"validation perplexity {found['perplexity']:{'.2f' if found['perplexity'] < 1e9 else '.3g'}}")
     if found["tokens_per_second"] is not None:
         parts.append(f"{si(found['tokens_per_second'])} tok/s")
     if found["seconds_left"]:
@@ -98,7 +101,7 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
     out.append("  step        " + " | ".join(parts))
     if found["phase"] is not None:
         out.append(f"  now         {found['phase']}")
-    if found["checkpoint"] is not None:
+    if found["checkpoint"] is not None and found["checkpoint_age"] is not None:
         out.append(f"  checkpoint  step {found['checkpoint']}, {duration(found['checkpoint_age'])} ago")
     else:
         out.append("  checkpoint  none")
@@ -108,7 +111,7 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
             out.append(f"    {end['time']}  step {end['step']}: {end['cause']}")
     if found["excluded"]:
         out.append(f"  excluded    {', '.join(found['excluded'])}")
-    return out
+    return [printable(line) for line in out]
 
 
 def _steps(run: Path) -> tuple[int | None, str | None]:
@@ -171,18 +174,27 @@ def _restart(event: Mapping[str, Any]) -> dict[str, Any]:
     return {"time": when, "step": event.get("step"), "kind": event.get("kind"), "cause": event.get("cause")}
 
 
+def _plausible(record: Mapping[str, Any] | None, name: str) -> float | None:
+    """A number of a record that a person can read; None for NaN and nonsense."""
+    value = (record or {}).get(name)
+    return value if value is not None and math.isfinite(value) and 0 <= value < 1e15 else None
+
+
 def _last(path: Path, split: str) -> dict[str, Any] | None:
     """The newest record of a split near the file's end: evaluations may be thousands of steps apart."""
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for its writer
+            raise ConfigError(f"{path}: is not a regular file; remove it")
+        size = found.st_size
         for number, bytes_ in enumerate(_TAILS):
             if number and size <= _TAILS[number - 1]:
                 break
             with path.open("rb") as file:
                 file.seek(max(0, size - bytes_))
                 tail = file.read(bytes_)
-            if (found := _newest_of(split, tail.splitlines())) is not None:
-                return found
+            if (newest := _newest_of(split, tail.splitlines())) is not None:
+                return newest
     except FileNotFoundError:
         pass
     return None
@@ -193,11 +205,8 @@ def _newest_of(split: str, lines: Sequence[bytes]) -> dict[str, Any] | None:
     for line in reversed(lines):
         if word not in line:  # most lines are steps
             continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and record.get("split") == split and isinstance(record.get("step"), int):
+        record = parse_record(line)
+        if record is not None and record["split"] == split:
             return record
     return None
 

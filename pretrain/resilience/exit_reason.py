@@ -69,7 +69,7 @@ def exit_reason(
     if broken:
         return ExitReason("failed", f"node failure: {', '.join(broken)}", broken)
     if "hang" in last:
-        text = str(last["hang"].get("text", "a rank hung")).partition(": the job ends")[0]
+        text = str(last["hang"].get("text") or "a rank hung").partition(": the job ends")[0]
         return ExitReason("hang", text, tuple(last["hang"].get("hosts", ())))
     if bad_nodes or exit_codes.BAD_NODE in (first, code):
         named = "; ".join(f"{host}: {why}" for host, why in (bad_nodes or {}).items())
@@ -77,7 +77,7 @@ def exit_reason(
     failed = [event for event in happened if event["event"] == "failed"]
     for event in failed:
         if event.get("mistake"):
-            return ExitReason("mistake", event.get("text", ""))
+            return ExitReason("mistake", event.get("text") or "")
     # A mistake found before there was a run folder has no event.
     if not failed and (code if first is None else first) == exit_codes.USAGE_ERROR:
         return ExitReason("mistake", last_line or "exit code 2")

@@ -15,7 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import Field
+
+from bd3_common import schema
 from bd3_common.atomic import write_text
+from bd3_common.errors import UserError
+from bd3_common.schema import Count, Record
 from pretrain.run_folder.layout import HEARTBEAT
 
 _LONGEST = 15.0  # seconds between beats
@@ -48,15 +53,27 @@ class Heartbeat(NamedTuple):
         return json.dumps({_IN_FILE.get(name, name): value for name, value in self._asdict().items()})
 
     @staticmethod
-    def decode(text: str) -> Heartbeat:
+    def decode(text: str | bytes) -> Heartbeat:
         """Inverse of :meth:`encode`.
 
         Raises:
-            ValueError, TypeError: not such a text.
+            UserError: not such a text.
         """
+        found: dict[str, Any] = schema.parse(text, _Beat, HEARTBEAT).model_dump()
         fields = {name: field for field, name in _IN_FILE.items()}
-        found: dict[str, Any] = json.loads(text)
         return Heartbeat(**{fields.get(name, name): value for name, value in found.items()})
+
+
+class _Beat(Record):
+    """The file's JSON; see :class:`Heartbeat`."""
+
+    start: str
+    beat: Count
+    progress: Count
+    phase: str
+    patient: bool
+    left: bool
+    timeout: float = Field(gt=0, le=1e9)
 
 
 class HeartbeatWriter:
@@ -110,8 +127,8 @@ class HeartbeatWriter:
 def read(run: Path) -> Heartbeat | None:
     """The newest heartbeat; None if there is no readable one."""
     try:
-        return Heartbeat.decode((run / HEARTBEAT).read_text())
-    except (OSError, ValueError, TypeError, AttributeError):
+        return Heartbeat.decode(schema.read_bytes(run / HEARTBEAT, max_bytes=1 << 16))
+    except (OSError, UserError):
         return None
 
 

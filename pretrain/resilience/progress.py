@@ -38,7 +38,7 @@ def starts_without_progress(happened: Sequence[Mapping[str, Any]], lineage: str)
     for event in reversed(happened):
         if event["event"] != "ended":
             continue
-        progress = event.get("kind") == "done" or event.get("step", 0) > event.get("before", 0)
+        progress = event.get("kind") == "done" or (event.get("step") or 0) > (event.get("before") or 0)
         if progress or event.get("lineage") != lineage:
             break
         count += event.get("kind") != "asked" or not str(event.get("cause", "")).startswith(("SIGTERM", "SIGINT"))

@@ -8,24 +8,36 @@ starts without a new checkpoint end the job. Without Slurm the supervisor restar
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bd3_common import exit_codes
+from pydantic import Field
+
+from bd3_common import exit_codes, schema
+from bd3_common.errors import UserError
+from bd3_common.schema import OpenRecord
 from pretrain.resilience.child_process import SignalForwarder, run_command
 from pretrain.resilience.exit_reason import ExitReason, exit_reason, last_log_line
 from pretrain.resilience.progress import finished, newest_step, starts_without_progress
 from pretrain.resilience.slurm_job import SlurmJob, requeue
 from pretrain.run_folder import events
+from pretrain.run_folder.events import Host
 from pretrain.run_folder.layout import BAD_NODES
 from slurm import client
 from slurm.client import SlurmError
 
 log = logging.getLogger(__name__)
+
+
+class BadNodes(OpenRecord):
+    """The preflight's file of bad nodes."""
+
+    hosts: list[Host]
+    reasons: dict[str, str] = Field(default={})
 
 
 def supervise(
@@ -105,16 +117,18 @@ def reason_not_to_start(run: Path, job: SlurmJob, restarts: int) -> str | None:
     at = next((n for n in reversed(range(len(happened))) if happened[n]["event"] in ("attempt", "ended")), None)
     if at is not None and happened[at]["event"] == "attempt":
         lost = happened[at]
-        state = _state_of_other(lost["job"], job)
+        number = lost.get("job") or ""
+        state = _state_of_other(number, job)
         if state in client.RUNNING:
-            return f"{run}: job {lost['job']} is {state} in it; wait for it, or end it with: scancel {lost['job']}"
+            return f"{run}: job {number} is {state} in it; wait for it, or end it with: scancel {number}"
         if state not in client.ACTIVE:
             reason = _reason_without_supervisor(lost, happened[at:])
-            _record_end(run, lost["job"], lost["restart"], lost["lineage"], reason, lost["step"])
+            restart, before = lost.get("restart") or 0, lost.get("step") or 0
+            _record_end(run, number, restart, lost.get("lineage", ""), reason, before)
             happened = events.read(run)
     starts = starts_without_progress(happened, job.lineage)
     if starts > restarts:
-        causes = [event.get("cause", "") for event in happened if event["event"] == "ended"]
+        causes = [event.get("cause") or "" for event in happened if event["event"] == "ended"]
         return _gives_up(run, starts, causes[-1])
     return None
 
@@ -137,13 +151,14 @@ def take_bad_nodes(run: Path, code: int) -> dict[str, str] | None:
     path = run / BAD_NODES
     reasons: dict[str, str] | None = None
     try:
-        found = json.loads(path.read_text())
-        reasons = {str(host): str(found.get("reasons", {}).get(host, "")) for host in found["hosts"]}
+        found = schema.read(path, BadNodes)
+        reasons = {host: found.reasons.get(host, "") for host in found.hosts}
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (UserError, OSError):
         pass
-    path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a folder of that name: nothing of ours
+        path.unlink(missing_ok=True)
     return reasons if code else None
 
 
@@ -163,8 +178,8 @@ def _reason_without_supervisor(lost: Mapping[str, Any], happened: Sequence[Mappi
     known = exit_reason(exit_codes.FAILED, [], happened)
     if known.kind != "failed":
         return known
-    broken: dict[str, str] = {}
-    if lost["job"]:
+    broken: dict[str, str] = Field(default={})
+    if lost.get("job"):
         try:
             broken = client.broken_nodes(lost.get("nodes", ()))
         except SlurmError as error:

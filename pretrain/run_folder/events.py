@@ -13,9 +13,13 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from bd3_common.errors import ConfigError
+from pydantic import ConfigDict, Field
+
+from bd3_common import schema
+from bd3_common.errors import ConfigError, UserError
+from bd3_common.schema import Count, Record
 from data_prep.errors import DataError
 from pretrain.distributed.ranks import Ranks
 from pretrain.run_folder.layout import EVENTS
@@ -31,6 +35,37 @@ _LASTING = {
     errno.ENOTDIR,
     errno.EISDIR,
 }
+
+
+# Words that may become arguments of Slurm's commands: no options, no lists, no spaces.
+JobId = Annotated[str, Field(pattern=r"^([0-9][0-9_+]{0,40})?$")]
+Host = Annotated[str, Field(pattern=r"^[^\s,=\-\x00-\x1f][^\s,=\x00-\x1f]{0,254}$")]
+
+
+class Event(Record):
+    """One line of the log; each event has some of the fields, and may have others, which pass unchecked."""
+
+    model_config = ConfigDict(extra="allow")
+
+    time: float = Field(ge=0, le=1e11, description="seconds since 1970")
+    event: str
+    job: JobId | None = None
+    jobs: list[JobId] = Field(default=[])
+    nodes: list[Host] = Field(default=[])
+    hosts: list[Host] = Field(default=[])
+    suspects: list[Host] = Field(default=[])
+    excluded: list[Host] = Field(default=[])
+    restart: Count | None = None
+    lineage: str = ""
+    code: int | None = None
+    kind: str | None = None
+    cause: str | None = None
+    text: str | None = None
+    signal: str | None = None
+    step: Count | None = None
+    before: Count | None = None
+    rank: Count | None = None
+    mistake: bool = False
 
 
 def record(run: Path, event: str, **fields: Any) -> None:
@@ -76,17 +111,18 @@ def failures(run: Path, ranks: Ranks, begun: Callable[[], bool]) -> Iterator[Non
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """Events in the order written; incomplete lines are skipped."""
+    """Events in the order written, with the fields they have; lines that are no event are skipped.
+
+    Raises:
+        ConfigError: the log is no regular file, or too large for one.
+        OSError: it cannot be read.
+    """
     try:
-        lines = (run / EVENTS).read_bytes().splitlines()
+        lines = schema.read_bytes(run / EVENTS, ConfigError).splitlines()
     except FileNotFoundError:
         return []
     found = []
     for line in lines:
-        try:
-            event = json.loads(line)
-            if isinstance(event["event"], str) and isinstance(event["time"], int | float):
-                found.append(event)
-        except (ValueError, TypeError, KeyError):
-            continue
+        with contextlib.suppress(UserError):
+            found.append(schema.parse(line, Event, run / EVENTS).model_dump(exclude_unset=True))
     return found

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import numbers
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bd3_common.errors import ConfigError
+from pydantic import ConfigDict
+
+from bd3_common import schema
+from bd3_common.errors import ConfigError, UserError
+from bd3_common.schema import Count, Record
 from pretrain.run_folder.layout import METRICS
 from pretrain.tracking.sinks import METRIC_SINKS, MetricSink
+
+MAX_RECORDS = 4 << 30
+"""bytes of a record of metrics: a run of millions of steps has some hundred MB"""
+
+
+class MetricRecord(Record):
+    """One line of the record: besides step and split only numbers."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
+    __pydantic_extra__: dict[str, int | float | bool | None]
+
+    step: Count
+    split: str
 
 
 class MetricsWriter:
@@ -122,16 +138,20 @@ def parse_records(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """
     if not path.exists():
         return []
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = schema.read_bytes(path, ConfigError, MAX_RECORDS).splitlines(keepends=True)
     parsed = []
     for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            whole = line.endswith(b"\n") and isinstance(record["step"], int) and isinstance(record["split"], str)
-        except (ValueError, TypeError, KeyError):
-            whole = False
-        if whole:
+        record = parse_record(line)
+        if record is not None and line.endswith(b"\n"):
             parsed.append((line, record))
         elif number < len(lines):
             raise ConfigError(f"{path}: line {number} is not a record; delete that line")
     return parsed
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None if it holds none."""
+    try:
+        return schema.parse(line, MetricRecord, METRICS, nan=True).model_dump()
+    except UserError:
+        return None

@@ -22,8 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bd3_common import schema
 from bd3_common.atomic import write_bytes, write_text
 from bd3_common.errors import ConfigError
+from bd3_common.schema import Count, OpenRecord
 from bd3_megatron.engine.base import StepResult
 from bd3_megatron.parallel import World
 from pretrain.checkpoint.folder import Checkpoint, folders, read_listing, step_of
@@ -43,10 +45,16 @@ _NORMAL = 1.4826  # standard deviations of a normal distribution in its median a
 class Range:
     """Skipped steps ``first`` to ``last``; the losses of steps ``spike_first`` to ``spike_last`` were a spike."""
 
-    first: int
-    last: int
-    spike_first: int
-    spike_last: int
+    first: Count
+    last: Count
+    spike_first: Count
+    spike_last: Count
+
+
+class _Ranges(OpenRecord):
+    """The file of ranges."""
+
+    ranges: list[Range]
 
 
 @dataclass(frozen=True)
@@ -242,7 +250,7 @@ def read_history(run: Path, step: int, options: GuardConfig) -> History:
     """Derive the history of a run's first ``step`` steps from its records."""
     records = [r for r in read_metrics(run) if r["split"] == "train" and r["step"] <= step]
     nonfinite = [r["step"] for r in records if r.get("skipped") and "grad_norm" in r]
-    last = (r for r in reversed(records) if not r.get("skipped"))
+    last = (r for r in reversed(records) if not r.get("skipped") and r.get("loss") is not None)
     wanted = options.spike_window + options.spike_patience if options.spike is not None else 0
     losses = [(r["step"], r["loss"]) for r, _ in zip(last, range(wanted))][::-1]
     return History(
@@ -259,13 +267,9 @@ def read_ranges(run: Path) -> list[Range]:
         ConfigError: the file is damaged.
     """
     try:
-        return [Range(**found) for found in json.loads((run / layout.SKIPPED_RANGES).read_text())["ranges"]]
+        return schema.read(run / layout.SKIPPED_RANGES, _Ranges, "put back what bd3 pretrain wrote", ConfigError).ranges
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"{run / layout.SKIPPED_RANGES}: not a list of ranges of steps; put back what bd3 pretrain wrote"
-        ) from None
 
 
 def undone(ranges: Sequence[Range], step: int, meta: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import save_file
 
+from bd3_common import schema
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import DiffusionConfig, ModelConfig
 from bd3_megatron.hf.files import Loaded, Source, section, write_json
@@ -62,7 +63,8 @@ class BD3(CheckpointFormat):
                 f"{where}: traits: model.backbone={model.backbone} has others here; load the plugin it was trained with"
             )
         objective = {"objective": config["objective"], "block_size": config["block_size"]}
-        diffusion = section(DiffusionConfig, {**(config.get("noise") or {}), **objective}, where)
+        noise = schema.check(config.get("noise") or {}, dict[str, Any], f"{where}: noise", error=ConfigError)
+        diffusion = section(DiffusionConfig, {**noise, **objective}, where)
         return model, diffusion, from_hf(source.tensors(), model)
 
     def write(self, folder: Path, contents: Contents) -> None:

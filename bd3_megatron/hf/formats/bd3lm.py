@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import shorten
 from bd3_megatron.backbones import Shape
 from bd3_megatron.config import DiffusionConfig, ModelConfig
 from bd3_megatron.hf.files import Loaded, Source, section
 from bd3_megatron.hf.formats import CheckpointFormat, TokenIds
-from bd3_megatron.hf.mapping import check_shapes, from_hf
+from bd3_megatron.hf.mapping import check_depth, check_shapes, from_hf
 
 
 class BD3LM(CheckpointFormat):
@@ -72,8 +73,9 @@ def reference_sections(
         }
     except KeyError as error:
         raise ConfigError(f"{source}: the configuration has no {error.args[0]}; is it a bd3lm model?") from None
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{source}: the configuration holds no number where one belongs: {error}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        problem = shorten(str(error), 160)
+        raise ConfigError(f"{source}: the configuration holds no number where one belongs: {problem}") from None
     return section(ModelConfig, model, source), section(DiffusionConfig, diffusion, source)
 
 
@@ -89,6 +91,7 @@ def fold_reference(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str,
             ``model.rope_theta``.
     """
     buffers = ("sampling_eps_min", "sampling_eps_max", "backbone.rotary_emb.inv_freq")
+    check_depth(state, model)
     _check_rotary(state.get(buffers[-1]), model)
     ref = {n.removeprefix("backbone."): t.float() for n, t in state.items() if n not in buffers}
     check_shapes(ref, _reference_shapes(model, ref))

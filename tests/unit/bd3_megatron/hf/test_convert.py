@@ -109,7 +109,7 @@ def test_the_interval_the_mask_and_the_streams_come_from_the_configuration(tmp_p
         ({"n_blocks": 1}, "blocks.1.adaLN_modulation.bias and 9 more unknown"),
         ({"vocab_size": 258}, "vocab_embed.embedding has shape [257, 64], the model needs [258, 64]"),
         ({"block_size": None}, "holds no number"),
-        ({"sampling_eps_min": 0.0}, "beta: Input should be greater than 0"),
+        ({"sampling_eps_min": 0.0}, "beta: value 0.0: input should be greater than 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -298,11 +298,11 @@ def test_folders_that_are_no_data_set(copy, tmp_path):
     path.write_text(json.dumps(content | {"version": 99}))
     says("version=99: this program reads versions 2 and 3")
     path.write_text(json.dumps(content | {"length": "ten"}))
-    says("length: damaged")
+    says("length: value ten: input should be a valid integer")
     path.write_text(json.dumps(content | {"format": "other"}))
     says("not the manifest of a data set")
     path.write_text(path.read_text()[:50])
-    says("not JSON")
+    says("is no JSON")
 
 
 def test_payloads_are_aligned_for_mapping(data_set):

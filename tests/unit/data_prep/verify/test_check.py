@@ -316,7 +316,8 @@ def test_documents_that_no_end_precedes(copy):
         (("documents",), 3, "splits.train.documents=3:"),
         (("dropped_tokens",), 99, "would fill a row"),
         (("unigram_entropy",), 1.0, "splits.train.unigram_entropy=1.000000: the rows give"),
-        (("shards", 0, "name"), "../train-000000.tar", "not train-000000.tar"),
+        (("shards", 0, "name"), "train-000001.tar", "not train-000000.tar"),
+        (("shards", 0, "name"), "../train-000000.tar", "must be a path inside the folder"),
         (("shards", 0, "rows"), 3, "splits.train.shards.0.rows=3"),
     ],
 )
@@ -372,7 +373,7 @@ def test_mistakes_and_a_damaged_manifest(copy, tmp_path, capsys):
     for args in ([], ["--json"]):
         assert main([str(copy), *args]) == 1
     out = capsys.readouterr().out
-    assert out.startswith(f"{copy / 'manifest.json'}: not JSON")
+    assert out.startswith(f"{copy / 'manifest.json'}: is no JSON")
 
 
 ROWS = arrays(np.uint16, st.tuples(st.integers(0, 40), st.integers(1, 9)), elements=st.integers(0, 1))
