@@ -13,10 +13,15 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bd3_common.registry import Choice
+from bd3_common.schema import MAX_LENGTH, MAX_VOCABULARY
 from bd3_megatron.attention.backends import ATTENTION_BACKENDS, AUTO
 from bd3_megatron.backbones import BACKBONES, Backbone, Traits
 from bd3_megatron.diffusion.schedules import SCHEDULES
 
+MAX_LAYERS = 10_000
+MAX_WIDTH = 2**24
+MAX_ROWS = 2**22
+"""most rows of a batch"""
 # The range that Philox, torch's generators and JSON share.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -29,7 +34,8 @@ class Section(BaseModel):
 
 def divisors(n: int, limit: int = 64) -> list[int]:
     """Divisors of ``n`` not above ``limit``, ascending."""
-    return [d for d in range(1, min(n, limit) + 1) if n % d == 0]
+    low = [d for d in range(1, min(math.isqrt(n), limit) + 1) if n % d == 0]
+    return sorted({*low, *(n // d for d in low if n // d <= limit)})
 
 
 def listing(values: list[int]) -> str:
@@ -44,15 +50,24 @@ class ModelConfig(Section):
     backbone: Annotated[str, Choice(BACKBONES)] = Field(
         default="qwen3", description="transformer family: decides norms, activation and biases"
     )
-    layers: int = Field(default=12, ge=1, description="transformer layers")
-    hidden: int = Field(default=768, ge=1, description="width of the residual stream")
-    heads: int = Field(default=12, ge=1, description="query heads")
-    kv_heads: int | None = Field(default=None, ge=1, description="key and value heads; null: as many as model.heads")
-    head_dim: int | None = Field(default=None, ge=2, description="width of one head; null: hidden / heads")
-    ffn_hidden: int | None = Field(default=None, ge=1, description="width of the MLP; null: the backbone's default")
-    length: int = Field(default=1024, ge=2, description="tokens per row, L")
+    layers: int = Field(default=12, ge=1, le=MAX_LAYERS, description="transformer layers")
+    hidden: int = Field(default=768, ge=1, le=MAX_WIDTH, description="width of the residual stream")
+    heads: int = Field(default=12, ge=1, le=MAX_WIDTH, description="query heads")
+    kv_heads: int | None = Field(
+        default=None, ge=1, le=MAX_WIDTH, description="key and value heads; null: as many as model.heads"
+    )
+    head_dim: int | None = Field(
+        default=None, ge=2, le=MAX_WIDTH, description="width of one head; null: hidden / heads"
+    )
+    ffn_hidden: int | None = Field(
+        default=None, ge=1, le=MAX_WIDTH, description="width of the MLP; null: the backbone's default"
+    )
+    length: int = Field(default=1024, ge=2, le=MAX_LENGTH, description="tokens per row, L")
     vocab_size: int | None = Field(
-        default=None, ge=2, description="tokens in the vocabulary, the mask token included; null: the data set's"
+        default=None,
+        ge=2,
+        le=MAX_VOCABULARY,
+        description="tokens in the vocabulary, the mask token included; null: the data set's",
     )
     mask_id: int | None = Field(default=None, ge=0, description="id of the mask token; null: the data set's")
     bos_id: int | None = Field(
@@ -146,7 +161,7 @@ class DiffusionConfig(Section):
         default="diffusion",
         description="diffusion: predict masked tokens block by block; causal: predict the next token",
     )
-    block_size: int = Field(default=16, ge=1, description="tokens per block, B'")
+    block_size: int = Field(default=16, ge=1, le=MAX_LENGTH, description="tokens per block, B'")
     schedule: Annotated[str, Choice(SCHEDULES)] = Field(
         default="loglinear", description="noise schedule: mask probability as a function of the noise level t"
     )
@@ -158,7 +173,7 @@ class DiffusionConfig(Section):
     stratify: bool = Field(
         default=True, description="spread noise levels evenly over the global batch, for lower variance"
     )
-    draws: int = Field(default=1, ge=1, description="noisy copies of every row in one pass, K")
+    draws: int = Field(default=1, ge=1, le=1024, description="noisy copies of every row in one pass, K")
     coupling: Literal["independent", "antithetic", "complementary"] = Field(
         default="independent",
         description="pairs of draws: antithetic mirrors the noise level of the second, complementary also its mask",
@@ -337,7 +352,7 @@ class ParallelConfig(Section):
         default="auto", description="process-group backend; auto: nccl on CUDA"
     )
     timeout_minutes: float = Field(
-        default=10.0, gt=0, description="end the job if a rank makes no progress for this many minutes"
+        default=10.0, gt=0, le=1_000_000, description="end the job if a rank makes no progress for this many minutes"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 
 from bd3_common.errors import ConfigError
@@ -32,10 +33,13 @@ def split_layers(layers: int, stages: int, embedding_weight: float = 0.0, head_w
     extra = [0.0] * stages
     extra[0] += embedding_weight
     extra[-1] += head_weight
-    preference = [*range(stages - 2, 0, -1), 0, stages - 1]
+    preference = [*range(stages - 2, 0, -1), 0, stages - 1] if stages > 1 else [0]
+    weights = [(counts[stage] + extra[stage], order, stage) for order, stage in enumerate(preference)]
+    heapq.heapify(weights)
     for _ in range(layers - stages):
-        lightest = min(preference, key=lambda s: counts[s] + extra[s])
+        _, order, lightest = weights[0]
         counts[lightest] += 1
+        heapq.heapreplace(weights, (counts[lightest] + extra[lightest], order, lightest))
     return counts
 
 
@@ -110,7 +114,7 @@ def _check_pipeline(model: ModelConfig, parallel: ParallelConfig) -> None:
         )
     if stages > layers:
         fewest, most = (2 if parallel.interleave > 1 else 1), layers // parallel.interleave
-        fitting = list(range(fewest, most + 1))
+        fitting = list(range(fewest, min(most, 64) + 1))
         remedy = f"use {listing(fitting)}" if fitting else f"use parallel.interleave={max(1, layers // 2)} or less"
         raise ConfigError(
             f"parallel.pipeline={parallel.pipeline}: model.layers={layers} cannot fill {stages} stages"

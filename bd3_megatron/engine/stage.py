@@ -13,6 +13,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
+from bd3_common.errors import ConfigError
+from bd3_common.machine import memory_limit
 from bd3_megatron import cpu_compat
 from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.backbones import EMBEDDING
@@ -32,6 +34,7 @@ def build_stage(
     Args:
         main_grads: the chunks will be wrapped by Megatron's data parallelism.
     """
+    _check_room(config)
     # Shared, because the schedules read it from the first chunk.
     megatron = transformer_config(config, main_grads)
     modules, chunks = [], config.parallel.interleave
@@ -48,6 +51,19 @@ def build_stage(
         initialize(module, seed)
         modules.append(module.to(device))
     return modules
+
+
+def _check_room(config: EngineConfig) -> None:
+    """Refuse a model that this machine cannot hold, before memory is filled in trying."""
+    model, parallel = config.model, config.parallel
+    count = model.parameters(model.vocab_size or 0)
+    share = 4 * count // (parallel.tensor * parallel.pipeline)
+    if share > memory_limit():
+        raise ConfigError(
+            f"model.layers={model.layers}, model.hidden={model.hidden}, model.vocab_size={model.vocab_size}: the "
+            f"{count:,} parameters take {share / 1e9:.0f} GB on each rank, the machine has {memory_limit() / 1e9:.0f}; "
+            "make the model smaller, or give more tensor-parallel ranks"
+        )
 
 
 def named_parameters(modules: Iterable[BlockDiffusionModel]) -> Iterator[tuple[str, Tensor, BlockDiffusionModel]]:

@@ -14,7 +14,7 @@ from bd3_megatron import parallel
 from bd3_megatron.attention.backends import portable
 from bd3_megatron.config import Fp8Config, ParallelConfig, ZeroConfig
 from bd3_megatron.engine.megatron import MegatronEngine
-from bd3_megatron.hf.mapping import check_shapes, entries
+from bd3_megatron.hf.mapping import check_depth, check_shapes, entries
 from pretrain.checkpoint.folder import Checkpoint
 from pretrain.checkpoint.reader import find_checkpoint, read_weights
 from pretrain.config.checkpoint_options import CheckpointOptions
@@ -71,6 +71,7 @@ def load_run(run: Path, step: int | None = None, averaged: bool = True) -> Loade
         raise ConfigError(f"{run / CONFIG}: model.mask_id=null: set it to the id the model was trained with")
     weights = read_weights(found, averaged)
     try:
+        check_depth(weights, config.model)
         check_shapes(weights, {entry.name: entry.shape for entry in entries(config.model)})
     except ConfigError as error:
         raise ConfigError(f"{run / CONFIG}: {error}") from None

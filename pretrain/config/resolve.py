@@ -13,10 +13,13 @@ from pydantic import BaseModel, Field
 
 from bd3_common.atomic import write_bytes
 from bd3_common.errors import ConfigError
+from bd3_common.schema import read_bytes
+from bd3_common.text import shorten
 from data_prep.format.remote import is_remote
 from pretrain.config.command_line import Below, parse_options
 from pretrain.config.schema import RunConfig, check_batches, check_run
 from pretrain.config.values import Layer, as_section, build, did_you_mean, leaves, show
+from pretrain.config.yaml_text import MAX_CHARACTERS, load_yaml
 
 
 def presets() -> list[str]:
@@ -36,7 +39,7 @@ class ShowOptions(RunOptions):
     """Print the resolved configuration as YAML for --config. Later wins: defaults, preset, file, flags."""
 
     world_size: int | None = Field(
-        default=None, ge=1, description="check that the layout fits this number of processes"
+        default=None, ge=1, le=10_000_000, description="check that the layout fits this number of processes"
     )
 
 
@@ -140,12 +143,12 @@ def _preset(name: str) -> tuple[str, str]:
 
 
 def _read_text(path: Path) -> str:
+    if path.is_dir():
+        raise ConfigError(f"{path}: a folder, not a configuration file")
     try:
-        return path.read_text("utf-8")
+        return read_bytes(path, ConfigError, MAX_CHARACTERS).decode("utf-8").removeprefix("\ufeff")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: a folder, not a configuration file") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
 
@@ -157,11 +160,12 @@ def read_layer(source: str, text: str) -> Layer:
         ConfigError: not YAML, an unknown key, or a value where a section is needed.
     """
     try:
-        document = yaml.load(text, Loader=_Loader)
+        document = load_yaml(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "unreadable"
+        problem = shorten(problem, 160)
         raise ConfigError(f"{source}:{where} is not YAML: {problem}".replace(":  ", ": ")) from None
     return Layer(_section(RunConfig, document, source, prefix=""), source)
 
@@ -175,7 +179,7 @@ def _section(cls: type[BaseModel], document: Any, source: str, prefix: str) -> d
         raise ConfigError(f"{source}: {found}; write 'key: value' lines{' below it' if where else ''}")
     values: dict[str, Any] = {}
     for key, value in document.items():
-        path = f"{prefix}{key}"
+        path = f"{prefix}{show(key)}"
         if key not in cls.model_fields:
             known = [*leaves(RunConfig), *RunConfig.model_fields]
             raise ConfigError(f"{source}: {path}: unknown key{did_you_mean(path, known)}")
@@ -190,7 +194,7 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError):  # as in 2020-99-99, or !!int x
+        except (ValueError, LookupError, AttributeError, OverflowError):  # as in 2020-99-99, or !!int x
             problem = f"{show(node.value)} is not the {node.tag.rpartition(':')[2]} it looks like; put quotes around it"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
@@ -200,7 +204,7 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, str) and key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key} is given twice", key_node.start_mark
+                    None, None, f"the key {show(key)} is given twice", key_node.start_mark
                 )
             seen.add(key if isinstance(key, str) else id(key_node))
         return super().construct_mapping(node, deep)

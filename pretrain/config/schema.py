@@ -11,6 +11,7 @@ from bd3_common.errors import ConfigError
 from bd3_common.registry import Choice
 from bd3_megatron.attention.backends import Demand, check_backend
 from bd3_megatron.config import (
+    MAX_ROWS,
     DiffusionConfig,
     EngineConfig,
     Fp8Config,
@@ -47,10 +48,11 @@ class DataConfig(Section):
     cache: str | None = Field(
         default=None, description="local cache for shards of URLs; null means $BD3_CACHE or ~/.cache/bd3-megatron"
     )
-    cache_gb: float = Field(default=100.0, gt=0, description="size limit of the cache in GB (1e9 bytes)")
+    cache_gb: float = Field(default=100.0, gt=0, le=1e9, description="size limit of the cache in GB (1e9 bytes)")
     verify_gb: float = Field(
         default=4.0,
         ge=0,
+        le=1e9,
         description="verify sha256 of local shards at the start if each rank has at most so many GB (1e9 bytes); "
         "shards of URLs are always verified",
     )
@@ -73,8 +75,8 @@ class TrainConfig(OptimizationConfig):
     """Optimization. The defaults are the paper's recipe, with the batch of one machine."""
 
     steps: int = Field(default=1000, ge=1, description="optimizer steps of the run; learning rate decay ends here")
-    global_batch: int = Field(default=512, ge=1, description="rows per optimizer step over all ranks")
-    micro_batch: int = Field(default=8, ge=1, description="rows per forward pass on one rank")
+    global_batch: int = Field(default=512, ge=1, le=MAX_ROWS, description="rows per optimizer step over all ranks")
+    micro_batch: int = Field(default=8, ge=1, le=MAX_ROWS, description="rows per forward pass on one rank")
     seed: Seed = Field(default=0, description="seed of initial weights, noise and dropout")
     lr: float = Field(default=3e-4, gt=0, description="peak learning rate")
     min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end of cosine or linear decay")
@@ -101,9 +103,9 @@ class EvalConfig(Section):
 
     every: int = Field(default=1000, ge=0, description="steps between evaluations; 0: only at the start and the end")
     rows: int | None = Field(default=None, ge=2, description="number of validation rows; null means all")
-    draws: int = Field(default=1, ge=1, description="noise draws per row")
+    draws: int = Field(default=1, ge=1, le=10_000, description="noise draws per row")
     micro_batch: int | None = Field(
-        default=None, ge=1, description="rows per forward pass; null means train.micro_batch"
+        default=None, ge=1, le=MAX_ROWS, description="rows per forward pass; null means train.micro_batch"
     )
     seed: Seed = Field(default=0, description="seed of the noise, the same at every evaluation")
 

@@ -7,6 +7,7 @@ begins with the file's name.
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import shorten
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -59,9 +61,12 @@ def validate(cls: type[Model], values: Mapping[str, Any], sources: Mapping[str, 
     fields = leaves(cls)
     _refuse_truths(fields, values, sources or {})
     try:
-        return cls.model_validate(values)
+        found = cls.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False)[0]
+    else:
+        _refuse_huge(fields, found, sources or {})
+        return found
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "value_error":
         raise ConfigError(str(first["ctx"]["error"]))
@@ -121,10 +126,28 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def show(value: Any) -> str:
     """A value as the user would write it, on one line and not too long."""
     if value is None or isinstance(value, bool):
-        text = {None: "null", True: "true", False: "false"}[value]
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        text = " ".join(map(_word, value[:60]))
     else:
-        text = " ".join(map(str, value) if isinstance(value, list | tuple) else str(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
+        text = " ".join(_word(value).split())
+    return shorten(text)
+
+
+class _Brief(reprlib.Repr):
+    """Values within bounds of length and depth: aliases of YAML can make them larger than memory when spelled out."""
+
+    maxlevel, maxstring = 3, 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        return shorten(x)
+
+
+def _word(value: Any) -> str:
+    return value[:200] if isinstance(value, str) else _BRIEF.repr(value)
+
+
+_BRIEF = _Brief()
 
 
 def _paths(cls: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -156,6 +179,15 @@ def _refuse_truths(fields: Mapping[str, FieldInfo], values: Mapping[str, Any], s
             raise ConfigError(_mistake(path, value, "a value is needed here, not true or false", sources))
 
 
+def _refuse_huge(fields: Mapping[str, FieldInfo], model: BaseModel, sources: Mapping[str, str]) -> None:
+    """Refuse integers beyond 64 bits, which arrays and files cannot hold."""
+    for path in fields:
+        value = _get(model, path)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                raise ConfigError(_mistake(path, value, "an integer of more than 64 bits", sources))
+
+
 def _mistake(path: str, value: Any, remedy: str, sources: Mapping[str, str]) -> str:
     source = sources.get(path, "")
     return f"{source}{': ' if source else ''}{path}={show(value)}: {remedy}"
@@ -165,10 +197,10 @@ def _remedy(error: Mapping[str, Any]) -> str:
     """The mistake in one value, from a pydantic error record."""
     kind, context = error["type"], error.get("ctx", {})
     sentences = {
-        "greater_than_equal": "use {ge:g} or more",
-        "greater_than": "use a value above {gt:g}",
-        "less_than_equal": "use {le:g} or less",
-        "less_than": "use a value below {lt:g}",
+        "greater_than_equal": "use {ge:.12g} or more",
+        "greater_than": "use a value above {gt:.12g}",
+        "less_than_equal": "use {le:.12g} or less",
+        "less_than": "use a value below {lt:.12g}",
         "literal_error": "use {expected}",
         "finite_number": "not a finite number",
         "string_type": "a text is needed" if error["input"] is None else "not a text; put quotes around it",
