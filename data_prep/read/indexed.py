@@ -102,7 +102,7 @@ class IndexedRows:
     def __init__(
         self,
         shards: Sequence[IndexedShard],
-        index: NDArray[np.int64],
+        index: NDArray[Any],
         length: int,
         dtype: np.dtype[Any],
         vocab_size: int,

@@ -34,7 +34,7 @@ def load_yaml(text: str, loader: Loader) -> Any:
 
 
 @cache
-def _shallow(loader: Loader) -> Any:
+def _shallow(loader: Any) -> Any:
     """The loader, which refuses deep nesting while it reads, before Python's own limit of recursion."""
 
     class Shallow(loader):  # type: ignore[valid-type, misc]

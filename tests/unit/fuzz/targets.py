@@ -23,7 +23,7 @@ from bd3_common.tensor_header import read_header
 from bd3_megatron.hf.convert import read_checkpoint
 from bd3_megatron.hf.formats import TokenIds
 from bd3_megatron.hf.tokenizer import tokenizer_with_mask
-from data_prep.build.assemble import Stream, build_shard, finished_shard, shard_jobs
+from data_prep.build.assemble import Stream, build_shard, recorded_shard, shard_jobs
 from data_prep.build.encode import EncodeJob, encode_part, read_result
 from data_prep.build.index import index_folder
 from data_prep.build.token_tar import IndexConfig
@@ -316,7 +316,7 @@ def _shard_job(folder: Path):
 def read_work(folder: Path) -> None:
     work, recipe = Work(folder / "out"), load_manifest(OLD / "data").recipe
     read_result(folder / ".out.partial/parts/p")
-    finished_shard(_shard_job(folder))
+    recorded_shard(_shard_job(folder))
     with contextlib.suppress(KeyError), work.opened(recipe, discard=True):
         raise KeyError
 
