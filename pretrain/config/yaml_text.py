@@ -11,11 +11,12 @@ MAX_CHARACTERS = 1 << 18
 MAX_DEPTH = 32
 MAX_NODES = 50_000
 
-Loader = type[yaml.SafeLoader] | type[yaml.BaseLoader]
 
-
-def load_yaml(text: str, loader: Loader) -> Any:
+def load_yaml(text: str, loader: Any) -> Any:
     """The value of a document.
+
+    Args:
+        loader: a loader class of PyYAML.
 
     Raises:
         yaml.YAMLError: no YAML, or more than a configuration can need; ``problem`` says what.
@@ -37,7 +38,7 @@ def load_yaml(text: str, loader: Loader) -> Any:
 def _shallow(loader: Any) -> Any:
     """The loader, which refuses deep nesting while it reads, before Python's own limit of recursion."""
 
-    class Shallow(loader):  # type: ignore[valid-type, misc]
+    class Shallow(loader):  # type: ignore[misc]
         depth = 0
 
         def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:

@@ -129,7 +129,7 @@ def test_missing_and_broken_files_are_told_in_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"model-1\.safetensors: not a readable safetensors file"):
         read_checkpoint(folder, "bd3lm")
     (folder / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config\.json: not a readable JSON file"):
+    with pytest.raises(ConfigError, match=r"config\.json: is no JSON"):
         read_checkpoint(folder, "bd3lm")
     (folder / "config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"config\.json: holds no JSON object$"):
