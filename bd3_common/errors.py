@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 
+from bd3_common.text import printable, redacted
+
 _WRITE_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
@@ -20,9 +22,8 @@ def user_line(error: Exception) -> str | None:
     """The line to print for a user error, a failing disk or a full memory; None for a bug."""
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error):  # torch's is a RuntimeError
         return "out of memory: this machine cannot hold it; make the model, the batch or the row length smaller"
-    if isinstance(error, OSError):
-        return _os_line(error)
-    return " ".join(str(error).split()) if isinstance(error, UserError) else None
+    line = _os_line(error) if isinstance(error, OSError) else str(error) if isinstance(error, UserError) else None
+    return None if line is None else redacted(printable(" ".join(line.split())))
 
 
 def _os_line(error: OSError) -> str | None:
@@ -36,5 +37,7 @@ def _os_line(error: OSError) -> str | None:
     if isinstance(error, PermissionError):
         readable = os.access(error.filename, os.R_OK) or not os.path.exists(error.filename)
         return f"{where}cannot {'write' if readable else 'read'}: {reason}"
+    if error.errno == errno.ELOOP:
+        return f"{where}is a link that is not followed; remove it"
     # Creating or opening a path below one that does not allow it: /proc/x, file/x.
     return f"{where}cannot read or write: {reason}"

@@ -10,9 +10,12 @@ import logging.handlers
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 
 from bd3_common import PACKAGES
+from bd3_common.atomic import no_follow
+from bd3_common.text import printable, redacted
 
 FILE_ONLY = {"file_only": True}
 """``extra`` of a message that is not printed on the console, which shows it another way"""
@@ -20,16 +23,22 @@ _UNLIMITED = sys.maxsize
 
 
 class _Lines(logging.Formatter):
-    """``2026-01-31 12:00:00 rank 0: text``; without a rank ``text``. Levels other than info are named."""
+    """``2026-01-31 12:00:00 rank 0: text``; without a rank ``text``. Levels other than info are named.
 
-    def __init__(self, rank: int | None = None):
+    Control characters are written as escapes, passwords of URLs as ``***``.
+
+    Args:
+        prefix: begins each message, instead of a level.
+    """
+
+    def __init__(self, rank: int | None = None, prefix: str = ""):
         super().__init__()
-        self.rank = rank
+        self.rank, self.prefix = rank, prefix
 
     def format(self, record: logging.LogRecord) -> str:
         words = [] if self.rank is None else [self.formatTime(record, "%Y-%m-%d %H:%M:%S"), f"rank {self.rank}"]
-        words += [] if record.levelno == logging.INFO else [record.levelname]
-        text = super().format(record)
+        words += [] if record.levelno == logging.INFO or self.prefix else [record.levelname]
+        text = self.prefix + redacted(printable(super().format(record), keep="\n\t"))
         return f"{' '.join(words)}: {text}" if words else text
 
 
@@ -52,6 +61,10 @@ class _Console(logging.Handler):
 
 
 class _File(logging.FileHandler):
+    def _open(self) -> TextIOWrapper:
+        """Open the log to append; a link is not followed."""
+        return TextIOWrapper(open(self.baseFilename, "ab", opener=no_follow), self.encoding, write_through=True)
+
     def handleError(self, record: logging.LogRecord) -> None:
         """Drop the message: a full disk must not end a run because of a log line."""
 
@@ -61,9 +74,14 @@ _early: logging.handlers.MemoryHandler | None = None
 _file: _File | None = None
 
 
-def to_console() -> None:
-    """Print messages on stderr, as a command without ranks does. Of other packages only warnings and errors."""
+def to_console(prefix: str = "") -> None:
+    """Print messages on stderr, as a command without ranks does. Of other packages only warnings and errors.
+
+    Args:
+        prefix: begins each message, instead of a level.
+    """
     close()
+    _console.setFormatter(_Lines(prefix=prefix))
     root = logging.getLogger()
     if _console not in root.handlers:
         root.addHandler(_console)

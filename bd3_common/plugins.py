@@ -10,9 +10,12 @@ import importlib
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import first_hidden
 
 OPTION = "--plugin"
 HELP = "module or .py file that adds to a registry; may be given several times"
@@ -51,6 +54,9 @@ def add(names: list[str]) -> None:
     Raises:
         ConfigError: one cannot be imported.
     """
+    for name in names:
+        if os.pathsep in name or first_hidden(name):
+            raise ConfigError(f"{OPTION}={name}: has {os.pathsep!r} or a control character; rename the file")
     # Absolute, because processes may have another working folder.
     names = [str(Path(name).resolve()) if _is_file(name) else name for name in names]
     known = named()
@@ -93,9 +99,36 @@ def _is_file(name: str) -> bool:
     return name.endswith(".py")
 
 
+@contextmanager
+def _without_current_folder() -> Iterator[None]:
+    """Context in which modules are not imported from the folder one happens to stand in.
+
+    It is first on ``sys.path`` after ``python -m``, not after ``bd3``. Named by PYTHONPATH, it is searched.
+    """
+    first = sys.path[0] if sys.path else None
+    removes = not sys.flags.safe_path and (first == "" or first == os.getcwd())
+    if removes:
+        del sys.path[0]
+        importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        if removes and first is not None:
+            sys.path.insert(0, first)
+
+
 def _import(name: str) -> None:
     if not _is_file(name):
-        importlib.import_module(name)
+        with _without_current_folder():
+            try:
+                importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                file = Path(name.replace(".", "/") + ".py")
+                if error.name == name and file.is_file():
+                    raise ConfigError(
+                        f"the current folder is not searched for modules; for its file write {OPTION} ./{file}"
+                    ) from None
+                raise
         return
     stem = Path(name).stem
     if stem in sys.modules or not stem.isidentifier():

@@ -1,11 +1,18 @@
-"""Text from outside made fit for a terminal or a log: one line, without control characters."""
+"""Text from outside made fit for a terminal, a log or a script: no control characters, no passwords."""
 
 from __future__ import annotations
 
+import json
+import re
+import sys
 import unicodedata
+from typing import Any, TextIO
 
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 """Unicode categories: control, format (bidirectional overrides among them), surrogates, private, line separators"""
+_JOINERS = "\u200c\u200d"
+"""format characters that scripts such as Persian and Hindi are written with"""
+_LINES = "\n\t"
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -16,7 +23,90 @@ def printable(text: str, keep: str = "") -> str:
     """
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c if c in keep or unicodedata.category(c) not in _HIDDEN else _escape(c) for c in text)
+    return "".join(c if c in keep or not _is_hidden(c) else _escape(c) for c in text)
+
+
+def first_hidden(text: str, keep: str = "") -> str | None:
+    """The first control or format character of ``text``, written as an escape; None if there is none."""
+    return next((_escape(c) for c in text if c not in keep and _is_hidden(c)), None)
+
+
+def show(text: str, file: TextIO | None = None) -> None:
+    """Print text that may hold text from outside, in lines, on stdout unless ``file`` is given."""
+    print(redacted(printable(text, keep=_LINES)), file=file or sys.stdout, flush=file is not None)
+
+
+def json_line(value: Any) -> str:
+    """``value`` as one line of JSON for people and programs: letters as they are, control characters as escapes."""
+    text = json.dumps(value, ensure_ascii=False)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(json.dumps(c)[1:-1] if _is_hidden(c) else c for c in text)
+
+
+_USER = re.compile(
+    r"(?P<scheme>[A-Za-z][\w+.-]*://)(?:[^/\s@?#]*:[^/\s@]*|(?<=http://)[^/\s@?#]+|(?<=https://)[^/\s@?#]+)@"
+)
+_QUERY = re.compile(
+    r"(?P<name>[?&](?:[\w.-]*(?:signature|credential|token|secret|password|key)[\w.-]*|sig)=)[^&\s#'\")]+",
+    re.IGNORECASE,
+)
+
+
+def redacted(text: str) -> str:
+    """``text`` with ``***`` for the passwords and signatures of URLs in it."""
+    if "://" not in text:
+        return text
+    return _QUERY.sub(r"\g<name>***", _USER.sub(r"\g<scheme>***@", text))
+
+
+_PRIVATE_WORDS = {"auth", "authorization", "bearer", "cookie", "cred", "creds", "jwt", "pass", "passwd", "pat"}
+_PRIVATE_PARTS = ("apikey", "credential", "passphrase", "password", "secret", "signature")
+_PRIVATE_ENDS = ("key", "keys", "token", "tokens")
+_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9])(?:eyJ[\w-]{6,}|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|"
+    r"github_pat_\w{20,}|glpat-[\w-]{20,}|sk-(?:[a-z]+-)?[A-Za-z0-9]{20,}|xox[abprs]-\d+-[\w-]+|nvapi-[\w-]{40,})|"
+    r"-----BEGIN |(?i:bearer|basic)\s+[\w+/.=-]{16,}"
+)
+"""tokens of known services"""
+_UUID = re.compile(r"(?:[A-Za-z]+-)?[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_RANDOM = re.compile(r"(?=\w*\d)(?=\w*[A-Za-z])[A-Za-z0-9]{32,}")
+"""letters and digits without a separator, as keys have them"""
+_ASSIGNED = re.compile(r"([\w-]+)=(?:\"([^\"]*)\"|'([^']*)'|([^\s,;]*))")
+
+
+def is_secret(name: str, value: str) -> bool:
+    """True for a variable that looks like a secret, by its name (``*_TOKEN``, ``SLURM_JWT``) or its value."""
+    words = re.split(r"[_\W]+", name.lower())
+    return bool(value) and (
+        not _PRIVATE_WORDS.isdisjoint(words)
+        or any(part in name.lower() for part in _PRIVATE_PARTS)
+        or any(word.endswith(_PRIVATE_ENDS) for word in words)
+        or has_token(value)
+        # Paths may have hashes in them.
+        or ("/" not in value and not _UUID.search(value) and bool(_RANDOM.search(value)))
+    )
+
+
+def has_token(value: str) -> bool:
+    """True for a text with a URL's password or a token of a known form in it."""
+    return redacted(value) != value or bool(_TOKEN.search(value))
+
+
+def secret_in(text: str) -> str | None:
+    """Name of what looks like a secret in a line of the shell, such as ``export HF_TOKEN=hf_...``; None without one.
+
+    What the shell looks up when it runs the line, as in ``$(cat FILE)``, is none.
+    """
+    for name, *quoted in _ASSIGNED.findall(text):
+        value = "".join(quoted)
+        if not value.startswith("$") and is_secret(name, value):
+            return str(name)
+    return "a token" if has_token(text) else None
+
+
+def _is_hidden(character: str) -> bool:
+    return unicodedata.category(character) in _HIDDEN and character not in _JOINERS
 
 
 def shorten(value: object, length: int = 60) -> str:

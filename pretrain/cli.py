@@ -15,6 +15,8 @@ import time
 from bd3_common import logs, plugins
 from bd3_common.errors import user_line
 from bd3_common.exit_codes import INTERRUPTED, PIPE_CLOSED, USAGE_ERROR
+from bd3_common.safe_path import safe_path
+from bd3_common.text import printable, redacted, shorten
 from pretrain.resilience import signals
 
 # Name -> (module:function, help). A function takes the arguments after the name and may return an exit code.
@@ -48,8 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     Any other exception is a bug and propagates with its traceback.
     """
     args = sys.argv[1:] if argv is None else argv
+    with contextlib.suppress(AttributeError, ValueError):  # a stream of a caller's own
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        code = _run(plugins.take_option(args))
+        with safe_path():
+            code = _run(plugins.take_option(args))
         sys.stdout.flush()
     except SystemExit as stop:
         code = _exit_code(stop)
@@ -119,7 +124,7 @@ def _run(args: list[str]) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"use {', '.join(COMMANDS)}"
-        print(f"{name}: unknown command; {hint}", file=sys.stderr)
+        print(f"{shorten(name)}: unknown command; {hint}", file=sys.stderr)
         return USAGE_ERROR
     logs.to_console()
     module, _, function = COMMANDS[name][0].partition(":")
@@ -130,7 +135,7 @@ def _run(args: list[str]) -> int:
 def _exit_code(stop: SystemExit) -> int:
     if stop.code is None or isinstance(stop.code, int):
         return stop.code or 0
-    print(stop.code, file=sys.stderr)
+    print(redacted(printable(str(stop.code), keep="\n")), file=sys.stderr)
     return 1
 
 

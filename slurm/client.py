@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bd3_common.errors import UserError
+from bd3_common.text import shorten
 from slurm.environment import expand_hosts
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,11 @@ def submit(script: Path, *options: str) -> int:
     Raises:
         SlurmError: as :func:`call`.
     """
-    return int(call("sbatch", "--parsable", *options, str(script)).split(";")[0])
+    answer = call("sbatch", "--parsable", *options, str(script))
+    number = answer.strip().rpartition("\n")[2].partition(";")[0]  # a site's hook may print lines before it
+    if not (number.isascii() and number.isdecimal()):
+        raise SlurmError(f"sbatch: answered {shorten(answer)}, not a job's number; look at squeue")
+    return int(number)
 
 
 def job(number: int | str) -> dict[str, str] | None:

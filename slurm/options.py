@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from bd3_common.text import first_hidden, is_secret, secret_in
 
 _TIME = re.compile(r"\d+(:\d\d?(:\d\d?)?)?|\d+-\d+(:\d\d?){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
-_NAME = re.compile(r"[A-Za-z_]\w*")
+_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_OPTION = re.compile(r"-{0,2}[A-Za-z][\w-]*(=.*)?", re.ASCII)
+_MOST_NODES = 100_000
 
 
 class JobOptions(BaseModel):
@@ -52,7 +58,7 @@ class JobOptions(BaseModel):
     @classmethod
     def _nodes(cls, value: str) -> str:
         low, high = node_range(value)
-        if not 1 <= low <= high:
+        if not 1 <= low <= high <= _MOST_NODES:
             raise ValueError(f"nodes={value}: not a number of nodes or a range of them such as 2-4")
         return value
 
@@ -69,7 +75,27 @@ class JobOptions(BaseModel):
         for name in value:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"env={name}: not the name of a variable")
+            if is_secret(name, value[name]):
+                raise ValueError(f"env={name}: looks like a secret; {_KEPT}")
         return value
+
+    @field_validator("sbatch", "srun")
+    @classmethod
+    def _options(cls, value: list[str]) -> list[str]:
+        for word in value:
+            if not _OPTION.fullmatch(word):
+                raise ValueError(f"{word}: not an option; write NAME or NAME=VALUE, each as a word of its own")
+        return value
+
+    @model_validator(mode="after")
+    def _one_line_each(self) -> JobOptions:
+        """Values become lines of a script: a second line of one would be a command."""
+        for key, value in _texts(self.model_dump()):
+            if found := first_hidden(value, keep="\t" if key == "setup" else ""):
+                raise ValueError(f"{key}={value}: has {found}; write it on one line, without control characters")
+            if key in ("setup", "srun", "sbatch") and (found := secret_in(value)):
+                raise ValueError(f"{key}: {found} looks like a secret; {_KEPT}")
+        return self
 
     @property
     def ranks(self) -> int:
@@ -122,6 +148,16 @@ class JobOptions(BaseModel):
             name, _, value = option.lstrip("-").partition("=")
             found[name] = value
         return found
+
+
+_KEPT = "a script would keep it: export it where bd3 launch is called, Slurm hands it on"
+
+
+def _texts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every text of the options, with its option."""
+    for key, value in values.items():
+        words = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        yield from ((key, word) for word in words if isinstance(word, str))
 
 
 def seconds_of(time: str) -> int:

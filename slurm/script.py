@@ -6,6 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bd3_common.errors import UserError
+from bd3_common.text import first_hidden
+
 TEMPLATES = Path(__file__).parent
 BEGIN, END = "# ---- edit from here", "# ---- to here"
 
@@ -24,10 +27,15 @@ def fill(text: str, directives: Mapping[str, str | int | None], lines: Sequence[
         lines: shell lines for the part between :data:`BEGIN` and :data:`END`.
 
     Raises:
+        UserError: a directive or a line has a line end or another control character.
         ValueError: the template has no such part.
     """
     if BEGIN not in text or END not in text:
         raise ValueError(f"the template has no lines '{BEGIN}' and '{END}'")
+    for name, value in directives.items():
+        _check_line(f"{name}={value}")
+    for line in lines:
+        _check_line(line)
     left, out, last = dict(directives), [], 0
     before, _, rest = text.partition(BEGIN)
     for line in before.splitlines():
@@ -46,6 +54,11 @@ def fill(text: str, directives: Mapping[str, str | int | None], lines: Sequence[
     out[last:last] = [_directive(name, value) for name, value in left.items() if value is not None]
     after = rest.partition(END)[2].partition("\n")[2]
     return "\n".join([*out, BEGIN, *lines, END, after])
+
+
+def _check_line(line: str) -> None:
+    if found := first_hidden(line, keep="\t"):
+        raise UserError(f"{line}: has {found}, which would change the lines of the job's script; leave it out")
 
 
 def _directive(name: str, value: str | int) -> str:

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+from bd3_common.atomic import no_follow
 from bd3_common.errors import ConfigError
 
 INSTALL = "pip install 'bd3-megatron[zero]'"
@@ -159,7 +160,7 @@ def _builds_for() -> str:
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Context that allows one build at a time; unlike torch's lock file, the lock ends with its process."""
-    with open(folder / "building", "w") as file:
+    with open(folder / "building", "w", opener=no_follow) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

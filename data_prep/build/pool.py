@@ -14,9 +14,11 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from bd3_common.safe_path import safe_path
 from data_prep.errors import DataError
 
 TICK = 1.0  # seconds between calls of ``tick``
+MOST_A_CORE = 8  # workers
 LITTLE = 64 << 20
 """bytes of work for which starting processes takes longer than it saves"""
 _PR_SET_PDEATHSIG = 1
@@ -31,7 +33,7 @@ def run(
     tick: Callable[[int], None],
     size: int | None = None,
 ) -> Iterator[tuple[Any, Any]]:
-    """Run ``function(job)`` in ``workers`` processes; yields ``(job, result)`` as jobs finish.
+    """Run ``function(job)`` in up to ``workers`` processes; yields ``(job, result)`` as jobs finish.
 
     A result is the function's return value, or the DataError that it raised; any other exception is raised here and
     stops the workers. A single worker is this process.
@@ -42,20 +44,24 @@ def run(
         size: bytes to work through, if known: :data:`LITTLE` or less is done in this process.
 
     Raises:
-        DataError: a worker died.
+        DataError: a worker died, or there would be too many.
     """
     global _counter
+    if workers > (most := max(64, MOST_A_CORE * (os.cpu_count() or 1))):
+        raise DataError(f"workers={workers}: too many for the cores of this machine; use {most} or fewer")
     if min(workers, len(jobs)) <= 1 or (size is not None and size <= LITTLE):
         _counter = _Local(tick)
         for job in jobs:
             yield job, _result_of(function, job)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks and torch's state
-    counter = context.Value("q", 0)
+    with safe_path():  # the first lock starts multiprocessing's resource tracker
+        counter = context.Value("q", 0)
     before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (counter, os.getpid()))
     try:
-        waiting = {pool.submit(_result_of, function, job): job for job in jobs}
+        with safe_path():  # each job may start a process
+            waiting = {pool.submit(_result_of, function, job): job for job in jobs}
         while waiting:
             done, _ = wait(waiting, TICK, FIRST_COMPLETED)
             tick(counter.value)

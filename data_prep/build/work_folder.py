@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from bd3_common import schema
-from bd3_common.atomic import publish_folder, sync, write_text
+from bd3_common.atomic import no_follow, publish_folder, refuse_link, sync, write_text
 from bd3_common.errors import UserError
 from data_prep.build.encode import RESULT
 from data_prep.errors import DataError
@@ -41,6 +41,7 @@ class Work:
         self.out = out
         self.private = folder is not None  # beside the data set, its own rights decide
         self.folder = folder or Path(out).with_name(f".{Path(out).name}.partial")
+        refuse_link(self.folder, "work folder", DataError)
         self.tokenizer = self.folder / TOKENIZER
         self._trained_on = self.folder / "tokenizer.inputs"
         self.notes = self.folder / "notes"
@@ -121,7 +122,7 @@ class Work:
         path = self.folder / f"{name}.lock"
         with ExitStack() as stack:
             try:
-                handle = stack.enter_context(path.open("a"))
+                handle = stack.enter_context(open(path, "a", opener=no_follow))
             except FileNotFoundError:
                 yield False
                 return
@@ -171,7 +172,7 @@ class Work:
             self.folder.mkdir(exist_ok=True, mode=0o700 if self.private else 0o777)
             if self.private:
                 _check_private(self.folder)
-            with (self.folder / "lock").open("a") as handle:
+            with open(self.folder / "lock", "a", opener=no_follow) as handle:
                 try:
                     fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 except BlockingIOError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import queue
+import re
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from bd3_common.atomic import refuse_link
 from data_prep.errors import DataError
 from data_prep.format.files import lies_at, sha256_file
 from data_prep.format.remote import PARTIAL, fetch
@@ -21,6 +24,13 @@ from data_prep.read.open_files import ShardFile
 FETCHERS = 4  # background threads of a process
 WAIT = 0.1  # seconds between checks for space that other fetches have reserved
 _TRIES = 20  # evictions of a shard between its fetch and its use, in a row, after which the cache is too small
+
+
+FOLDER = "bd3-shards"
+"""sub-folder of a cache that holds all its files"""
+_SHA256 = r"[0-9a-f]{64}"
+_SHARD, _CLAIM = re.compile(rf"{_SHA256}\.tar"), re.compile(rf"{_SHA256}\.claim")
+_COPY = re.compile(rf"\.(?P<sha256>{_SHA256})\.tar\..+{re.escape(PARTIAL)}")
 
 
 class RemoteShard(NamedTuple):
@@ -32,7 +42,9 @@ class RemoteShard(NamedTuple):
 
 
 class ShardCache:
-    """A folder of shards named by sha256, to be shared by all processes of a machine.
+    """Shards named by sha256 in a sub-folder of a cache, to be shared by all processes of a machine.
+
+    Other files of the folder, and of the sub-folder, are never touched, and links are not followed.
 
     A shard is written under a temporary name, compared with its size and sha256, and renamed; a lock per shard lets one
     process fetch it while the others wait. Before a fetch, the least recently used shards are evicted until the new one
@@ -40,16 +52,22 @@ class ShardCache:
     that it finds in the cache once, and fetches it again if it is damaged.
 
     Args:
-        folder: created if missing; on a local disk, because the locks need one.
-        limit_bytes: limit on the total size of its files.
+        folder: folder of the sub-folder, created if missing; on a local disk, because the locks need one.
+        limit_bytes: limit on the total size of the shards.
         tries: tries of a fetch (see :func:`data_prep.format.remote.fetch`).
 
     Raises:
-        DataError: the folder cannot be written.
+        DataError: the folder cannot be written, or is a link.
     """
 
     def __init__(self, folder: str | Path, limit_bytes: int, tries: int = 5):
-        self.folder, self.limit, self.tries = Path(folder).expanduser(), int(limit_bytes), tries
+        try:
+            given = Path(folder).expanduser()
+        except RuntimeError:
+            raise DataError(f"data.cache={folder}: there is no such user; write the folder's path") from None
+        self.given, self.folder, self.limit, self.tries = given, given / FOLDER, int(limit_bytes), tries
+        for path in (given, self.folder):
+            refuse_link(path, "data.cache", DataError)
         self._checked: set[str] = set()
         self._coming: dict[str, Future[Path]] = {}
         self._asked: queue.SimpleQueue[tuple[RemoteShard, Future[Path]]] = queue.SimpleQueue()
@@ -84,7 +102,7 @@ class ShardCache:
                 else:  # truncated after it was verified
                     path.unlink()
         raise DataError(
-            f"{shard.url}: evicted from {self.folder} before it could be read, {_TRIES} times; "
+            f"{shard.url}: evicted from {self.given} before it could be read, {_TRIES} times; "
             "raise the limit of the cache (data.cache_gb)"
         )
 
@@ -94,17 +112,19 @@ class ShardCache:
         Raises:
             DataError: as :meth:`opened`.
         """
+        if not re.fullmatch(_SHA256, shard.sha256):
+            raise DataError(f"{shard.url}: {shard.sha256!r} is no sha256; copy the data set's manifest.json again")
         path = self.folder / f"{shard.sha256}.tar"
         if shard.sha256 in self._checked and path.exists():
             return path
         if shard.bytes > self.limit:
             raise DataError(
-                f"{shard.url}: {shard.bytes} bytes, more than the cache {self.folder} may hold ({self.limit}); "
+                f"{shard.url}: {shard.bytes} bytes, more than the cache {self.given} may hold ({self.limit}); "
                 "raise its limit (data.cache_gb)"
             )
         with self._writing(), _locked(self._claim(shard.sha256), remove=True) as handle:
-            if path.exists() and not self._is_good(path, shard):
-                path.unlink()
+            if path.is_symlink() or (path.exists() and not self._is_good(path, shard)):
+                path.unlink(missing_ok=True)
             if not path.exists():
                 self._reserve(handle, shard)
                 fetch(shard.url, path, shard.bytes, shard.sha256, self.tries)
@@ -169,14 +189,16 @@ class ShardCache:
         for entry in os.scandir(self.folder):
             path = Path(entry.path)
             with suppress(FileNotFoundError):
-                status = entry.stat()
-                if path.suffix == ".tar":
+                status = entry.stat(follow_symlinks=False)
+                if not stat.S_ISREG(status.st_mode):
+                    continue
+                if _SHARD.fullmatch(entry.name):
                     kept.append((status.st_mtime_ns, status.st_size, path))
-                elif path.suffix == ".claim":
+                elif _CLAIM.fullmatch(entry.name):
                     if self._is_abandoned(path):
                         continue
-                elif path.suffix == PARTIAL:  # .<sha256>.tar.<process>.partial, counted by its claim
-                    if self._is_abandoned(self._claim(path.name[1:65])):
+                elif copy := _COPY.fullmatch(entry.name):  # counted by its claim
+                    if self._is_abandoned(self._claim(copy["sha256"])):
                         path.unlink()
                     continue
                 else:
@@ -191,7 +213,7 @@ class ShardCache:
     def _is_abandoned(claim: Path) -> bool:
         """True if no process holds the claim any more; the claim is then removed."""
         try:
-            handle = os.open(claim, os.O_RDWR)
+            handle = os.open(claim, os.O_RDWR | os.O_NOFOLLOW)
         except FileNotFoundError:
             return True
         try:
@@ -209,7 +231,7 @@ class ShardCache:
             yield
         except OSError as error:
             raise DataError(
-                f"{self.folder}: the shard cache cannot be written ({error.strerror or error}); "
+                f"{self.given}: the shard cache cannot be written ({error.strerror or error}); "
                 "free space or give another folder (data.cache)"
             ) from None
 
@@ -231,7 +253,7 @@ def _opened(path: Path, size: int) -> ShardFile:
 def _locked(path: Path, remove: bool = False) -> Iterator[int]:
     """Hold the lock of a file, which is created if missing; with ``remove`` the file is deleted on release."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             if lies_at(handle, path):

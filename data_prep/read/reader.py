@@ -64,7 +64,7 @@ class RowReader:
         largest = max((shard.bytes for shard in self.shards), default=0)
         if cache is not None and self.remote and largest > cache.limit:
             raise DataError(
-                f"{folder}: its largest shard has {largest} bytes, more than the cache {cache.folder} may hold "
+                f"{folder}: its largest shard has {largest} bytes, more than the cache {cache.given} may hold "
                 f"({cache.limit}); raise its limit (data.cache_gb)"
             )
         self._indexed: IndexedRows | None = None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from pathlib import Path
 
 from pydantic import Field
 
+from bd3_common import logs
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import Section
 from pretrain.config.command_line import Positional, parse_options
@@ -44,5 +43,5 @@ def main(args: list[str]) -> int:
     from pretrain.resilience.supervisor import supervise
 
     # Ranks write to the same log: lines of this process begin with its name.
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="bd3 attempt: %(message)s", force=True)
+    logs.to_console("bd3 attempt: ")
     return supervise(Path(options.run), command, options.restarts, options.steps, options.fits)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from itertools import islice
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import json_line, printable, show
 from data_prep.format.manifest import unigram_nats
 from data_prep.verify.check import Checked, Sample, SplitContent, check
 from pretrain.config.command_line import Positional, parse_options
@@ -33,7 +33,7 @@ class CheckOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: Positional[str] = Field(description="a data set that bd3 prep wrote: a folder or a URL")
-    samples: int = Field(default=3, ge=0, description="rows of each split to show as text")
+    samples: int = Field(default=3, ge=0, le=10_000, description="rows of each split to show as text")
     seed: int = Field(default=0, ge=0, description="seed of the choice of these rows")
     plot: str | None = Field(default=None, description="PNG to write with both histograms; null: none")
     workers: int | None = Field(default=None, ge=1, description="processes; null means one per core")
@@ -55,15 +55,15 @@ def main(args: list[str]) -> int:
         options.workers,
         options.samples,
         options.seed,
-        lambda line: print(line, file=sys.stderr, flush=True),
+        lambda line: show(line, sys.stderr),
     )
     if plot is not None and found.splits:
         lengths = {name: content.lengths for name, content in found.splits.items()}
         plot_histograms(plot, lengths, {name: content.counts for name, content in found.splits.items()})
     if options.json_:
-        print(json.dumps(as_json(found), ensure_ascii=False))
+        print(json_line(as_json(found)))
     else:
-        print("\n".join(text_lines(found)))
+        show("\n".join(map(printable, text_lines(found))))
     return FAULTY if found.faults else 0
 
 

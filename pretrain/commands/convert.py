@@ -10,6 +10,7 @@ from pydantic import Field
 
 from bd3_common.errors import ConfigError
 from bd3_common.registry import Choice
+from bd3_common.text import show
 from bd3_megatron.config import Section
 from bd3_megatron.hf.formats import FORMATS, TokenIds
 from pretrain.config.checkpoint_options import CheckpointOptions
@@ -84,7 +85,7 @@ def export_run(args: list[str]) -> None:
         if any(not torch.equal(tensor, back[name]) for name, tensor in loaded.weights.items()):
             raise ConfigError(f"{out}: does not read back as the weights written; check the disk and export again")
     count = sum(tensor.numel() for tensor in loaded.weights.values())
-    print(f"{out}: step {loaded.checkpoint.step}, {options.weights} weights, {count:,} parameters")
+    show(f"{out}: step {loaded.checkpoint.step}, {options.weights} weights, {count:,} parameters")
 
 
 def import_run(args: list[str]) -> None:
@@ -122,7 +123,7 @@ def import_run(args: list[str]) -> None:
     finally:
         parallel.stop()
     count = sum(t.numel() for t in weights.values())
-    print(f"{run}: {count:,} parameters of a checkpoint in format {name} as the checkpoint of step 0")
+    show(f"{run}: {count:,} parameters of a checkpoint in format {name} as the checkpoint of step 0")
 
 
 def upgrade_run(args: list[str]) -> None:

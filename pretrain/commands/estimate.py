@@ -5,18 +5,18 @@ Without torch, except for ``--device cpu``, which measures this machine.
 
 from __future__ import annotations
 
-import json
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import json_line, printable, show
 from bd3_megatron.layout import check_layout
 from data_prep.format.manifest import load_manifest
 from data_prep.format.remote import is_remote
 from pretrain.config.resolve import ShowOptions, resolve
 from pretrain.config.schema import RunConfig, check_batches
-from pretrain.estimate.devices import DEVICES, Device, this_cpu
+from pretrain.estimate.devices import DEVICES, Device, device_name, this_cpu
 from pretrain.estimate.prediction import Prediction
 from pretrain.estimate.report import record, report_lines
 
@@ -25,8 +25,9 @@ class EstimateOptions(ShowOptions):
     """Predict memory, traffic and time of a run of this configuration; starts nothing. Later wins: defaults, preset,
     file, flags."""
 
-    device: Literal[(*DEVICES, "cpu")] = Field(  # type: ignore[valid-type]
-        default="h100-sxm", description="what a rank runs on; cpu measures this machine"
+    device: Annotated[Literal[(*DEVICES, "cpu")], BeforeValidator(device_name)] = Field(  # type: ignore[valid-type]
+        default="h100-sxm",
+        description="device of a rank, also by its everyday name (H100, A100, 4090); cpu measures this machine",
     )
     efficiency: float = Field(
         default=0.5, gt=0, le=1, description="assumed part of the peak that matrix products reach"
@@ -40,9 +41,9 @@ def main(args: list[str]) -> None:
     config, options = resolve(EstimateOptions, args, "bd3 estimate")
     prediction = predict(config, options)
     if options.json_:
-        print(json.dumps(record(prediction)))
+        print(json_line(record(prediction)))
     else:
-        print("\n".join(report_lines(prediction)))
+        show("\n".join(map(printable, report_lines(prediction))))
 
 
 def predict(config: RunConfig, options: EstimateOptions) -> Prediction:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pydantic import Field
 
+from bd3_common.text import json_line, show
 from bd3_megatron.config import Seed
 from pretrain.config.checkpoint_options import CheckpointOptions
 from pretrain.config.command_line import parse_options
@@ -20,7 +20,9 @@ class EvalOptions(CheckpointOptions):
     rows: int | None = Field(
         default=None, ge=2, description="rows used, at random or (--per-document) the first; null: all"
     )
-    draws: int = Field(default=1, ge=1, description="noise draws per row; more make the bound's estimate less noisy")
+    draws: int = Field(
+        default=1, ge=1, le=10_000, description="noise draws per row; more make the bound's estimate less noisy"
+    )
     seed: Seed = Field(default=0, description="seed of the evaluation noise")
     micro_batch: int | None = Field(default=None, ge=1, description="rows per forward pass; null means as in training")
     per_document: bool = Field(default=False, description="also statistics over documents, joined from all their rows")
@@ -45,4 +47,7 @@ def main(args: list[str]) -> None:
         options.per_document,
         None if options.documents_file is None else Path(options.documents_file),
     )
-    print(json.dumps(report.record()) if options.json_ else report.text())
+    if options.json_:
+        print(json_line(report.record()))
+    else:
+        show(report.text())

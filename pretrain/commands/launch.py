@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import show
 from data_prep.build.plan import PrepConfig
 from data_prep.format.remote import is_remote
 from pretrain.commands.prep import PrepOptions
@@ -37,6 +38,7 @@ class PretrainJob(RunOptions, SubmitOptions):
     chain: int = Field(
         default=1,
         ge=1,
+        le=1000,
         description="jobs that continue the run one after another, for sites where a job may not be requeued at its "
         "limit",
     )
@@ -58,7 +60,7 @@ class PrepJob(PrepOptions, SubmitOptions):
     """Submit the preparation of a data set as a job array. All options of bd3 prep, and those of the job."""
 
     dry_run: bool = Field(default=False, description=SubmitOptions.model_fields["dry_run"].description)
-    tasks: int = Field(default=8, ge=1, description="shares of the input, each a task of the array")
+    tasks: int = Field(default=8, ge=1, le=100_000, description="shares of the input, each a task of the array")
     at_once: int | None = Field(default=None, ge=1, description="tasks at a time; null: as many as Slurm starts")
 
 
@@ -90,7 +92,7 @@ def pretrain(args: list[str]) -> None:
     config, options = resolve(PretrainJob, args, "bd3 launch pretrain", _site)
     from pretrain.jobs.submit import submit_run
 
-    print(submit_run(config, options, options.chain, options.dry_run), end="")
+    show(submit_run(config, options, options.chain, options.dry_run).removesuffix("\n"))
 
 
 def sweep(args: list[str]) -> None:
@@ -106,7 +108,7 @@ def sweep(args: list[str]) -> None:
         if run in runs:
             raise ConfigError(f"grid: two combinations would train in {run}; submit one of them in a folder of its own")
         runs[run] = resolve(SweepJob, [*args, *words, f"--run={run}"], "bd3 launch sweep", _site)[0]
-    print(submit_sweep(folder, runs, options, options.at_once, options.dry_run), end="")
+    show(submit_sweep(folder, runs, options, options.at_once, options.dry_run).removesuffix("\n"))
 
 
 def prep(args: list[str]) -> None:
@@ -129,11 +131,12 @@ def prep(args: list[str]) -> None:
     if not remote and os.path.lexists(out) and not options.dry_run:
         from data_prep.build.prep import prep as check
 
-        check(config, print)  # prints that the data set is there, or raises with the difference
+        check(config, show)  # prints that the data set is there, or raises with the difference
         return
     from pretrain.jobs.submit import submit_prep
 
-    print(submit_prep(out, _prep_words(args), options, options.tasks, options.at_once, options.dry_run), end="")
+    text = submit_prep(out, _prep_words(args), options, options.tasks, options.at_once, options.dry_run)
+    show(text.removesuffix("\n"))
 
 
 def _site(flags: Mapping[str, Any]) -> list[Layer]:

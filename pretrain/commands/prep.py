@@ -6,6 +6,7 @@ import sys
 
 from pydantic import Field
 
+from bd3_common.text import printable, show
 from data_prep.build.index import index_folder
 from data_prep.build.plan import PrepConfig
 from data_prep.build.prep import prep
@@ -56,9 +57,9 @@ def main(args: list[str]) -> None:
     if options.dry_run:
         from data_prep.build.estimate import estimate
 
-        print("\n".join(estimate(config).lines()))
+        show("\n".join(map(printable, estimate(config).lines())))
         return
-    manifest = prep(config, lambda line: print(line, file=sys.stderr, flush=True))
+    manifest = prep(config, lambda line: show(line, sys.stderr))
     if manifest is None:
         return
     _print(config.out, manifest)
@@ -66,16 +67,16 @@ def main(args: list[str]) -> None:
 
 def _index(args: list[str]) -> None:
     options = parse_options(IndexOptions, args, "bd3 prep")
-    _print(options.index, index_folder(options, lambda line: print(line, file=sys.stderr, flush=True)))
+    _print(options.index, index_folder(options, lambda line: show(line, sys.stderr)))
 
 
 def _repack(args: list[str]) -> None:
     options = parse_options(RepackOptions, args, "bd3 prep repack")
     config = RepackConfig(**options.model_dump())
-    _print(config.out, repack(config, lambda line: print(line, file=sys.stderr, flush=True)))
+    _print(config.out, repack(config, lambda line: show(line, sys.stderr)))
 
 
 def _print(folder: str, manifest: Manifest) -> None:
-    print(f"{folder}: {manifest.length} tokens per row, vocabulary {manifest.vocab_size:,}")
+    show(f"{printable(folder)}: {manifest.length} tokens per row, vocabulary {manifest.vocab_size:,}")
     for name, split in manifest.splits.items():
         print(f"  {name}: {split.documents:,} documents, {split.rows:,} rows, {split.tokens:,} tokens")

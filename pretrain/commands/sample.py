@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -11,10 +11,12 @@ from pydantic import Field
 
 from bd3_common.errors import ConfigError
 from bd3_common.registry import Choice
-from bd3_megatron.config import Seed
+from bd3_common.schema import MAX_COUNT
+from bd3_common.text import json_line, shorten, show
+from bd3_megatron.config import ModelConfig, Seed
 from bd3_megatron.sampling.algorithms import DECODING_ALGORITHMS
 from pretrain.config.checkpoint_options import CheckpointOptions
-from pretrain.config.command_line import parse_options
+from pretrain.config.command_line import is_utf8, parse_options
 from pretrain.config.values import validate
 from pretrain.run_folder import layout
 
@@ -23,13 +25,15 @@ class SampleOptions(CheckpointOptions):
     """Sample text from a run's checkpoint, block by block."""
 
     prompt: str = Field(default="", description="text to continue; empty starts from BOS alone")
-    tokens: int | None = Field(default=None, ge=1, description="tokens to add; null fills the model's row")
-    count: int = Field(default=1, ge=1, description="samples")
+    tokens: int | None = Field(
+        default=None, ge=1, le=MAX_COUNT, description="tokens to add; null fills the model's row"
+    )
+    count: int = Field(default=1, ge=1, le=100_000, description="samples")
     method: Annotated[str, Choice(DECODING_ALGORITHMS, summaries=True)] = Field(
         default="first_hitting", description="decoding algorithm of a block"
     )
     steps: int | None = Field(
-        default=None, ge=1, description="steps per block for --method steps; null means one per token"
+        default=None, ge=1, le=10_000, description="steps per block for --method steps; null means one per token"
     )
     options: dict[str, str] = Field(default={}, description="the decoding algorithm's own options, NAME VALUE ...")
     top_p: float = Field(default=0.9, gt=0, le=1, description="nucleus")
@@ -42,6 +46,8 @@ class SampleOptions(CheckpointOptions):
 def main(args: list[str]) -> None:
     """`bd3 sample RUN`."""
     options = parse_options(SampleOptions, args, "bd3 sample")
+    if not is_utf8(options.prompt):
+        raise ConfigError(f"--prompt={shorten(options.prompt)}: is not UTF-8; write it in UTF-8")
     own = validate(DECODING_ALGORITHMS.load(options.method).Options, options.options)
     # Not for --help, nor for a mistyped flag.
     import torch
@@ -70,6 +76,7 @@ def main(args: list[str]) -> None:
             f"--tokens {options.tokens or 1}: the prompt has {len(prompt)} tokens with BOS and a row of this model "
             f"{model.length}; use {max(space, 0)} or fewer, or a shorter prompt"
         )
+    check_memory(options.count, model, loaded.config.diffusion.block_size)
     sampling = Sampling(options.method, options.steps, options.top_p, options.temperature, options.stop, own)
     with loaded.engine() as engine:
         device = engine.world.device
@@ -85,8 +92,26 @@ def main(args: list[str]) -> None:
         text = tokenizer.decode(ids[1:end], skip_special_tokens=True)
         if options.json_:
             record = {"sample": number, "text": text, "tokens": end - len(prompt), "nfe": result.nfe}
-            print(json.dumps(record, ensure_ascii=False))
+            print(json_line(record))
         else:
-            print(text if options.count == 1 else f"--- sample {number + 1}\n{text}")
+            show(text if options.count == 1 else f"--- sample {number + 1}\n{text}")
     new = sum(end - len(prompt) for end in result.ends)
     print(f"{new} new tokens in {result.nfe} calls (step {loaded.checkpoint.step})", file=sys.stderr)
+
+
+def check_memory(count: int, model: ModelConfig, block_size: int) -> None:
+    """Check that ``count`` rows can be sampled at once in this machine's memory.
+
+    Counted are keys and values of all layers in fp32, and what the tokens of a block make of the vocabulary.
+
+    Raises:
+        ConfigError: names the count that fits.
+    """
+    vocabulary = model.vocab_size or 0
+    row = 8 * model.length * model.layers * model.hidden + block_size * (16 * model.hidden + 40 * vocabulary)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if count > 1 and count * row > memory:
+        raise ConfigError(
+            f"--count {count}: takes about {count * row / 1e9:.0f} GB, this machine has {memory / 1e9:.0f}; "
+            f"use {max(1, memory // row)} or fewer"
+        )

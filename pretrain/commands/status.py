@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pydantic import Field
 
+from bd3_common.text import json_line, printable, show
 from bd3_megatron.config import Section
 from pretrain.config.command_line import Positional, parse_options
 
@@ -30,6 +30,6 @@ def main(args: list[str]) -> None:
     for number, run in enumerate(find_runs(Path(options.run))):
         found = run_status(run)
         if options.json_:
-            print(json.dumps(found))
+            print(json_line(found))
         else:
-            print(("\n" if number else "") + "\n".join(status_lines(found)))
+            show(("\n" if number else "") + "\n".join(map(printable, status_lines(found))))

@@ -7,6 +7,7 @@ remedy. tyro prints ``--help`` (:mod:`pretrain.config.help_page`) and reads noth
 
 from __future__ import annotations
 
+import os
 import re
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -129,6 +130,15 @@ def container(field: FieldInfo) -> Any:
     return origin if origin in (list, tuple, dict, set, frozenset) else None
 
 
+def is_utf8(word: str) -> bool:
+    """False for a word of the command line whose bytes are not UTF-8: Python then has surrogates in it."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def takes_null(field: FieldInfo) -> bool:
     """True if the field may be null."""
     return get_origin(field.annotation) is not typing.Literal and type(None) in get_args(field.annotation)
@@ -171,6 +181,12 @@ def _value(path: str, field: FieldInfo, words: list[str]) -> Any:
     kind = container(field)
     if takes_null(field) and len(words) == 1 and words[0].lower() in NULL:
         return None
+    name = path.upper() if is_positional(field) else flag(path)
+    if "" in words and (kind is None or is_positional(field)) and field.default != "":
+        raise ConfigError(f"{name}: empty; give a value" + (", or null" if takes_null(field) else ""))
+    for word in words:
+        if not (is_utf8(word) or os.path.lexists(word)):  # names of files may be in another encoding
+            raise ConfigError(f"{name}={show(word)}: is not UTF-8; write it in UTF-8")
     if kind is dict:
         if len(words) % 2:
             raise ConfigError(f"{path}={show(' '.join(words))}: keys and values come in pairs")

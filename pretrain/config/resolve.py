@@ -65,18 +65,21 @@ def preset_config(name: str) -> RunConfig:
     return build(RunConfig, [read_layer(*_preset(name))])
 
 
-def save_config(config: RunConfig, path: Path) -> None:
+def save_config(config: RunConfig, path: Path, mode: int = 0o666) -> None:
     """Write ``config`` as YAML under a temporary name and rename it: ``path`` is complete or untouched.
 
     Paths of data sets and cache are stored absolute, because what reads the file later may be called from another
     folder. URLs are stored as they are.
+
+    Args:
+        mode: permissions of a new file, less those that the umask forbids.
     """
     data = config.data
     found: dict[str, Any] = {"path": data.path and _absolute(data.path), "cache": data.cache and _absolute(data.cache)}
     if data.mix is not None:
         found["mix"] = {_absolute(path): weight for path, weight in data.mix.items()}
     config = config.model_copy(update={"data": data.model_copy(update=found)})
-    write_bytes(path, to_yaml(config).encode())
+    write_bytes(path, to_yaml(config).encode(), mode=mode)
 
 
 def _absolute(path: str) -> str:

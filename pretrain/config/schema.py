@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from bd3_common.errors import ConfigError
 from bd3_common.registry import Choice
+from bd3_common.text import has_token, redacted
 from bd3_megatron.attention.backends import Demand, check_backend
 from bd3_megatron.config import (
     MAX_ROWS,
@@ -28,6 +29,18 @@ from bd3_megatron.layers.fp8 import check_fp8
 from bd3_megatron.layout import check_layout
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+def _checked_path(path: str, key: str) -> str:
+    """A path or URL that can be written into files of the run."""
+    if not path or "\0" in path:
+        raise ValueError(f"{key}={path}: {'has a NUL character' if path else 'empty'}; give a folder")
+    if has_token(path):
+        raise ValueError(
+            f"{key}={redacted(path)}: has a password or token, which files of the run would keep; put it where fsspec "
+            "looks for it: the environment, or ~/.config/fsspec"
+        )
+    return path
 
 
 class DataConfig(Section):
@@ -57,6 +70,16 @@ class DataConfig(Section):
         "shards of URLs are always verified",
     )
     document_mask: bool = Field(default=False, description="mask attention between documents packed in one row")
+
+    @field_validator("path", "cache")
+    @classmethod
+    def _place(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return value if value is None else _checked_path(value, f"data.{info.field_name}")
+
+    @field_validator("mix")
+    @classmethod
+    def _places(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        return value if value is None else {_checked_path(path, "data.mix"): weight for path, weight in value.items()}
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
@@ -241,6 +264,11 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     profile: ProfileConfig = ProfileConfig()
     preflight: PreflightConfig = PreflightConfig()
+
+    @field_validator("run")
+    @classmethod
+    def _run(cls, value: str) -> str:
+        return _checked_path(value, "run")
 
     def engine(self) -> EngineConfig:
         """The sections that an engine is built from."""

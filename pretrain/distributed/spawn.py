@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from bd3_common.safe_path import safe_path
+
 # Ranks are forks of one process that has done the imports already.
 FORKS = multiprocessing.get_context("forkserver")
 TIMEOUT = 300  # seconds
@@ -27,8 +29,8 @@ def run_world(size: int, function: Callable[..., Any], *args: Any, timeout: floa
     Raises:
         RuntimeError: with the traceback of the first rank that failed, or the ranks that died or did not finish.
     """
-    results: Any = FORKS.Queue()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, safe_path():
+        results: Any = FORKS.Queue()
         path = os.path.join(folder, "store")
         ranks = [
             FORKS.Process(target=_rank, args=(rank, size, path, results, function, args), daemon=True)

@@ -82,5 +82,7 @@ def _installed(name: str) -> str | None:
 def _measured_imports() -> float:
     """Peak resident set of an interpreter that imports what training imports, bytes."""
     code = "import resource, pretrain.trainer.loop; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
     return int(done.stdout) * (1 if sys.platform == "darwin" else 1024)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 
 from bd3_common.errors import ConfigError
 from pretrain.config.schema import RunConfig
 from pretrain.config.values import did_you_mean, leaves
+
+_MOST = 10_000  # combinations
 
 
 def combinations(grid: Mapping[str, str]) -> Iterator[tuple[list[str], str]]:
@@ -31,6 +34,8 @@ def combinations(grid: Mapping[str, str]) -> Iterator[tuple[list[str], str]]:
         if not values or len(set(values)) < len(values):
             raise ConfigError(f"grid={key} {text}: give different values with commas between them")
         choices.append([(path, value) for value in values])
+    if math.prod(map(len, choices)) > _MOST:
+        raise ConfigError(f"grid: {math.prod(map(len, choices))} combinations; give {_MOST} or fewer")
     tails = [key.rpartition(".")[2] for key in grid]
     for pairs in itertools.product(*choices):
         names = [tail if tails.count(tail) == 1 else path for tail, (path, _) in zip(tails, pairs)]

@@ -15,6 +15,7 @@ from pretrain.resilience.hang_detection import spans
 from pretrain.resilience.progress import finished
 from pretrain.run_folder import layout
 from pretrain.run_folder.launch_snapshot import LaunchFolder, quote
+from pretrain.run_folder.place import check_place
 from slurm import script
 from slurm.environment import CHAIN
 from slurm.options import JobOptions
@@ -30,6 +31,7 @@ def submit_run(config: RunConfig, options: JobOptions, chain: int, dry_run: bool
         ConfigError, SlurmError, OSError: one line; nothing was submitted, and nothing half-written is left.
     """
     run = Path(config.run).absolute()
+    check_place(config)
     if not dry_run:
         check_slurm(options, options.node_counts[0])
     fitting = fitting_node_counts(config, options)
@@ -78,6 +80,7 @@ def submit_sweep(
     if not dry_run:
         check_slurm(options, options.node_counts[0])
     for config in runs.values():
+        check_place(config)
         fitting_node_counts(config, options)
     left = [number for number, (run, config) in enumerate(runs.items()) if not finished(run, config.train.steps)]
     if not left:

@@ -240,7 +240,7 @@ def _appears(path: Path) -> bool:
 
 
 def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
+    with path.open("xb") as file:  # a new file of a random name
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

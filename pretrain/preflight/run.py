@@ -35,6 +35,7 @@ from pretrain.resilience import signals
 from pretrain.resilience.watchdog import Watchdog
 from pretrain.run_folder import layout
 from pretrain.run_folder.data import data_identity, open_data
+from pretrain.run_folder.place import check_place
 
 _LOG = logging.getLogger(__name__)
 _LINES = 4  # findings in a message
@@ -52,6 +53,7 @@ def check(config: RunConfig) -> None:
     ranks = read_ranks()
     with collective_errors():
         check_run(config, ranks.world_size)
+        check_place(config)
     with start_ranks(config, ranks) as job:
         preflight = Preflight(config, ranks, job.world, job.watchdog)
         preflight.nodes()

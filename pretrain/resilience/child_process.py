@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bd3_common import safe_path
 from bd3_common.errors import ConfigError
 from pretrain.resilience import signals
 from pretrain.resilience.exit_reason import SlurmLine
@@ -61,7 +62,9 @@ def run_command(
     begin, lines, over = time.monotonic(), list[SlurmLine](), threading.Event()
     monitor = HeartbeatMonitor(run)
     try:
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace")
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, errors="replace", env=safe_path.inherited()
+        )
     except OSError as error:
         raise ConfigError(f"{command[0]}: {error.strerror}; give the command that starts the run after --") from None
 

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TextIO
 
 from bd3_common import PACKAGES, ROOT
+from bd3_common.atomic import no_follow
 
 # Files whose code waits for other ranks.
 _COMMUNICATION = (
@@ -53,7 +54,7 @@ def locate(thread: int) -> tuple[bool | None, str]:
 def write_stacks(path: Path, title: str) -> None:
     """Write the stacks of all threads of this process."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with open(path, "w", opener=no_follow) as file:
         _head(file, title)
         faulthandler.dump_traceback(file, all_threads=True)
 
@@ -65,7 +66,7 @@ def write_state(path: Path, title: str, pid: int) -> None:
         OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with open(path, "w", opener=no_follow) as file:
         _head(file, title)
         file.write("It gives no sign of life, so its stacks are not known.\n")
         try:

@@ -18,8 +18,10 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from bd3_common import schema
+from bd3_common.atomic import open_append, write_all
 from bd3_common.errors import ConfigError, UserError
 from bd3_common.schema import Count, Record
+from bd3_common.text import redacted
 from data_prep.errors import DataError
 from pretrain.distributed.ranks import Ranks
 from pretrain.run_folder.layout import EVENTS
@@ -71,13 +73,16 @@ class Event(Record):
 def record(run: Path, event: str, **fields: Any) -> None:
     """Append an event in one write, so that several processes may append at the same time.
 
+    Passwords of URLs in its texts are written as ``***``.
+
     Raises:
         OSError: the folder cannot be written.
     """
+    fields = {name: redacted(value) if isinstance(value, str) else value for name, value in fields.items()}
     line = json.dumps({"time": round(time.time(), 3), "event": event} | fields) + "\n"
-    file = os.open(run / EVENTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    file = open_append(run / EVENTS)
     try:
-        os.write(file, line.encode())
+        write_all(file, line.encode())
     finally:
         os.close(file)
 

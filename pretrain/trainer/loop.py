@@ -24,6 +24,7 @@ from pretrain.resilience import signals
 from pretrain.resilience.watchdog import Watchdog
 from pretrain.run_folder import events
 from pretrain.run_folder.data import data_identity, open_data
+from pretrain.run_folder.place import check_place
 from pretrain.run_folder.prepare import prepare
 from pretrain.tracking.console import Progress, Throughput
 from pretrain.tracking.metrics import MetricsWriter, read_metrics, series
@@ -80,6 +81,7 @@ def _check(config: RunConfig, ranks: Ranks) -> None:
     check_profile(config.profile, ranks.world_size)
     if not config.data.weights():
         raise ConfigError("data.path: not set; give the folder that bd3 prep wrote with --data.path")
+    check_place(config)
 
 
 class _StopRequested(Exception):

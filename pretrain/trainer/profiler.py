@@ -150,7 +150,8 @@ def _snapshot(path: Path, dump: Callable[[str], None] | None) -> str:
         dump = torch.cuda.memory._dump_snapshot
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        dump(str(path))
+        with atomic_file(path, suffix=path.suffix) as temporary:
+            dump(str(temporary))
     except (OSError, RuntimeError) as error:
         return f"no snapshot could be written: {' '.join(str(error).split())}"
     return f"pytorch.org/memory_viz shows what was allocated from {path}"

@@ -59,7 +59,7 @@ def test_a_data_set_in_the_store_gives_its_rows(stored, tmp_path):
     for some in np.array_split(numbers, 6):
         assert (there.rows(some) == here.rows(some)).all()
         assert (there.documents(some) == here.documents(some)).all()
-        assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) <= limit
+        assert sum(path.stat().st_size for path in (tmp_path / "cache" / "bd3-shards").glob("*.tar")) <= limit
 
 
 def test_a_damaged_shard_in_the_store_is_named(stored, s3, tmp_path):
@@ -80,4 +80,4 @@ def test_a_damaged_shard_in_the_store_is_named(stored, s3, tmp_path):
     s3.delete_object(Bucket="texts", Key=key)
     with pytest.raises(DataError, match=f"s3://texts/{key}: no such file"):
         reader.rows(rows)
-    assert not list((tmp_path / "cache").glob("*.partial"))
+    assert not list((tmp_path / "cache" / "bd3-shards").glob("*.partial"))

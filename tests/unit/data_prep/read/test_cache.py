@@ -106,7 +106,9 @@ def test_each_shard_is_fetched_once_and_stays_for_the_next_process(far, tmp_path
         for _ in range(3):
             assert (every_row(reader) == far[1]).all()
     assert sorted(shards_read()) == sorted(shard.name for shard in reader.shards)
-    assert sorted(path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".tar") == [".lock"]
+    assert sorted(
+        path.name for path in (tmp_path / "cache" / cache_module.FOLDER).iterdir() if path.suffix != ".tar"
+    ) == [".lock"]
 
 
 def test_the_limit_holds_and_the_shard_used_longest_ago_goes_first(far, tmp_path):
@@ -117,12 +119,12 @@ def test_the_limit_holds_and_the_shard_used_longest_ago_goes_first(far, tmp_path
     first = np.cumsum(reader.shard_rows()) - reader.shard_rows()
     for shard in (0, 1, 2, 0, 3, 0, 1):
         reader.rows(first[[shard]])
-        assert used(tmp_path / "cache") <= cache.limit
+        assert used(tmp_path / "cache" / cache_module.FOLDER) <= cache.limit
     # 3 came for 1, which 0 had outlived; then 1 came for 2.
     assert shards_read() == [reader.shards[n].name for n in (0, 1, 2, 3, 1)]
     # More shards at once than fit: one after another.
     assert (every_row(reader) == far[1]).all()
-    assert used(tmp_path / "cache") <= cache.limit
+    assert used(tmp_path / "cache" / cache_module.FOLDER) <= cache.limit
 
 
 def test_rows_stay_readable_while_their_shard_is_evicted(far, tmp_path):
@@ -132,7 +134,7 @@ def test_rows_stay_readable_while_their_shard_is_evicted(far, tmp_path):
     expected = (folder_of(far[0]) / "train" / reader.shards[0].name).read_bytes()
     raw = np.empty(shard.bytes, np.uint8)
     with cache.opened(shard) as file:
-        (tmp_path / "cache" / f"{shard.sha256}.tar").unlink()
+        (tmp_path / "cache" / cache_module.FOLDER / f"{shard.sha256}.tar").unlink()
         file.read_into(memoryview(raw), 0)
     assert raw.tobytes() == expected
     with cache.opened(shard) as file:
@@ -154,7 +156,7 @@ def test_processes_of_a_machine_fetch_each_shard_once_and_keep_the_limit(far, tm
         most = 0
         while any(process.poll() is None for process in started):
             sizes = []
-            for path in (tmp_path / folder).glob("*.tar"):
+            for path in (tmp_path / folder / cache_module.FOLDER).glob("*.tar"):
                 try:
                     sizes.append(path.stat().st_size)
                 except FileNotFoundError:
@@ -183,8 +185,8 @@ def test_a_dead_server_is_one_line(far, tmp_path, store):
     store.failures = {"train-000001.tar": 99, "manifest.json": 99}
     refused(lambda: every_row(reader), "train-000001.tar: cannot be fetched after 5 tries", "hung up); try later")
     refused(lambda: RowReader(far[0], "train", reader.cache), "manifest.json: cannot be fetched after 5 tries")
-    assert not list((tmp_path / "cache").glob("*.partial"))
-    assert not list((tmp_path / "cache").glob("*.claim"))
+    assert not list((tmp_path / "cache" / cache_module.FOLDER).glob("*.partial"))
+    assert not list((tmp_path / "cache" / cache_module.FOLDER).glob("*.claim"))
 
 
 def test_damage_elsewhere_names_the_shard(far, tmp_path):
@@ -202,7 +204,7 @@ def test_damage_elsewhere_names_the_shard(far, tmp_path):
             refused(lambda read=read, shard=shard: read(first[[shard]]), f"train-00000{shard}.tar: ", text)
         reader.prefetch(first[[shard]])
         refused(lambda shard=shard: reader.rows(first[[shard]]), f"train-00000{shard}.tar: ", text)
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert [path.name for path in (tmp_path / "cache" / cache_module.FOLDER).iterdir()] == [".lock"]
     refused(reader.verify, "train-000000.tar")
 
 
@@ -211,7 +213,7 @@ def test_a_damaged_shard_of_the_cache_is_fetched_again(far, tmp_path, damage):
     cache = ShardCache(tmp_path / "cache", 10**8)
     reader = RowReader(far[0], "train", cache)
     every_row(reader)
-    path = tmp_path / "cache" / f"{reader.shards[1].sha256}.tar"
+    path = tmp_path / "cache" / cache_module.FOLDER / f"{reader.shards[1].sha256}.tar"
     if damage == "flip":
         raw = bytearray(path.read_bytes())
         raw[2000] ^= 4
@@ -224,8 +226,8 @@ def test_a_damaged_shard_of_the_cache_is_fetched_again(far, tmp_path, damage):
 
 
 def test_what_killed_processes_left_is_removed(far, tmp_path):
-    folder = tmp_path / "cache"
-    cache = ShardCache(folder, 3 * 10240)
+    folder = tmp_path / "cache" / cache_module.FOLDER
+    cache = ShardCache(tmp_path / "cache", 3 * 10240)
     name = "ab" * 32
     (folder / f"{name}.claim").touch()
     os.truncate(folder / f"{name}.claim", 2 * 10240)
@@ -278,6 +280,42 @@ def test_a_full_disk_is_one_line(far, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cache_module, "fetch", full)
     refused(lambda: every_row(reader), "cache: the shard cache cannot be written (No space left on device)")
+
+
+def test_files_of_others_in_the_cache_stay(far, tmp_path):
+    mine = {tmp_path / "cache" / name: name.encode() * 9000 for name in ("thesis.tar", f"{'ab' * 32}.tar", "a.claim")}
+    inside = {tmp_path / "cache" / cache_module.FOLDER / name: b"x" * 20000 for name in ("notes.tar", ".a.partial")}
+    cache = ShardCache(tmp_path / "cache", 10**8)
+    for path, content in (mine | inside).items():
+        path.write_bytes(content)
+    link = tmp_path / "cache" / cache_module.FOLDER / f"{'cd' * 32}.tar"
+    link.symlink_to(tmp_path / "cache" / "thesis.tar")
+    reader = RowReader(far[0], "train", cache)
+    cache.limit = max(shard.bytes for shard in reader.shards)
+    assert (every_row(reader) == far[1]).all()  # more than the limit: each shard evicts the one before
+    assert all(path.read_bytes() == content for path, content in (mine | inside).items())
+    assert link.is_symlink()
+
+
+def test_a_shard_name_of_ours_that_is_a_link_is_replaced(far, tmp_path):
+    reader = RowReader(far[0], "train", ShardCache(tmp_path / "cache", 10**8))
+    other = tmp_path / "thesis.tar"
+    other.write_bytes(b"mine")
+    path = tmp_path / "cache" / cache_module.FOLDER / f"{reader.shards[0].sha256}.tar"
+    path.symlink_to(other)
+    assert (every_row(reader) == far[1]).all()
+    assert other.read_bytes() == b"mine"
+    assert not path.is_symlink()
+
+
+def test_a_linked_cache_is_refused(tmp_path):
+    (tmp_path / "real" / cache_module.FOLDER).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / cache_module.FOLDER).symlink_to(tmp_path / "real" / cache_module.FOLDER)
+    refused(lambda: ShardCache(tmp_path / "link", 10**8), "link: is a link to")
+    refused(lambda: ShardCache(tmp_path / "other", 10**8), f"{cache_module.FOLDER}: is a link to")
+    refused(lambda: ShardCache("~nobody-of-this-name/x", 10**8), "there is no such user")
 
 
 def test_where_the_cache_is_unless_told():

@@ -220,7 +220,7 @@ MISTAKES = {
     f"{PRETRAIN} --data.path nowhere": "nowhere: no such data set; write it with bd3 prep --out nowhere",
     f"{PRETRAIN} --data.path run": "run: not a data set",
     f"{PRETRAIN} --data.path null": "data.path: not set",
-    f"{PRETRAIN} --run file": "file: cannot read or write: File exists",
+    f"{PRETRAIN} --run file": "run=file: is not a folder; give another name, or remove it",
     f"{PRETRAIN} --run file/new": "file/new: cannot read or write: Not a directory",
     f"{PRETRAIN} --run /proc/new": "/proc/new: cannot read or write: No such file or directory",
     f"{PRETRAIN} --parallel.tensor 2": "their product 2 does not divide the world of 1",

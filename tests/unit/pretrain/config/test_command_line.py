@@ -192,7 +192,7 @@ def test_no_words_break_the_parser(args: list[str]) -> None:
 
 
 @settings(deadline=None)
-@given(st.integers(0, 2**40), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=20))
+@given(st.integers(0, 2**40), st.floats(allow_nan=False, allow_infinity=False), st.text(min_size=1, max_size=20))
 def test_values_arrive_as_typed(low: int, rate: float, out: str) -> None:
     args = ["a", f"--out={out}", f"--inner.low={low}", f"--inner.high={low}", f"--inner.rate={rate!r}"]
     got = parse(*args)

@@ -92,7 +92,7 @@ def test_a_url_trains_as_the_folder_does(runs, data_set, tmp_path):
     assert done.code == 0, done.err
     assert runs.metrics("here") == runs.metrics("there")
     assert load_saved(runs.folder / "there" / "config.yaml").data.path == f"file://{data_set}"
-    assert list((tmp_path / "cache").glob("*.tar"))
+    assert list((tmp_path / "cache" / "bd3-shards").glob("*.tar"))
     assert (runs.folder / "there" / "tokenizer.json").read_bytes() == (data_set / "tokenizer.json").read_bytes()
     # Where the data lie, and where they are cached, may change.
     done = runs("there", "--data.path", data_set, "--train.steps", 7)

@@ -1,0 +1,92 @@
+"""Text from outside: no control characters on a terminal, no passwords in files."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+
+import pytest
+
+from bd3_common import logs
+from bd3_common.errors import ConfigError, user_line
+from bd3_common.text import has_token, is_secret, json_line, printable, redacted, secret_in, show
+
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\r\x00\udcff"
+
+
+def test_control_characters_are_written_as_escapes() -> None:
+    assert printable(f"a{ESCAPES}") == r"a\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\x0d\x00\udcff"
+    assert printable("Über\n\tناز\u200cنین", keep="\n\t") == "Über\n\tناز\u200cنین"
+    out = io.StringIO()
+    show(f"two\n\tlines{ESCAPES}", out)
+    assert out.getvalue() == "two\n\tlines" + printable(ESCAPES) + "\n"
+
+
+def test_json_stays_json() -> None:
+    value = {"text": f"é{ESCAPES}‖", "n": [1.5, None]}
+    line = json_line(value)
+    assert json.loads(line) == value
+    assert "é" in line
+    assert printable(line) == line
+
+
+def test_errors_and_messages_show_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert user_line(ConfigError(f"a\n{ESCAPES}")) == "a " + printable(ESCAPES.replace("\r", " "))
+    line = user_line(FileNotFoundError(2, "No such file", f"/x{ESCAPES}"))
+    assert line is not None
+    assert printable(line) == line
+    logs.to_console()
+    logging.getLogger("pretrain.test").warning("%s and https://me:hunter2@host/x", ESCAPES)
+    assert capsys.readouterr().err == f"WARNING: {printable(ESCAPES)} and https://***@host/x\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:pass@host/a", "https://***@host/a"),
+        ("s3://k:s@b/x, then ftp://u:p@h", "s3://***@b/x, then ftp://***@h"),
+        ("https://h/x?X-Amz-Signature=ab12&part=1", "https://h/x?X-Amz-Signature=***&part=1"),
+        ("https://h/x?sv=1&sig=a%2Fb#c", "https://h/x?sv=1&sig=***#c"),
+        ("https://ghp_x@h/", "https://***@h/"),
+        ("memory://copy: a:b@c s3://bucket/key git://git@h/x", "memory://copy: a:b@c s3://bucket/key git://git@h/x"),
+    ],
+)
+def test_passwords_of_urls_are_not_shown(text: str, shown: str) -> None:
+    assert redacted(text) == shown
+    assert has_token(text) == (shown != text)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("SLURM_JWT", "x", True),
+        ("BD3_S3_SECRET_KEY", "hunter2", True),
+        ("WANDB_APIKEY", "x", True),
+        ("GOOGLE_APPLICATION_CREDENTIALS", "/x", True),
+        ("NCCL_DEBUG", "hf_" + "Ab1" * 10, True),
+        ("SLURM_JOB_NAME", "eyJhbGciOi", True),
+        ("NCCL_NET", "0123456789abcdef0123456789abcdef", True),
+        ("TOKENIZERS_PARALLELISM", "false", False),
+        ("CUDA_VISIBLE_DEVICES", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", False),
+        ("PATH", "/nix/store/0123456789abcdef0123456789abcdef-x/bin:/bin", False),
+        ("MASTER_ADDR", "node-1", False),
+        ("HF_TOKEN", "", False),
+    ],
+)
+def test_variables_that_look_like_secrets(name: str, value: str, secret: bool) -> None:
+    assert is_secret(name, value) is secret
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("export HF_TOKEN=abc", "HF_TOKEN"),
+        ("export HF_TOKEN=$(cat ~/.token)", None),
+        ('export A=1 WANDB_API_KEY="x y"', "WANDB_API_KEY"),
+        ("huggingface-cli login --token hf_" + "Ab1" * 10, "a token"),
+        ("module load cuda/12.1 hf_fineweb_edu_sample_10BT", None),
+    ],
+)
+def test_secrets_in_lines_of_the_shell(line: str, name: str | None) -> None:
+    assert secret_in(line) == name
