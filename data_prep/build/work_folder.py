@@ -41,7 +41,8 @@ class Work:
         self.out = out
         self.private = folder is not None  # beside the data set, its own rights decide
         self.folder = folder or Path(out).with_name(f".{Path(out).name}.partial")
-        refuse_link(self.folder, "work folder", DataError)
+        if not self.private:  # else _check_private does
+            refuse_link(self.folder, "work folder", DataError)
         self.tokenizer = self.folder / TOKENIZER
         self._trained_on = self.folder / "tokenizer.inputs"
         self.notes = self.folder / "notes"
