@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from bd3_common.text import json_line, printable, show
+from bd3_common.text import json_line, show
 from bd3_megatron.config import Section
 from pretrain.config.command_line import Positional, parse_options
 
@@ -32,4 +32,4 @@ def main(args: list[str]) -> None:
         if options.json_:
             print(json_line(found))
         else:
-            show(("\n" if number else "") + "\n".join(map(printable, status_lines(found))))
+            show(("\n" if number else "") + "\n".join(status_lines(found)))
