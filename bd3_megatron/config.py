@@ -76,6 +76,9 @@ class ModelConfig(Section):
     eos_id: int | None = Field(
         default=None, ge=0, description="id of the token that ends a document; null: the data set's"
     )
+    pad_id: int | None = Field(
+        default=None, ge=0, description="id of the token that exports pad with; null: the data set's, else EOS"
+    )
     rope_theta: float = Field(default=10_000.0, gt=0, description="base of the rotary position frequencies")
     norm_eps: float | None = Field(default=None, gt=0, description="epsilon of the norms; null: the backbone's default")
     dropout: float = Field(

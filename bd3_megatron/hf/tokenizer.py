@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
 from bd3_common.errors import ConfigError
-from bd3_common.schema import read_bytes
-from bd3_common.text import shorten
+from bd3_common.tokenizer_file import dump, load_json, read_tokenizer
 from bd3_megatron.config import ModelConfig
 from bd3_megatron.hf.files import write_json
 from bd3_megatron.hf.formats import TokenIds
@@ -17,48 +18,91 @@ from bd3_megatron.hf.formats import TokenIds
 MASK_TOKEN = "<|mask|>"
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, tokens: TokenIds, model: ModelConfig) -> None:
-    """Write ``tokenizer.json`` and ``tokenizer_config.json``, as transformers reads them."""
-    tokenizer.save(str(folder / "tokenizer.json"))
+def write_tokenizer(folder: Path, content: Mapping[str, Any], tokens: TokenIds, model: ModelConfig) -> None:
+    """Write ``tokenizer.json`` and ``tokenizer_config.json``, as transformers reads them.
+
+    Args:
+        content: of :func:`tokenizer_with_mask`.
+    """
+    data = dump(content)
+    (folder / "tokenizer.json").write_bytes(data)
+    tokenizer = load_json(data, folder / "tokenizer.json", ConfigError)
     write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, tokens, model))
 
 
-def tokenizer_with_mask(path: Path, tokens: TokenIds, model: ModelConfig) -> Tokenizer:
-    """The tokenizer in a ``tokenizer.json``, with a mask added if its vocabulary ends at ``tokens.mask``.
+def tokenizer_with_mask(path: Path, tokens: TokenIds, model: ModelConfig) -> dict[str, Any]:
+    """JSON of the tokenizer in a ``tokenizer.json`` as an export needs it.
+
+    Truncation, padding and sampling are off. If the vocabulary ends at ``tokens.mask``, a mask is added. Texts begin
+    with BOS, as rows and prompts do.
 
     Raises:
         ConfigError: it cannot be read, lacks a special token, or has more tokens than the model.
     """
-    text = read_bytes(path, ConfigError)
-    try:
-        tokenizer = Tokenizer.from_buffer(text)
-    except Exception as error:  # the library raises plain Exception
-        problem = shorten(str(error), 160)
-        raise ConfigError(f"tokenizer={path}: not a readable tokenizer.json: {problem}") from None
-    # Stored in the file, they would cut or fill prompts without a word.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    size = tokenizer.get_vocab_size()
+    file = read_tokenizer(path, ConfigError)
+    content, tokenizer = dict(file.content), file.load()
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    entries = f"{tokenizer.get_vocab_size()} entries" + (f" up to id {largest}" if _has_holes(tokenizer) else "")
+    content["truncation"] = content["padding"] = None
     if tokenizer.id_to_token(tokens.mask) is None:
-        tokenizer.add_special_tokens([AddedToken(MASK_TOKEN, special=True, normalized=False)])
-        if tokenizer.token_to_id(MASK_TOKEN) != tokens.mask:
+        if tokens.mask != largest + 1:
             raise ConfigError(
-                f"tokens.mask={tokens.mask}: tokenizer {path} has {size} entries, so an added mask would not "
+                f"tokens.mask={tokens.mask}: tokenizer {path} has {entries}, so an added mask would not "
                 f"get that id; give the tokenizer that the data was prepared with"
             )
-    for name, value in (("bos", tokens.bos), ("eos", tokens.eos)):
+        _add_mask(content, tokenizer, tokens.mask)
+    for name, value in (("bos", tokens.bos), ("eos", tokens.eos), ("pad", tokens.pad)):
         if value is not None and tokenizer.id_to_token(value) is None:
-            raise ConfigError(f"tokens.{name}={value}: tokenizer {path} has no such id; its entries are {size}")
-    if tokenizer.get_vocab_size() > model.vocab_size:
+            raise ConfigError(f"tokens.{name}={value}: tokenizer {path} has no such id; it has {entries}")
+    if largest >= model.vocab_size:
         raise ConfigError(
-            f"tokenizer={path}: its {tokenizer.get_vocab_size()} entries exceed model.vocab_size="
-            f"{model.vocab_size}; give the tokenizer that the data was prepared with"
+            f"tokenizer={path}: its {entries} exceed model.vocab_size={model.vocab_size}; "
+            f"give the tokenizer that the data was prepared with"
         )
-    return tokenizer
+    if tokens.bos is not None:
+        bos = tokenizer.id_to_token(tokens.bos)
+        content["post_processor"] = _begin_with(content.get("post_processor"), bos, tokens.bos)
+    return content
+
+
+def _has_holes(tokenizer: Tokenizer) -> bool:
+    return max(tokenizer.get_vocab().values(), default=-1) >= tokenizer.get_vocab_size()
+
+
+def _add_mask(content: dict[str, Any], tokenizer: Tokenizer, mask: int) -> None:
+    """Add a mask token with the id ``mask``, the next one after the largest."""
+    names = chain([MASK_TOKEN], (f"<|mask_{n}|>" for n in count(1)))
+    name = next(name for name in names if tokenizer.token_to_id(name) is None)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"] = [
+        *(content.get("added_tokens") or []),
+        {"id": mask, "content": name, **flags, "special": True},
+    ]
+    if _has_holes(tokenizer):
+        # `tokenizers` gives an added token the number of entries as its id, unless the model knows it.
+        vocabulary = content["model"]["vocab"]
+        content["model"] = content["model"] | {"vocab": vocabulary | {name: mask}}
+
+
+def _begin_with(processor: Mapping[str, Any] | None, bos: str, index: int) -> dict[str, Any]:
+    """A post-processor that puts BOS before a text; of the one before it keeps what changes no tokens."""
+    first = {"SpecialToken": {"id": bos, "type_id": 0}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [first, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [index], "tokens": [bos]}},
+    }
+    parts = [processor] if processor else []
+    if processor and processor.get("type") == "Sequence":
+        parts = list(processor.get("processors") or [])
+    kept = [part for part in parts if part.get("type") == "ByteLevel"]
+    return {"type": "Sequence", "processors": [*kept, template]} if kept else template
 
 
 def _tokenizer_config(tokenizer: Tokenizer, tokens: TokenIds, model: ModelConfig) -> dict[str, Any]:
-    special = {"bos": tokens.bos, "eos": tokens.eos, "pad": tokens.eos, "mask": tokens.mask}
+    pad = tokens.eos if tokens.pad is None else tokens.pad
+    special = {"bos": tokens.bos, "eos": tokens.eos, "pad": pad, "mask": tokens.mask}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.length,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import Field
 
 from bd3_common import schema
 from bd3_common.atomic import atomic_file, unique_suffix, write_text
@@ -21,10 +23,12 @@ from data_prep.errors import DataError
 from data_prep.format.manifest import SPLITS, SplitName
 from data_prep.format.pack import RowFormat
 from data_prep.format.remote import fetch
-from data_prep.format.tokenizer import encode, shared_tokenizer
+from data_prep.format.text_encoder import TextEncoder, shared_encoder
 from data_prep.sources import Document, Fields, Part, expand, read_part, sha256_source
 
 BATCH_BYTES = 256 << 10  # text tokenized at once
+SAMPLED, SAMPLED_CHARACTERS = 128, 2000  # documents, and the beginning of each, in which lost characters are counted
+_SAMPLE_SEED = 2  # neither that of the split nor of the tokenizer's training sample
 RESULT = "done.json"
 
 
@@ -46,6 +50,7 @@ class Encoded(Record):
     skipped: dict[str, Count]
     rejects: list[Reject]
     files: dict[InnerPath, Count]  # bytes of each stream
+    sample: list[tuple[float, Count, Count]] = Field(default=[])  # place in a random order, characters, those lost
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class EncodeJob:
     part: Part
     folder: Path
     tokenizer: Path
-    mask: int
+    controls: tuple[int, ...]  # ids that no text may give
     rows: RowFormat
     dtype: str
     fields: Fields
@@ -124,10 +129,7 @@ class _PartEncoder:
     """Collects documents into batches and writes their tokens to the streams of both splits."""
 
     def __init__(self, job: EncodeJob, files: ExitStack):
-        self.job, self.tokenizer = job, shared_tokenizer(job.tokenizer)
-        # Text that spells a special token is encoded as text, and an added mask is not in the vocabulary.
-        mask = self.tokenizer.get_added_tokens_decoder().get(job.mask)
-        self.mask_may_occur = mask is not None and not mask.special
+        self.job, self.encoder = job, shared_encoder(job.tokenizer, job.controls)
         names = {(split, kind): job.folder / f"{split}.{kind}" for split in SPLITS for kind in ("tokens", "starts")}
         self.paths = list(names.values())
         places = {key: files.enter_context(atomic_file(path, sync_folder=False)) for key, path in names.items()}
@@ -135,6 +137,7 @@ class _PartEncoder:
         self.documents, self.text_bytes, self.tokens = (dict.fromkeys(SPLITS, 0) for _ in range(3))
         self.skipped: dict[str, int] = {}
         self.rejects: list[Reject] = []
+        self.sample = _LossSample(self.encoder)
         self.batch: list[Document] = []
         self.batch_bytes = 0
 
@@ -156,13 +159,13 @@ class _PartEncoder:
     def flush(self) -> None:
         """Tokenize and write the batch."""
         job, batch = self.job, self.batch
-        ids = encode(self.tokenizer, [document.text for document in batch])
+        ids = self.encoder.encode([document.text for document in batch])
         validation = [in_validation(document.id, job.seed, job.validation_fraction) for document in batch]
         for split, wanted in zip(SPLITS, (False, True)):
             self._write(split, [n for n, found in enumerate(validation) if found is wanted], ids)
         self.batch, self.batch_bytes = [], 0
 
-    def _write(self, split: SplitName, numbers: Sequence[int], ids: Sequence[Sequence[int] | None]) -> None:
+    def _write(self, split: SplitName, numbers: Sequence[int], ids: Sequence[array[int] | str]) -> None:
         """Append documents of the batch to a split's stream."""
         taken = {n: found for n in numbers if (found := self._accepted(n, ids[n])) is not None}
         head, tail = self.job.rows.head, self.job.rows.tail
@@ -171,8 +174,7 @@ class _PartEncoder:
         stream = np.empty(ends[-1], self.job.dtype)
         for found, begin, end in zip(taken.values(), ends.tolist(), ends[1:].tolist()):
             stream[begin : begin + len(head)] = head
-            # Half the cost of converting the list in numpy.
-            stream[begin + len(head) : end - len(tail)] = np.frombuffer(array("I", found), np.uintc)
+            stream[begin + len(head) : end - len(tail)] = np.frombuffer(found, np.uintc)
             stream[end - len(tail) : end] = tail
         # A text without tokens adds nothing to a stream without BOS and EOS.
         starts = ends[:-1][np.diff(ends) > 0] + self.tokens[split]
@@ -184,22 +186,14 @@ class _PartEncoder:
         self.tokens[split] += len(stream)
         pool.count(size)
 
-    def _accepted(self, number: int, ids: Sequence[int] | None) -> Sequence[int] | None:
-        """``ids``, or None after rejecting the document."""
-        if ids is None:
-            reason = (
-                f"a text of {len(self.batch[number].text)} characters that this tokenizer cannot encode in "
-                "chunks; split it into documents"
-            )
-        elif self.mask_may_occur and self.job.mask in ids:
-            reason = (
-                f"the text has the mask {self.tokenizer.id_to_token(self.job.mask)!r}, which no clean text may have; "
-                "remove it, or mark the mask as special in the tokenizer"
-            )
-        else:
-            return ids
-        self.reject(self.batch[number].offset, reason)
-        return None
+    def _accepted(self, number: int, ids: array[int] | str) -> array[int] | None:
+        """``ids``, or None after rejecting the document for a reason."""
+        document = self.batch[number]
+        if isinstance(ids, str):
+            self.reject(document.offset, ids)
+            return None
+        self.sample.offer(document)
+        return ids
 
     def result(self, digest: str | None) -> Encoded:
         return Encoded(
@@ -209,8 +203,43 @@ class _PartEncoder:
             tokens=self.tokens,
             skipped=self.skipped,
             rejects=self.rejects,
+            sample=self.sample.entries(),
             files={path.name: path.stat().st_size for path in self.paths},
         )
+
+
+class _LossSample:
+    """Characters that the tokenizer loses in a random sample of documents, which does not depend on parts."""
+
+    def __init__(self, encoder: TextEncoder):
+        self.encoder = encoder
+        self._last_first: list[tuple[float, int, int]] = []  # a heap of entries, negative
+
+    def offer(self, document: Document) -> None:
+        """Take a document if it is among the first ``SAMPLED`` of a random order."""
+        place = share(document.id, _SAMPLE_SEED)
+        full = len(self._last_first) == SAMPLED
+        if not full or -place >= self._last_first[0][0]:
+            size, lost = self.encoder.lost(document.text[:SAMPLED_CHARACTERS])
+            (heapq.heappushpop if full else heapq.heappush)(self._last_first, (-place, -size, -lost))
+
+    def entries(self) -> list[tuple[float, int, int]]:
+        """(place, characters, those lost) of the documents."""
+        return sorted((-place, -size, -lost) for place, size, lost in self._last_first)
+
+
+def lost_characters(samples: Iterable[tuple[float, int, int]]) -> float:
+    """Share of characters that the tokenizer loses, from the samples of all parts."""
+    first = heapq.nsmallest(SAMPLED, samples)
+    return sum(lost for *_, lost in first) / max(1, sum(size for _, size, _ in first))
+
+
+def lost_line(fraction: float) -> str:
+    """Warning about lost characters."""
+    return (
+        f"the tokenizer loses {fraction:.2%} of the characters, spaces not counted, in a sample of {SAMPLED} documents "
+        "or fewer: it has no token for them; use one with bytes, for example bpe:N"
+    )
 
 
 def too_many_rejects(count: int, first: Reject, most: int) -> DataError:

@@ -13,14 +13,15 @@ from typing import BinaryIO
 
 import numpy as np
 
-from data_prep.build.encode import in_validation
+from data_prep.build.encode import SAMPLED, SAMPLED_CHARACTERS, in_validation, lost_line
 from data_prep.build.plan import PrepConfig
 from data_prep.build.prep import one_thread, parts_of, workers_of
 from data_prep.build.progress import duration
 from data_prep.errors import DataError
 from data_prep.format.manifest import SPLITS, SplitName
 from data_prep.format.remote import fetch
-from data_prep.format.tokenizer import encode, load_tokenizer, special_ids, token_dtype, train_bpe
+from data_prep.format.text_encoder import TextEncoder
+from data_prep.format.tokenizer import control_ids, load_tokenizer, remarks, special_ids, token_dtype, train_bpe
 from data_prep.sources import Document, Source, expand, read_part, split
 from data_prep.sources.kinds import INPUT_KINDS
 
@@ -47,6 +48,7 @@ class Estimate:
     workers: int
     sampled_bytes: int
     rejects: int
+    warnings: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The estimate as text, line by line."""
@@ -61,6 +63,7 @@ class Estimate:
             f"time      about {duration(self.seconds)} with {self.workers} processes",
             f"(from a sample of {size(self.sampled_bytes)} of text; nothing was written)",
         ]
+        lines += self.warnings
         if self.rejects:
             lines.append(f"bad records in the sample: {self.rejects}")
         for name in SPLITS:
@@ -99,13 +102,19 @@ def estimate(config: PrepConfig) -> Estimate:
     texts = [document.text for document in sample.documents]
     entries = config.bpe_size
     tokenizer = load_tokenizer(config.tokenizer) if entries is None else train_bpe(texts, entries)
-    special = special_ids(tokenizer, config.bos, config.eos)
+    special = special_ids(tokenizer, config.bos, config.eos, config.mask, config.pad)
+    warnings = remarks(config.tokenizer, special, config.mask) if entries is None else []
+    encoder = TextEncoder(tokenizer, control_ids(special))
     form = config.rows(special)
     with one_thread():
-        encode(tokenizer, texts[:1])  # the first call sets up
+        encoder.encode(texts[:1])  # the first call sets up
         began = time.process_time()
-        lengths = np.array([len(ids or ()) for ids in encode(tokenizer, texts)]) + len(form.head) + len(form.tail)
+        sizes = [0 if isinstance(ids, str) else len(ids) for ids in encoder.encode(texts)]
+        lengths = np.array(sizes) + len(form.head) + len(form.tail)
         seconds = sample.seconds + time.process_time() - began
+        characters = [encoder.lost(text[:SAMPLED_CHARACTERS]) for text in texts[:SAMPLED]]
+    if lost := sum(lost for _, lost in characters):
+        warnings.append(lost_line(lost / sum(size for size, _ in characters)))
     total = sum(source.bytes for source in sources)
     scale = total / sample.stored
     validation = np.array([in_validation(d.id, config.seed, config.validation_fraction) for d in sample.documents])
@@ -133,6 +142,7 @@ def estimate(config: PrepConfig) -> Estimate:
         workers=workers,
         sampled_bytes=sample.text_bytes,
         rejects=sample.rejects,
+        warnings=tuple(warnings),
     )
 
 

@@ -32,7 +32,7 @@ from data_prep.format.manifest import (
     save_manifest,
     unigram_nats,
 )
-from data_prep.format.tokenizer import SpecialIds, load_tokenizer, special_ids
+from data_prep.format.tokenizer import SpecialIds, load_tokenizer, remarks, special_ids
 
 SPLIT_FOLDERS: dict[str, SplitName] = {"train": "train", "validation": "validation", "valid": "validation"}
 SPLIT_FOLDERS |= {"val": "validation", "dev": "validation"}
@@ -52,7 +52,9 @@ def index_folder(config: IndexConfig, report: Report) -> Manifest:
     tokenizer = folder / TOKENIZER if config.tokenizer == TOKENIZER else Path(config.tokenizer)
     if config.tokenizer.startswith("bpe:"):
         raise DataError(f"tokenizer={config.tokenizer}: the ids are there already; give the tokenizer.json they are of")
-    special = special_ids(load_tokenizer(tokenizer), config.bos, config.eos)
+    special = special_ids(load_tokenizer(tokenizer), config.bos, config.eos, config.mask, config.pad)
+    for line in remarks(tokenizer, special, config.mask):
+        report(line)
     tars = scan(folder, names, config, special, report, config.workers)
     manifest, index = describe(tars, config, special, sha256_file(tokenizer))
     (folder / "index").mkdir(exist_ok=True)
@@ -181,6 +183,8 @@ def describe(
         validation_fraction=config.validation_fraction,
         rows_per_member=1,
         rows_per_shard=1,
+        mask=config.mask,
+        pad=config.pad,
         index_member=config.member,
     )
     manifest = Manifest(

@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any
 
 from data_prep.build.assemble import ShardJob, Stream, counts_of, recorded_shard
-from data_prep.build.encode import Encoded, Reject, too_many_rejects
+from data_prep.build.encode import Encoded, Reject, lost_characters, too_many_rejects
 from data_prep.build.plan import PrepConfig
 from data_prep.errors import DataError
 from data_prep.format.manifest import SPLITS, Manifest, Recipe, SourceFile, Split, SplitName, unigram_nats
@@ -90,6 +90,7 @@ def make_manifest(
         sources=_source_files(parts, results),
         rejects=len(all_rejects(results)),
         skipped={why: count for why, count in skipped.items() if count},
+        lost_characters=lost_characters(entry for result in results for entry in result.sample) or None,
         **validation_unigram(jobs),
         splits=splits,
     )
@@ -103,7 +104,7 @@ def validation_unigram(jobs: Jobs) -> dict[str, Any]:
 
 def vocabulary(special: SpecialIds) -> dict[str, Any]:
     """Fields of the manifest that the tokenizer decides."""
-    ids = {f"{name}_id": getattr(special, name) for name in ("bos", "eos", "mask")}
+    ids = {f"{name}_id": getattr(special, name) for name in ("bos", "eos", "mask", "pad")}
     return {"vocab_size": special.vocab_size, "dtype": token_dtype(special.vocab_size).str} | ids
 
 

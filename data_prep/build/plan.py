@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from bd3_common.tokenizer_file import read_tokenizer
 from data_prep.errors import DataError
-from data_prep.format.files import sha256_file
 from data_prep.format.manifest import Recipe
 from data_prep.format.pack import Packing, RowFormat
 from data_prep.format.remote import is_remote
-from data_prep.format.tokenizer import SpecialIds, shared_tokenizer
+from data_prep.format.tokenizer import SpecialIds
 from data_prep.sources import Fields
 
 
@@ -26,7 +26,10 @@ class PrepConfig(Fields):
         description="with a URL: local folder for unfinished work; null: prep in the user's cache folder",
     )
     length: int = Field(default=256, ge=4, description="tokens per row, L")
-    tokenizer: str = Field(default="bpe:4096", description="bpe:N trains one on the train split; else a tokenizer.json")
+    tokenizer: str = Field(
+        default="bpe:4096",
+        description="bpe:N trains one on the train split; else a tokenizer.json, whose sampling (dropout) is not used",
+    )
     tokenizer_sample: float = Field(default=1.0, gt=0, le=1, description="fraction of documents to train bpe:N on")
     packing: Packing = Field(
         default="wrap", description="wrap: rows are BOS, L-2 tokens, EOS; stream: rows cut anywhere"
@@ -40,6 +43,10 @@ class PrepConfig(Fields):
     seed: int = Field(default=0, ge=0, description="seed of the split")
     bos: str | None = Field(default=None, description="token that begins a row; null looks for the usual names")
     eos: str | None = Field(default=None, description="token that ends a document; null looks for the usual names")
+    mask: str | None = Field(
+        default=None, description="mask token; null looks for the usual names, and without one adds a last id"
+    )
+    pad: str | None = Field(default=None, description="token that exports pad with; null means EOS. Rows have none")
     rows_per_member: int = Field(default=512, ge=1, description="rows in one sample of a tar")
     rows_per_shard: int = Field(default=16384, ge=1, description="rows in one tar")
     max_rejects: int = Field(default=100, ge=0, description="most bad records to skip; 0: fail at the first one")
@@ -96,8 +103,7 @@ class PrepConfig(Fields):
         """
         tokenizer = self.tokenizer
         if self.bpe_size is None:
-            shared_tokenizer(tokenizer)
-            tokenizer = sha256_file(Path(tokenizer))
+            tokenizer = hashlib.sha256(read_tokenizer(tokenizer, DataError).data).hexdigest()
         same = Recipe.model_fields.keys() & PrepConfig.model_fields.keys() - {"tokenizer"}
         values = {name: getattr(self, name) for name in same}
         return Recipe(**values, tokenizer=tokenizer, split_seed=self.seed)

@@ -15,7 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bd3_common.atomic import atomic_file, unique_suffix, write_text
+from bd3_common.atomic import atomic_file, unique_suffix, write_bytes, write_text
+from bd3_common.tokenizer_file import read_tokenizer
 from data_prep.build import pool
 from data_prep.build.assemble import Segment, Stream, build_shards, shard_jobs
 from data_prep.build.destination import Destination, destination
@@ -25,6 +26,7 @@ from data_prep.build.encode import (
     Reject,
     encode_part,
     in_validation,
+    lost_line,
     read_result,
     rejects_text,
     share,
@@ -46,7 +48,15 @@ from data_prep.format.manifest import (
     save_manifest,
 )
 from data_prep.format.remote import fetch
-from data_prep.format.tokenizer import SpecialIds, shared_tokenizer, special_ids, token_dtype, train_bpe
+from data_prep.format.tokenizer import (
+    SpecialIds,
+    control_ids,
+    remarks,
+    shared_tokenizer,
+    special_ids,
+    token_dtype,
+    train_bpe,
+)
 from data_prep.sources import Part, Source, expand, read_part, sha256_source, split
 
 if TYPE_CHECKING:
@@ -185,7 +195,7 @@ class _Prep:
                 part,
                 self.work.part(part),
                 self.work.tokenizer,
-                special.mask,
+                tuple(sorted(control_ids(special))),
                 config.rows(special),
                 dtype,
                 config.fields,
@@ -267,6 +277,8 @@ class _Prep:
         left_out = [f"{count} documents too {why}" for why, count in manifest.skipped.items()]
         if manifest.rejects:
             left_out.append(f"{manifest.rejects} bad records, listed in {REJECTS}")
+        if manifest.lost_characters:
+            self.report(lost_line(manifest.lost_characters))
         if left_out:
             self.report(f"left out: {', '.join(left_out)}")
         self.report(
@@ -293,11 +305,14 @@ class _Prep:
                 raise _Published(f"{out}: another task has written it meanwhile; run again to check it")
             self.place.claim()
             if not path.exists() and size is None:
-                with atomic_file(path) as temporary:
-                    shutil.copyfile(self.config.tokenizer, temporary)
+                write_bytes(path, read_tokenizer(self.config.tokenizer, DataError).data)
             elif size is not None:
                 self._train_once(size)
-        return special_ids(shared_tokenizer(path), self.config.bos, self.config.eos)
+        config = self.config
+        special = special_ids(shared_tokenizer(path), config.bos, config.eos, config.mask, config.pad)
+        for line in remarks(config.tokenizer, special, config.mask) if size is None else ():
+            self.report(line)
+        return special
 
     def _train_once(self, size: int) -> None:
         """Train the tokenizer, or keep the one trained on the same inputs."""

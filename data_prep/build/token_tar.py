@@ -54,6 +54,8 @@ class IndexConfig(BaseModel):
     seed: int = Field(default=0, ge=0, description="seed of the split")
     bos: str | None = Field(default=None, description="BOS token; null looks for the usual names")
     eos: str | None = Field(default=None, description="EOS token; null looks for the usual names")
+    mask: str | None = Field(default=None, description="mask token; null looks for the usual names, or adds a last id")
+    pad: str | None = Field(default=None, description="token that exports pad with; null means EOS")
     workers: int | None = Field(default=None, ge=1, description="processes; null means one per core")
     overwrite: bool = Field(default=False, description="replace the manifest and index that are there")
 

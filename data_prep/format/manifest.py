@@ -160,6 +160,8 @@ class Recipe(Record):
     validation_fraction: float
     rows_per_member: int
     rows_per_shard: int
+    mask: str | None = None
+    pad: str | None = None
 
 
 class IndexRecipe(Recipe):
@@ -187,12 +189,19 @@ class Manifest(Record):
     bos_id: Count
     eos_id: Count
     mask_id: Count
+    pad_id: Count | None = Field(default=None, description="id of the token named for padding; rows have none")
     tokenizer: Literal["tokenizer.json"] = TOKENIZER
     tokenizer_sha256: Sha256
     recipe: Annotated[Recipe | IndexRecipe, Field(union_mode="left_to_right")]
     sources: list[SourceFile]
     rejects: Count = Field(default=0, description=f"records left out as unreadable, listed in {REJECTS}")
     skipped: dict[str, Count] = Field(default={}, description="documents left out by length: short, long")
+    lost_characters: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="share of a sample's characters that the tokenizer loses, spaces not counted; null: none",
+    )
     validation_unigram_nats: Nats = Field(
         description="cross-entropy per token of the validation rows under the train rows' counts plus one; "
         "position 0 of each row is left out of both"
@@ -236,7 +245,10 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
     """Write ``manifest.json``, indented, with each member's four numbers on one line."""
     content = manifest.model_dump(mode="json")
     # Earlier programs refuse keys that they do not know: what they wrote is written as they did.
-    for record, key in [(content, "repacked_from"), *((split, "tail") for split in content["splits"].values())]:
+    later = [(content, key) for key in ("repacked_from", "pad_id", "lost_characters")]
+    later += [(content["recipe"], key) for key in ("mask", "pad")]
+    later += [(split, "tail") for split in content["splits"].values()]
+    for record, key in later:
         if record[key] is None:
             del record[key]
     text = json.dumps(content, indent=1)

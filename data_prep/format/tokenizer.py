@@ -1,8 +1,7 @@
-"""Tokenizers: training of a byte-level BPE, loading of a ``tokenizer.json``, ids of BOS, EOS and mask."""
+"""Tokenizers: training of a byte-level BPE, loading of a ``tokenizer.json``, ids of BOS, EOS, mask and padding."""
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from bd3_common.text import shorten
+from bd3_common.tokenizer_file import read_tokenizer
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
 
@@ -27,22 +27,19 @@ BOS_NAMES = (
     "<|endoftext|>",
 )
 EOS_NAMES = ("<|eos|>", "<eos>", "</s>", "[SEP]", "[EOS]", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>")
-MASK_NAMES = ("<|mask|>", "<|MASK|>", "[MASK]", "<mask>")
+MASK_NAMES = ("<|mask|>", "<|MASK|>", "[MASK]", "<mask>", "<|mdm_mask|>")
 TRAINED_SPECIALS = ("<|bos|>", "<|eos|>", "<|mask|>")
-CHUNK = 1 << 20  # characters encoded at once
-LONGEST_CHUNK = 8 << 20  # characters, if there is no earlier place to cut
-AROUND = 256  # characters on either side that decide whether a text can be cut there
-MOST_TRIED = 100  # places in each direction
 SMALLEST_BPE = 256 + len(TRAINED_SPECIALS)
 
 
 class SpecialIds(NamedTuple):
-    """Ids that the model needs; ``vocab_size`` includes the mask."""
+    """Ids that the model needs; ``vocab_size`` is the largest id plus 1, the mask's included."""
 
     bos: int
     eos: int
     mask: int
     vocab_size: int
+    pad: int | None = None  # of a token named for padding; training has none
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -76,27 +73,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a ``tokenizer.json``; its truncation and padding are switched off.
+    """Load a ``tokenizer.json`` without its truncation, padding and sampling (BPE dropout).
 
     Raises:
         DataError: the file is missing or is not a tokenizer.
     """
-    from tokenizers import Tokenizer
-
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(
-            f"{path}: no such tokenizer file; give the path of a tokenizer.json (bd3 prep trains one for bpe:N)"
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        reason = shorten(" ".join(str(error).split()), 160)
-        raise DataError(f"{path}: not a tokenizer ({reason}); give a tokenizer.json that `tokenizers` wrote") from None
-    # Truncation stored in the file would silently cut every document.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+    return read_tokenizer(path, DataError).load()
 
 
 def shared_tokenizer(path: str | Path) -> Tokenizer:
@@ -113,37 +95,110 @@ def shared_tokenizer(path: str | Path) -> Tokenizer:
 _shared: dict[str, Tokenizer] = {}  # by sha256 of the file
 
 
-def special_ids(tokenizer: Tokenizer, bos: str | None = None, eos: str | None = None) -> SpecialIds:
+def special_ids(
+    tokenizer: Tokenizer,
+    bos: str | None = None,
+    eos: str | None = None,
+    mask: str | None = None,
+    pad: str | None = None,
+) -> SpecialIds:
     """Find BOS, EOS and mask.
 
-    ``bos`` and ``eos`` name tokens of the vocabulary. By default the usual names are looked up among the tokenizer's
-    added tokens (not among ordinary entries, such as a learned ``<s>``), and if one is missing, the other is used for
-    both. A tokenizer without a mask gets a new last id: 50257 entries become 50258.
+    Arguments name tokens of the vocabulary. By default the usual names are looked up among the tokenizer's added
+    tokens (not among ordinary entries, such as a learned ``<s>``), and if BOS or EOS is missing, the other is used for
+    both. A tokenizer without a mask gets a new last id: 50257 entries become 50258. Ids without a token (holes) count.
 
     Raises:
-        DataError: a named token is not in the vocabulary, or neither BOS nor EOS can be found.
+        DataError: a named token is not in the vocabulary, neither BOS nor EOS can be found, the mask is one of them,
+            or another token has the same id.
     """
-    added = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    if not vocabulary:
+        raise DataError("tokenizer: it has no tokens; give another tokenizer.json")
+    added = _added(tokenizer)
     found: dict[str, int | None] = {}
-    for role, name, usual in (("bos", bos, BOS_NAMES), ("eos", eos, EOS_NAMES)):
-        if name is not None:
-            found[role] = tokenizer.token_to_id(name)
-            if found[role] is None:
-                raise DataError(f"--{role} {name}: the tokenizer has no such token; name one of its entries")
-        else:
-            found[role] = _first(usual, added)
+    usual_names: dict[str, Sequence[str]] = {"bos": BOS_NAMES, "eos": EOS_NAMES, "mask": MASK_NAMES, "pad": ()}
+    for (role, usual), name in zip(usual_names.items(), (bos, eos, mask, pad)):
+        found[role] = _first(usual, added) if name is None else tokenizer.token_to_id(name)
+        if name is not None and found[role] is None:
+            raise DataError(f"--{role} {shorten(name)}: the tokenizer has no such token; name one of its entries")
     start = found["bos"] if found["bos"] is not None else found["eos"]
     end = found["eos"] if found["eos"] is not None else found["bos"]
     if start is None or end is None:
+        names = ", ".join(map(shorten, list(added)[:20])) or "it has none"
         raise DataError(
-            f"tokenizer: no known BOS or EOS among its special tokens ({', '.join(added) or 'it has none'}); "
-            "name them with --bos and --eos"
+            f"tokenizer: no known BOS or EOS among its special tokens ({names}); name them with --bos and --eos"
         )
-    size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps: count ids, not entries
-    mask = _first(MASK_NAMES, added)
-    if mask is None:
-        return SpecialIds(start, end, mask=size, vocab_size=size + 1)
-    return SpecialIds(start, end, mask, size)
+    size = max(vocabulary.values()) + 1  # ids may have gaps: count ids, not entries
+    masked = found["mask"]
+    special = SpecialIds(
+        start, end, size if masked is None else masked, size + 1 if masked is None else size, found["pad"]
+    )
+    _check_distinct(tokenizer, special, vocabulary)
+    return special
+
+
+def _check_distinct(tokenizer: Tokenizer, special: SpecialIds, vocabulary: dict[str, int]) -> None:
+    """Check that the mask is no other special token, and that no other token has an id of theirs."""
+    for role in ("bos", "eos", "pad"):
+        if getattr(special, role) == special.mask:
+            name = tokenizer.id_to_token(special.mask)
+            raise DataError(f"--mask {shorten(name)}: is the token of --{role}; the mask must be another")
+    controls = control_ids(special)
+    names: dict[int, list[str]] = {}
+    for name, index in vocabulary.items():
+        if index in controls:
+            names.setdefault(index, []).append(name)
+    for index, same in names.items():
+        if len(same) > 1:
+            first, second = map(shorten, sorted(same)[:2])
+            raise DataError(
+                f"tokenizer: id {index} has two tokens, {first} and {second}; give a tokenizer.json with an id for each"
+            )
+
+
+def control_ids(special: SpecialIds) -> frozenset[int]:
+    """Ids that no text may give."""
+    return frozenset(index for index in (special.bos, special.eos, special.mask, special.pad) if index is not None)
+
+
+def unused_masks(tokenizer: Tokenizer, special: SpecialIds) -> list[str]:
+    """Tokens that look like a mask and are not the mask."""
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    names = {name for name in MASK_NAMES if name in vocabulary}
+    names |= {name for name in _added(tokenizer) if "mask" in name.casefold()}
+    return sorted(name for name in names if vocabulary[name] != special.mask)
+
+
+def remarks(path: str | Path, special: SpecialIds, mask: str | None = None) -> list[str]:
+    """Lines about a ``tokenizer.json`` that a user should know: options and tokens of it that are not used.
+
+    Args:
+        mask: name that the user has given to the mask, after which there is nothing to add about masks.
+    """
+    file = read_tokenizer(path, DataError)
+    lines, tokenizer = list(file.remarks), shared_tokenizer(path)
+    unused = [] if mask is not None else unused_masks(tokenizer, special)
+    if unused:
+        name = tokenizer.id_to_token(special.mask)
+        taken = "a new last id" if name is None else shorten(name)
+        lines.append(
+            f"{path}: {', '.join(map(shorten, unused[:5]))}: not used as the mask, which is {taken} ({special.mask}); "
+            "to use it, name it with --mask"
+        )
+    for token in file.content.get("added_tokens") or []:
+        index = tokenizer.token_to_id(token["content"])
+        if index is not None and index != token["id"]:
+            lines.append(
+                f"{path}: added token {shorten(token['content'])}: its id is {index}, as `tokenizers` counts, not "
+                f"{token['id']} as the file says"
+            )
+            break
+    return lines
+
+
+def _added(tokenizer: Tokenizer) -> dict[str, int]:
+    return {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
 
 
 def _first(names: Sequence[str], added: dict[str, int]) -> int | None:
@@ -153,52 +208,3 @@ def _first(names: Sequence[str], added: dict[str, int]) -> int | None:
 def token_dtype(vocab_size: int) -> np.dtype:
     """Little-endian uint16 if every id below ``vocab_size`` fits, else uint32."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-
-
-def encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Sequence[int] | None]:
-    """Ids of each text, without special tokens: a literal ``<|eos|>`` is encoded as text.
-
-    A text of more than ``CHUNK`` characters is encoded in chunks, because an encoding takes a hundred times the memory
-    of its text. The result is None if a text cannot be cut for ``LONGEST_CHUNK`` characters.
-    """
-    tokenizer.encode_special_tokens = True
-    short = [text for text in texts if len(text) <= CHUNK]
-    ids = iter([encoding.ids for encoding in tokenizer.encode_batch_fast(short, add_special_tokens=False)])
-    return [next(ids) if len(text) <= CHUNK else _encode_long(tokenizer, text) for text in texts]
-
-
-def _encode_long(tokenizer: Tokenizer, text: str) -> array[int] | None:
-    ids, begin = array("I"), 0
-    while begin < len(text):
-        end = _cut(tokenizer, text, begin)
-        if end is None:
-            return None
-        (chunk,) = tokenizer.encode_batch_fast([text[begin:end]], add_special_tokens=False)
-        ids.extend(chunk.ids)
-        begin = end
-    return ids
-
-
-def _cut(tokenizer: Tokenizer, text: str, begin: int) -> int | None:
-    """End of a chunk from ``begin`` such that cutting there changes no token; None if there is none.
-
-    Candidates are ends of words, backwards from ``CHUNK`` characters, then forwards. A candidate passes if the text
-    around it has the same ids whole and cut: then no token and no rule of the tokenizer crosses it.
-    """
-    if len(text) - begin <= CHUNK:
-        return len(text)
-    for places in (range(begin + CHUNK, begin, -1), range(begin + CHUNK, min(begin + LONGEST_CHUNK, len(text)))):
-        tried = 0
-        for place in places:
-            if text[place - 1].isalnum() and not text[place].isalnum():
-                if _can_cut(tokenizer, text[max(place - AROUND, begin) : place], text[place : place + AROUND]):
-                    return place
-                tried += 1
-                if tried == MOST_TRIED:
-                    break
-    return len(text) if len(text) - begin <= LONGEST_CHUNK else None
-
-
-def _can_cut(tokenizer: Tokenizer, before: str, after: str) -> bool:
-    whole, one, two = tokenizer.encode_batch_fast([before + after, before, after], add_special_tokens=False)
-    return whole.ids == one.ids + two.ids

@@ -193,7 +193,8 @@ class Check:
         try:
             digest = sha256_file(path)
             tokenizer = load_tokenizer(path)
-            special = special_ids(tokenizer, manifest.recipe.bos, manifest.recipe.eos)
+            recipe = manifest.recipe
+            special = special_ids(tokenizer, recipe.bos, recipe.eos, recipe.mask, recipe.pad)
         except OSError as error:
             self._fault(TOKENIZER, f"cannot be read ({error.strerror})")
             return
@@ -204,8 +205,11 @@ class Check:
             self._fault(TOKENIZER, f"sha256 is {digest[:12]}, the manifest says {manifest.tokenizer_sha256[:12]}")
         elif not manifest.recipe.tokenizer.startswith("bpe:") and manifest.recipe.tokenizer != digest:
             self._fault(TOKENIZER, f"sha256 is {digest[:12]}, the recipe says {manifest.recipe.tokenizer[:12]}")
-        stated = {"bos": manifest.bos_id, "eos": manifest.eos_id, "mask": manifest.mask_id}
+        stated = {name: getattr(manifest, f"{name}_id") for name in ("bos", "eos", "mask", "pad")}
         stated["vocab_size"] = manifest.vocab_size
+        if recipe.mask is None and stated["mask"] == special.vocab_size == stated["vocab_size"] - 1:
+            # Earlier versions knew fewer names of masks, and added one.
+            special = special._replace(mask=stated["mask"], vocab_size=stated["vocab_size"])
         for name, value in special._asdict().items():
             if value != stated[name]:
                 self._fault(TOKENIZER, f"its {name} is {value}, the manifest says {stated[name]}")

@@ -59,8 +59,10 @@ class IndexCheck(Check):
             seed=recipe.split_seed,
             bos=recipe.bos,
             eos=recipe.eos,
+            mask=recipe.mask,
+            pad=recipe.pad,
         )
-        special = SpecialIds(manifest.bos_id, manifest.eos_id, manifest.mask_id, manifest.vocab_size)
+        special = SpecialIds(manifest.bos_id, manifest.eos_id, manifest.mask_id, manifest.vocab_size, manifest.pad_id)
         names = [source.name for source in manifest.sources]
         jobs = tar_jobs(self.folder, [name for name in names if name in self._there], config, special)
         size = sum(source.bytes for source in manifest.sources)

@@ -10,19 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from bd3_common.errors import ConfigError
-from data_prep.build import encode
 from data_prep.build.prep import PrepConfig, one_thread, prep
 from data_prep.format.manifest import Manifest, Split, save_manifest
 from data_prep.format.pack import Rows
 from data_prep.format.shards import write_shard
-from data_prep.format.tokenizer import encode as encode_texts
+from data_prep.format.text_encoder import TextEncoder
 from data_prep.format.tokenizer import load_tokenizer, shared_tokenizer, train_bpe
 from data_prep.read.reader import RowReader
 from data_prep.sources import Document, Fields, expand, read_part, split
@@ -128,11 +125,13 @@ def _single(
     outside: list[float] = []
     bare: list[list[float]] = []
 
-    def watched(tokenizer: Tokenizer, texts: list[str]) -> list:
+    encode = TextEncoder.encode
+
+    def watched(encoder: TextEncoder, texts: list[str]) -> list:
         if len(inside) == 1:
             batches.append(texts)
         begin = time.process_time()
-        ids = encode_texts(tokenizer, texts)
+        ids = encode(encoder, texts)
         inside[-1].append(time.process_time() - begin)
         return ids
 
@@ -149,7 +148,7 @@ def _single(
             plain.encode_batch_fast(texts, add_special_tokens=False)
             bare[-1].append(time.process_time() - begin)
 
-    with one_thread(), _replaced(encode, "encode", watched):
+    with one_thread(), _replaced(TextEncoder, "encode", watched):
         _turns([ours, tokenizers_alone], options.repeats)
     seconds = np.min(inside, axis=0).sum() + min(outside), np.min(bare, axis=0).sum()
     rows = [
@@ -160,13 +159,13 @@ def _single(
 
 
 @contextmanager
-def _replaced(module: ModuleType, name: str, function: Callable) -> Iterator[None]:
-    before = getattr(module, name)
-    setattr(module, name, function)
+def _replaced(owner: type, name: str, function: Callable) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, function)
     try:
         yield
     finally:
-        setattr(module, name, before)
+        setattr(owner, name, before)
 
 
 def _scaling(options: DataOptions, folder: Path, documents: Sequence[Document], tokenizer: Path) -> dict[str, Any]:

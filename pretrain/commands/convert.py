@@ -77,7 +77,7 @@ def export_run(args: list[str]) -> None:
     out, tokenizer = Path(options.out), Path(options.run) / layout.TOKENIZER
     loaded = load_chosen(options)
     model, diffusion = loaded.config.model, loaded.config.diffusion
-    tokens = TokenIds(model.bos_id, model.eos_id, model.mask_id)
+    tokens = TokenIds(model.bos_id, model.eos_id, model.mask_id, model.pad_id)
     tokenizer_file = tokenizer if tokenizer.is_file() else None
     export(loaded.weights, model, diffusion, tokens, tokenizer_file, out, options.format)
     if FORMATS.load(options.format).exact:
@@ -95,6 +95,7 @@ def import_run(args: list[str]) -> None:
     if run.exists():
         raise ConfigError(f"{run}: exists already; give a folder that does not")
     from bd3_common.atomic import atomic_folder
+    from bd3_common.tokenizer_file import read_tokenizer
     from bd3_megatron import parallel
     from bd3_megatron.config import ParallelConfig
     from bd3_megatron.engine.megatron import MegatronEngine
@@ -113,7 +114,7 @@ def import_run(args: list[str]) -> None:
         with atomic_folder(run.absolute()) as folder:
             save_checkpoint(folder, engine, 0, {"tokens": 0, "imported_from": source.name}, keep=1)
             if tokenizer is not None:
-                (folder / layout.TOKENIZER).write_bytes(tokenizer.read_bytes())
+                (folder / layout.TOKENIZER).write_bytes(read_tokenizer(tokenizer, ConfigError).data)
             save_config(config, folder / layout.CONFIG)
     except OSError as error:
         raise ConfigError(
@@ -173,9 +174,9 @@ def _read_source(source: Path, tokenizer_file: Path | None, options: ImportOptio
         own_mask = special.mask if tokenizer.id_to_token(special.mask) is not None else None
         tokens = TokenIds(special.bos, special.eos, own_mask if options.mask_id is None else options.mask_id)
     model, diffusion, weights = read_checkpoint(opened, name, tokens)
-    if tokenizer is not None and tokenizer.get_vocab_size() > model.vocab_size:
+    size = 0 if tokenizer is None else max(tokenizer.get_vocab().values(), default=-1) + 1
+    if size > model.vocab_size:
         raise ConfigError(
-            f"{tokenizer_file}: has {tokenizer.get_vocab_size()} tokens, the model {model.vocab_size}; "
-            f"give the tokenizer it was trained with"
+            f"{tokenizer_file}: has {size} tokens, the model {model.vocab_size}; give the tokenizer it was trained with"
         )
     return name, (model, diffusion, weights)

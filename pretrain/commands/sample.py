@@ -52,9 +52,9 @@ def main(args: list[str]) -> None:
     # Not for --help, nor for a mistyped flag.
     import torch
 
+    from bd3_common.tokenizer_file import LibraryError, library_errors, read_tokenizer
     from bd3_megatron.sampling.block import Sampling
     from bd3_megatron.sampling.sampler import sample
-    from data_prep.format.tokenizer import load_tokenizer
     from pretrain.checkpoint.loaded_run import load_chosen
 
     run = Path(options.run)
@@ -64,8 +64,20 @@ def main(args: list[str]) -> None:
         raise ConfigError(f"{run}: has no {layout.TOKENIZER}; copy the one the model was trained with into it")
     if model.bos_id is None:
         raise ConfigError(f"{run / layout.CONFIG}: model.bos_id=null: set it to the id that begins a row")
-    tokenizer = load_tokenizer(run / layout.TOKENIZER)
-    prompt = [model.bos_id, *tokenizer.encode(options.prompt, add_special_tokens=False).ids]
+    file = read_tokenizer(run / layout.TOKENIZER, ConfigError)
+    tokenizer = file.load()
+    for line in file.remarks:
+        print(line, file=sys.stderr)
+    try:
+        with library_errors():
+            prompt = [model.bos_id, *tokenizer.encode(options.prompt, add_special_tokens=False).ids]
+    except LibraryError as error:
+        raise ConfigError(f"--prompt: {run / layout.TOKENIZER} cannot encode it ({error}); use other text") from None
+    if model.vocab_size is not None and max(prompt) >= model.vocab_size:
+        raise ConfigError(
+            f"{run / layout.TOKENIZER}: gives the id {max(prompt)}, and model.vocab_size={model.vocab_size}; "
+            "copy the one the model was trained with into the run folder"
+        )
     if model.mask_id in prompt:
         raise ConfigError(
             f"--prompt: holds the mask token (id {model.mask_id}); leave it out, a prompt has real tokens only"

@@ -53,6 +53,7 @@ def resolve_model(model: ModelConfig, manifest: Manifest, path: str) -> ModelCon
                 f"model.vocab_size={stated}: {path} has {there} ids; use {there} or more, or leave it null"
             )
         decided[name] = there if stated is None else stated
+    decided["pad_id"] = manifest.pad_id if model.pad_id is None else model.pad_id  # no row has it
     return ModelConfig(**model.model_dump() | decided)
 
 

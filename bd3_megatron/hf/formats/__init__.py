@@ -30,6 +30,7 @@ class TokenIds:
     bos: int | None = None
     eos: int | None = None
     mask: int | None = None
+    pad: int | None = None
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class BD3(CheckpointFormat):
         """See the base class; sizes that were null when the model was trained come back as numbers."""
         config, where = source.config, source.config_file
         values = self.model_values(source)
+        if config.get("pad_token_id") != values["eos_id"]:
+            values["pad_id"] = config.get("pad_token_id")
         check_keys(source, ("objective", "block_size"))
         model = section(ModelConfig, values, where)
         if config.get("traits", asdict(model.traits)) != asdict(model.traits):
@@ -116,7 +118,7 @@ def hf_config(model: ModelConfig, diffusion: DiffusionConfig, tokens: TokenIds, 
         "objective": diffusion.objective,
         "block_size": diffusion.block_size,
         "noise": diffusion.model_dump(exclude={"objective", "block_size"}),
-        "pad_token_id": tokens.eos,
+        "pad_token_id": tokens.eos if tokens.pad is None else tokens.pad,
     }
 
 

@@ -30,7 +30,8 @@ from data_prep.build.token_tar import IndexConfig
 from data_prep.build.work_folder import Work, check_replaceable
 from data_prep.format.files import sha256_file
 from data_prep.format.manifest import SPLITS, load_manifest
-from data_prep.format.tokenizer import encode, load_tokenizer, special_ids
+from data_prep.format.text_encoder import TextEncoder
+from data_prep.format.tokenizer import control_ids, load_tokenizer, remarks, special_ids
 from data_prep.read.reader import RowReader
 from data_prep.read.stream import RowStream
 from data_prep.sources import Fields, expand, read_part, split
@@ -159,7 +160,10 @@ def read_sources(folder: Path) -> None:
 def read_tokenizer(folder: Path) -> None:
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     special = special_ids(tokenizer)
-    encode(tokenizer, ["A house <|eos|> and\tno letters.", ""])
+    remarks(folder / "tokenizer.json", special)
+    encoder = TextEncoder(load_tokenizer(folder / "tokenizer.json"), control_ids(special))
+    encoder.encode(["A house <|eos|> and\tno letters.", ""])
+    encoder.lost("A house <|eos|> and\tno letters.")
     tokenizer.decode([0, 5, 200], skip_special_tokens=True)
     tokens = TokenIds(special.bos, special.eos, special.mask)
     model = type("Model", (), {"vocab_size": special.vocab_size})
@@ -296,7 +300,7 @@ def _encoded(folder: Path) -> None:
     (source,) = expand([str(folder / "a.jsonl")])
     (part,) = split(source)
     job = EncodeJob(
-        part, folder / ".out.partial/parts/p", folder / "tokenizer.json", 2, rules.rows, "<u2", Fields(), 0, 0.3, 3
+        part, folder / ".out.partial/parts/p", folder / "tokenizer.json", (2,), rules.rows, "<u2", Fields(), 0, 0.3, 3
     )
     encode_part(job)
     (folder / ".out.partial/data/train").mkdir(parents=True, exist_ok=True)

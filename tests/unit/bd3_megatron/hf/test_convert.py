@@ -190,14 +190,14 @@ def test_an_export_reads_back_bitwise(name, dtype, tmp_path):
 def test_every_field_of_the_model_survives_the_export(tmp_path):
     model = ModelConfig(
         layers=1, hidden=16, heads=4, kv_heads=2, head_dim=6, ffn_hidden=20, length=8, vocab_size=9,
-        mask_id=6, bos_id=0, eos_id=1, rope_theta=7e5, norm_eps=3e-5, dropout=0.1, tie_embeddings=True,
+        mask_id=6, bos_id=0, eos_id=1, pad_id=2, rope_theta=7e5, norm_eps=3e-5, dropout=0.1, tie_embeddings=True,
         init_std=0.03,
     )  # fmt: skip
     defaults = ModelConfig()
     assert all(
         getattr(model, field) != getattr(defaults, field) for field in set(ModelConfig.model_fields) - {"backbone"}
     )
-    export(random_weights(model), model, DIFFUSION, TOKENS, None, tmp_path / "out")
+    export(random_weights(model), model, DIFFUSION, TokenIds(0, 1, 6, pad=2), None, tmp_path / "out")
     assert read_checkpoint(tmp_path / "out", "bd3")[0] == model
 
 
@@ -247,8 +247,32 @@ def test_the_tokenizer_gains_the_mask_it_lacks(tmp_path, tokenizer_file):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.mask_token_id) == (0, 1, 6)
     assert tokenizer.pad_token_id == 1
     assert len(tokenizer) == 7
-    assert dict(tokenizer("quick brown fox")) == {"input_ids": [3, 4, 5]}
+    assert dict(tokenizer("quick brown fox")) == {"input_ids": [0, 3, 4, 5]}  # from BOS on, as rows and prompts
     assert tokenizer.decode([2, 6, 1], skip_special_tokens=True).strip() == "the"
+
+
+def test_a_tokenizer_with_holes_is_exported(tmp_path, tokenizer_file):
+    content = json.loads(tokenizer_file.read_text())
+    content["model"]["vocab"]["fox"] = 9
+    content["post_processor"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": False,
+        "use_regex": True,
+    }
+    tokenizer_file.write_text(json.dumps(content))
+    model = ModelConfig(layers=1, hidden=16, heads=2, length=8, vocab_size=11)
+    tokens = TokenIds(0, 1, 10, pad=2)
+    export(random_weights(model), model, DIFFUSION, tokens, tokenizer_file, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert (tokenizer.mask_token, tokenizer.mask_token_id, tokenizer.pad_token_id) == ("<|mask|>", 10, 2)
+    assert dict(tokenizer("quick fox")) == {"input_ids": [0, 3, 9]}
+    assert tokenizer.decode([3, 7, 9]).split() == ["quick", "fox"]  # 7 is a hole
+    imported, *_ = read_checkpoint(tmp_path / "out")
+    assert (imported.mask_id, imported.pad_id, imported.eos_id) == (10, 2, 1)
+    again = tmp_path / "out" / "tokenizer.json"
+    export(random_weights(model), model, DIFFUSION, tokens, again, tmp_path / "again")
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == again.read_bytes()
 
 
 def test_an_exported_tokenizer_neither_cuts_nor_pads(tmp_path, tokenizer_file):
@@ -332,7 +356,7 @@ def test_a_tokenizer_of_another_size_is_told(tmp_path, tokenizer_file):
     with pytest.raises(ConfigError, match=r"its 6 entries exceed model\.vocab_size=4"):
         export(random_weights(small), small, DIFFUSION, TokenIds(0, 1, 3), tokenizer_file, tmp_path / "out")
     tokenizer_file.write_text("{}")
-    with pytest.raises(ConfigError, match=r"not a readable tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: not a tokenizer \("):
         export(random_weights(model), model, DIFFUSION, TokenIds(0, 1, 6), tokenizer_file, tmp_path / "out")
 
 

@@ -29,9 +29,11 @@ from data_prep.build.work_folder import Work
 from data_prep.errors import DataError
 from data_prep.format import remote
 from data_prep.format.manifest import Manifest, load_manifest
-from data_prep.format.tokenizer import encode, load_tokenizer, train_bpe
+from data_prep.format.text_encoder import TextEncoder
+from data_prep.format.tokenizer import load_tokenizer, train_bpe
 from data_prep.read.reader import RowReader
 from data_prep.sources import Fields, expand, read_part
+from data_prep.verify.check import check
 from tests.unit.commands import bd3, start
 
 WORDS = ["it", "is", "a", "truth", "universally", "acknowledged", "single", "man", "of", "good", "fortune"]
@@ -98,7 +100,7 @@ def test_rows_are_the_documents_of_each_split_packed(data_set):
     seen = 0
     for name, split in manifest.splits.items():
         texts = [r["text"] for r in records if in_validation(r["id"], 0, 0.25) == (name == "validation")]
-        stream = [token for ids in encode(tokenizer, texts) for token in (*ids, manifest.eos_id)]
+        stream = [token for ids in TextEncoder(tokenizer).encode(texts) for token in (*ids, manifest.eos_id)]
         rows = RowReader(config.out, name).rows(np.arange(split.rows))
         assert rows[:, 1:-1].ravel().tolist() == stream[: len(stream) - split.dropped_tokens]
         assert (split.documents, split.tokens) == (len(texts), rows.size)
@@ -348,12 +350,12 @@ def test_bos_and_eos_policy_of_a_stream(tmp_path, bos, eos):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     texts = [r["text"] for r in records if not in_validation(r["id"], 0, 0.25)]
     head, tail = [manifest.bos_id] * bos, [manifest.eos_id] * eos
-    stream = [token for ids in encode(tokenizer, texts) for token in (*head, *ids, *tail)]
+    stream = [token for ids in TextEncoder(tokenizer).encode(texts) for token in (*head, *ids, *tail)]
     reader = RowReader(config.out, "train")
     rows = reader.rows(np.arange(len(reader)))
     assert rows.ravel().tolist() == stream[: rows.size]
     documents = reader.documents(np.arange(len(reader))).ravel()
-    lengths = [len(ids) + bos + eos for ids in encode(tokenizer, texts)]
+    lengths = [len(ids) + bos + eos for ids in TextEncoder(tokenizer).encode(texts)]
     assert documents.tolist() == np.repeat(np.arange(len(texts)), lengths)[: rows.size].tolist()
 
 
@@ -593,22 +595,78 @@ def test_a_source_that_grows_meanwhile_is_noticed(tmp_path, monkeypatch):
     assert "changed while it was read" in refused(tmp_path, prep_config(tmp_path))
 
 
-def test_text_that_encodes_to_the_mask_is_refused(tmp_path):
-    corpus(tmp_path)
-    with (tmp_path / "text.jsonl").open("a") as stream:
-        stream.write('{"id": "odd", "text": "a <mask> man"}\n')
+def word_level(folder: Path, *added: AddedToken) -> str:
+    """A tokenizer of the corpus' words, with ``<s>``."""
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<s>"])
-    tokenizer.add_tokens([AddedToken("<mask>", special=False)])
-    tokenizer.save(str(tmp_path / "t.json"))
-    manifest = prep(prep_config(tmp_path, tokenizer=str(tmp_path / "t.json")))
-    assert manifest.rejects == 1
-    assert "the text has the mask '<mask>'" in (tmp_path / "data/rejects.jsonl").read_text()
-    message = refused(
-        tmp_path, prep_config(tmp_path, out=str(tmp_path / "x"), tokenizer=str(tmp_path / "t.json"), max_rejects=0)
-    )
-    assert "the text has the mask '<mask>'" in message
+    tokenizer.add_tokens(list(added))
+    tokenizer.save(str(folder / "t.json"))
+    return str(folder / "t.json")
+
+
+def test_a_mask_spelled_out_is_text(tmp_path):
+    corpus(tmp_path)
+    with (tmp_path / "text.jsonl").open("a") as stream:
+        stream.write('{"id": "odd", "text": "a <mask> <s> man"}\n')
+    tokenizer, n = word_level(tmp_path, AddedToken("<mask>", special=False), AddedToken("<p>")), len(WORDS)
+    manifest = prep(prep_config(tmp_path, tokenizer=tokenizer, pad="<p>"))
+    assert (manifest.rejects, manifest.mask_id, manifest.pad_id, manifest.vocab_size) == (0, n + 1, n + 2, n + 3)
+    for name, split in manifest.splits.items():
+        rows = RowReader(tmp_path / "data", name).rows(np.arange(split.rows))
+        assert rows.max() == n
+        assert split.documents - 1 <= (rows[:, 1:-1] == n).sum() <= split.documents  # <s> ends documents too
+
+
+def test_text_that_gives_a_control_id_is_refused(tmp_path):
+    corpus(tmp_path)
+    tokenizer = word_level(tmp_path)
+    line = "text.jsonl at 0: the text gives the id 1 of is, which no text may give; choose other tokens with --bos"
+    assert line in refused(tmp_path, prep_config(tmp_path, tokenizer=tokenizer, mask="is", max_rejects=0))
+    manifest = prep(prep_config(tmp_path, tokenizer=tokenizer, mask="is", max_rejects=60))
+    assert manifest.rejects == (tmp_path / "data/rejects.jsonl").read_text().count("no text may give") > 0
+
+
+def test_a_tokenizer_with_dropout_is_used_without_it(tmp_path):
+    corpus(tmp_path)
+    content = json.loads(Path(trained(tmp_path)).read_text())
+    content["model"]["dropout"] = 0.5
+    (tmp_path / "d.json").write_text(json.dumps(content))
+    told, manifests = [], []
+    for out in ("one", "two"):
+        config = prep_config(tmp_path, tokenizer=str(tmp_path / "d.json"), out=str(tmp_path / out))
+        manifests.append(prep(config, told.append))
+    plain = prep(prep_config(tmp_path, tokenizer=trained(tmp_path)))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert [manifest.splits for manifest in manifests] == [plain.splits] * 2
+    assert sum("model.dropout=0.5 is not used" in line for line in told) == 2
+    assert json.loads((tmp_path / "one/tokenizer.json").read_text())["model"]["dropout"] is None
+    assert check(tmp_path / "one").faults == {}
+    prep(config, told.append)
+    assert "already there" in told[-1]
+
+
+def test_lost_characters_are_told_whatever_the_parts(tmp_path, monkeypatch):
+    path = corpus(tmp_path, documents=300)
+    path.write_text(path.read_text().replace("truth", "tr\u00fcth"))
+    tokenizer = word_level(tmp_path)
+    told, found = [], []
+    for out, size in (("one", prep_module.SMALLEST_PART), ("two", 4000)):
+        monkeypatch.setattr(prep_module, "SMALLEST_PART", size)
+        monkeypatch.setattr(prep_module, "LARGEST_PART", size)
+        config = prep_config(tmp_path, tokenizer=tokenizer, out=str(tmp_path / out), workers=1)
+        found.append(prep(config, told.append).lost_characters)
+    assert found[0] == found[1] == load_manifest(tmp_path / "one").lost_characters
+    # The word is one of eleven, and "a", which stands for unknown words too, is another.
+    assert found[0] == pytest.approx(6 / len("".join(WORDS)), rel=0.3)
+    assert sum(f"the tokenizer loses {found[0]:.2%} of the characters" in line for line in told) == 2
+    assert any("the tokenizer loses" in line for line in estimate(config).lines())
+
+
+def test_a_manifest_has_no_keys_that_say_nothing(data_set):
+    content = json.loads((Path(data_set[0].out) / "manifest.json").read_text())
+    assert not {"pad_id", "lost_characters"} & content.keys()
+    assert not {"mask", "pad"} & content["recipe"].keys()
 
 
 def test_output_that_cannot_be_written(tmp_path, monkeypatch):

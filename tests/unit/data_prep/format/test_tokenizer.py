@@ -4,13 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from bd3_common.tokenizer_file import LibraryError, library_errors, read_tokenizer
 from data_prep.errors import DataError
-from data_prep.format import tokenizer as tokenize
-from data_prep.format.tokenizer import SpecialIds, encode, load_tokenizer, special_ids, token_dtype, train_bpe
+from data_prep.format.tokenizer import SpecialIds, load_tokenizer, remarks, special_ids, token_dtype, train_bpe
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the log", "naïve 日本 🙂"] * 3
 
@@ -29,19 +27,12 @@ def test_trained_bpe_is_deterministic_and_lossless():
     assert special_ids(tokenizer) == SpecialIds(bos=0, eos=1, mask=2, vocab_size=tokenizer.get_vocab_size())
     assert 259 < tokenizer.get_vocab_size() <= 300
     unseen = "Ünseen\ttext\u2028 \x00 with 🐈"
-    assert tokenizer.decode(encode(tokenizer, [unseen])[0]) == unseen
+    assert tokenizer.decode(tokenizer.encode(unseen).ids) == unseen
 
 
 def test_bpe_needs_room_for_the_bytes():
     with pytest.raises(DataError, match="use bpe:259"):
         train_bpe(TEXTS, 258)
-
-
-def test_special_tokens_spelled_out_in_a_text_stay_text():
-    tokenizer = train_bpe(TEXTS, 300)
-    ids = encode(tokenizer, ["the <|eos|> and <|mask|>"])[0]
-    assert not {0, 1, 2} & set(ids)
-    assert tokenizer.decode(ids) == "the <|eos|> and <|mask|>"
 
 
 @pytest.mark.parametrize(
@@ -52,6 +43,7 @@ def test_special_tokens_spelled_out_in_a_text_stay_text():
         (("<s>", "</s>"), SpecialIds(3, 4, 5, 6)),  # a new last id is the mask
         (("<|endoftext|>",), SpecialIds(3, 3, 4, 5)),  # GPT-2: one token for both ends
         (("</s>", "<|MASK|>"), SpecialIds(3, 3, 4, 5)),
+        (("<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"), SpecialIds(3, 4, 5, 6)),
     ],
 )
 def test_usual_names_are_found(special, expected):
@@ -75,6 +67,19 @@ def test_names_can_be_given_and_missing_ones_are_errors():
         special_ids(tokenizer, eos="<nope>")
     with pytest.raises(DataError, match=r"\(<x>\); name them with --bos and --eos"):
         special_ids(tokenizer)
+    assert special_ids(tokenizer, bos="<x>", mask="a", pad="b") == SpecialIds(3, 3, 0, 4, pad=1)
+    with pytest.raises(DataError, match=r"--mask b: is the token of --bos"):
+        special_ids(tokenizer, bos="b", mask="b")
+    with pytest.raises(DataError, match="it has no tokens"):
+        special_ids(Tokenizer(models.BPE()))
+
+
+def test_two_tokens_of_one_id_are_told():
+    """With holes, `tokenizers` gives an added token the number of entries, which may be the id of another."""
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "z": 2}, unk_token="a"))
+    tokenizer.add_special_tokens(["<s>"])
+    with pytest.raises(DataError, match="id 2 has two tokens, <s> and z"):
+        special_ids(tokenizer)
 
 
 def test_dtype_is_the_smallest_that_holds_every_id():
@@ -87,7 +92,78 @@ def test_loading_switches_truncation_and_padding_off(tmp_path):
     tokenizer.enable_padding(length=8)
     tokenizer.save(str(tmp_path / "t.json"))
     assert json.loads((tmp_path / "t.json").read_text())["truncation"]
-    assert encode(load_tokenizer(tmp_path / "t.json"), ["a b c a"]) == [[0, 1, 2, 0]]
+    assert load_tokenizer(tmp_path / "t.json").encode("a b c a").ids == [0, 1, 2, 0]
+
+
+def test_dropout_is_removed_and_told(tmp_path):
+    path, plain = tmp_path / "t.json", train_bpe(TEXTS, 300)
+    content = json.loads(plain.to_str())
+    content["model"]["dropout"] = 0.9
+    path.write_text(json.dumps(content))
+    ids = {tuple(load_tokenizer(path).encode(TEXTS[0]).ids) for _ in range(4)}
+    assert ids == {tuple(plain.encode(TEXTS[0]).ids)}
+    assert remarks(path, special_ids(plain)) == [
+        f"{path}: model.dropout=0.9 is not used: one text always gives the same ids"
+    ]
+    file = read_tokenizer(path)
+    assert Tokenizer.from_buffer(file.data).to_str() == plain.to_str()
+    plain.save(str(path))
+    assert read_tokenizer(path).data == path.read_bytes()
+
+
+def test_masks_that_are_not_used_are_told(tmp_path):
+    path = tmp_path / "t.json"
+
+    def told(tokenizer, mask=None):
+        tokenizer.save(str(path))
+        return [line.removeprefix(f"{path}: ") for line in remarks(path, special_ids(tokenizer, mask=mask), mask)]
+
+    assert told(word_level("<s>", "[MASK]")) == []
+    (line,) = told(word_level("<s>", words="a <mask>"))
+    assert line == "<mask>: not used as the mask, which is a new last id (3); to use it, name it with --mask"
+    (line,) = told(word_level("<s>", "[MASK]", "<|my_mask|>"))
+    assert line.startswith("<|my_mask|>: not used as the mask, which is [MASK] (4)")
+    assert told(word_level("<s>", "[MASK]", "<|my_mask|>"), mask="<|my_mask|>") == []
+
+
+def test_an_added_token_with_another_id_than_the_file_states_is_told(tmp_path):
+    path, tokenizer = tmp_path / "t.json", word_level("<s>")
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"][0]["id"] = 9
+    path.write_text(json.dumps(content))
+    (line,) = remarks(path, special_ids(load_tokenizer(path)))
+    assert line == f"{path}: added token <s>: its id is 3, as `tokenizers` counts, not 9 as the file says"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "is no JSON"),
+        ("[" * 300 + "]" * 300, "is no JSON"),
+        ("[]", "should be an object"),
+        ('{"model": 1}', "model: value 1"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 2147483648}, "merges": []}}', "model.vocab.a: value 2147483648"),
+        ('{"model": {"type": "BPE", "vocab": {"a": "x"}, "merges": []}}', "model.vocab.a: value x"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "dropout": 7}}', "model.dropout: value 7"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["q", "z"]]}}', "out of vocabulary"),
+        ('{"added_tokens": [{"id": 2147483648, "content": "x"}], "model": {}}', "added_tokens[0].id: value 2147483648"),
+        ('{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}, "model": {}}', "is damaged: 3 bytes"),
+    ],
+)
+def test_a_strange_file_is_one_line(text, reason, tmp_path):
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(DataError) as caught:
+        load_tokenizer(tmp_path / "t.json")
+    assert str(caught.value).startswith(f"{tmp_path}/t.json: not a tokenizer (")
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_panic_of_the_library_is_an_error(tmp_path):
+    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    with pytest.raises(LibraryError, match="retry-limit-in-match over"), library_errors():
+        tokenizer.encode("a" * 28 + "b")
 
 
 def test_loading_what_is_no_tokenizer(tmp_path):
@@ -96,49 +172,3 @@ def test_loading_what_is_no_tokenizer(tmp_path):
     (tmp_path / "t.json").write_text("{}")
     with pytest.raises(DataError, match="not a tokenizer"):
         load_tokenizer(tmp_path / "t.json")
-
-
-def test_added_tokens_that_are_not_special_still_match_text():
-    """The case that prep must refuse: the tokenizer itself turns text into the mask."""
-    tokenizer = word_level("<s>")
-    tokenizer.add_tokens([AddedToken("<mask>", special=False)])
-    assert special_ids(tokenizer).mask in encode(tokenizer, ["a <mask> b"])[0]
-
-
-@pytest.fixture(scope="module")
-def trained() -> Tokenizer:
-    return train_bpe([*TEXTS, "it's a truth universally acknowledged, 3.14"] * 3, 320)
-
-
-BITS = ["a", "truth", " ", "  ", "\n\n", "it's", "3.14", ",", "日本語", "。", "éé"]
-
-
-@settings(deadline=None, max_examples=60)
-@given(words=st.lists(st.sampled_from(BITS), max_size=80))
-def test_a_long_text_in_chunks_has_the_ids_of_the_whole(trained, words):
-    tokenizer, text = trained, " ".join(words) + "".join(words)
-    (whole,) = encode(tokenizer, [text])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize, "CHUNK", 12)
-        patch.setattr(tokenize, "AROUND", 24)
-        short, chunks = encode(tokenizer, ["it", text])
-    assert short == encode(tokenizer, ["it"])[0]
-    assert list(chunks) == list(whole)
-
-
-def test_a_long_text_that_cannot_be_cut(trained, monkeypatch):
-    monkeypatch.setattr(tokenize, "CHUNK", 50)
-    monkeypatch.setattr(tokenize, "LONGEST_CHUNK", 200)
-    word = "truth" * 60
-    assert encode(trained, [word, "it"]) == [None, encode(trained, ["it"])[0]]
-    assert list(encode(trained, [word[:190]])[0]) == trained.encode(word[:190], add_special_tokens=False).ids
-
-
-def test_a_tokenizer_that_changes_the_beginning_of_a_text_is_not_cut(monkeypatch):
-    """Every text it is given gets a leading space, and so would every chunk."""
-    model = train_bpe(["a truth universally acknowledged"] * 3, 280)
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    text = "a truth, universally acknowledged\n" * 6
-    (whole,) = encode(model, [text])
-    monkeypatch.setattr(tokenize, "CHUNK", 20)
-    assert list(encode(model, [text])[0]) == whole
