@@ -621,7 +621,7 @@ def test_a_mask_spelled_out_is_text(tmp_path):
 def test_text_that_gives_a_control_id_is_refused(tmp_path):
     corpus(tmp_path)
     tokenizer = word_level(tmp_path)
-    line = "text.jsonl at 0: the text gives the id 1 of is, which no text may give; choose other tokens with --bos"
+    line = "the text gives the id 1 of is, which no text may give; choose other tokens with --bos"
     assert line in refused(tmp_path, prep_config(tmp_path, tokenizer=tokenizer, mask="is", max_rejects=0))
     manifest = prep(prep_config(tmp_path, tokenizer=tokenizer, mask="is", max_rejects=60))
     assert manifest.rejects == (tmp_path / "data/rejects.jsonl").read_text().count("no text may give") > 0
