@@ -595,9 +595,9 @@ def test_a_source_that_grows_meanwhile_is_noticed(tmp_path, monkeypatch):
     assert "changed while it was read" in refused(tmp_path, prep_config(tmp_path))
 
 
-def word_level(folder: Path, *added: AddedToken) -> str:
-    """A tokenizer of the corpus' words, with ``<s>``."""
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="a"))
+def word_level(folder: Path, *added: AddedToken, words: str = "") -> str:
+    """A tokenizer of the corpus' words and more words, with ``<s>``."""
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*WORDS, *words.split()])}, unk_token="a"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<s>"])
     tokenizer.add_tokens(list(added))
@@ -619,12 +619,15 @@ def test_a_mask_spelled_out_is_text(tmp_path):
 
 
 def test_text_that_gives_a_control_id_is_refused(tmp_path):
+    """An ordinary word is named as the mask."""
     corpus(tmp_path)
-    tokenizer = word_level(tmp_path)
-    line = "the text gives the id 1 of is, which no text may give; choose other tokens with --bos"
-    assert line in refused(tmp_path, prep_config(tmp_path, tokenizer=tokenizer, mask="is", max_rejects=0))
-    manifest = prep(prep_config(tmp_path, tokenizer=tokenizer, mask="is", max_rejects=60))
-    assert manifest.rejects == (tmp_path / "data/rejects.jsonl").read_text().count("no text may give") > 0
+    with (tmp_path / "text.jsonl").open("a") as stream:
+        stream.write('{"id": "odd", "text": "a zebra"}\n')
+    config = prep_config(tmp_path, tokenizer=word_level(tmp_path, words="zebra"), mask="zebra")
+    line = f"the text gives the id {len(WORDS)} of zebra, which no text may give; choose other tokens with --bos"
+    assert prep(config).rejects == 1
+    assert line in (tmp_path / "data/rejects.jsonl").read_text()
+    assert line in refused(tmp_path, config.model_copy(update={"out": str(tmp_path / "x"), "max_rejects": 0}))
 
 
 def test_a_tokenizer_with_dropout_is_used_without_it(tmp_path):
