@@ -69,7 +69,7 @@ def start(
     # The watchdog, which names the hung rank and allows for evaluations and checkpoints, must act before a collective
     # times out.
     timeout = max(COLLECTIVE_TIMEOUT_MINUTES, math.ceil(2 * parallel.timeout_minutes) + 1)
-    backend = parallel.backend if parallel.backend != "auto" else ("nccl" if cuda else "gloo")
+    backend = backend_of(parallel)
     if not dist.is_initialized():
         dist.init_process_group(
             backend,
@@ -93,6 +93,11 @@ def start(
         data_size=parallel_state.get_data_parallel_world_size(),
         device=cpu_compat.device(),
     )
+
+
+def backend_of(parallel: ParallelConfig) -> str:
+    """The backend that :func:`start` chooses on this machine."""
+    return parallel.backend if parallel.backend != "auto" else ("nccl" if torch.cuda.is_available() else "gloo")
 
 
 def stop() -> None:

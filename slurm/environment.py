@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from itertools import product
 from typing import NamedTuple
+
+from bd3_common.text import shorten
 
 # Step ids from here on are Slurm's own steps (pending, extern, batch, interactive), not started by srun.
 FIRST_SPECIAL_STEP = 0xFFFF_FFF0
 
 CHAIN = "BD3_CHAIN"
 """variable of the jobs of a chain: ``<launch> <link> <links>``"""
+
+MAX_TASKS, MAX_HOSTS = 1_000_000, 100_000
+"""bounds of what the variables may say"""
 
 FIRST_PORT, PORTS = 10_000, 20_000  # below the range from which Linux hands out ports
 
@@ -26,6 +32,8 @@ class SlurmTask(NamedTuple):
     """first host of the step: where rank 0 runs"""
     port: int
     """the same for all tasks of a step, different between jobs and steps"""
+    hosts: int
+    """number of hosts of the step"""
 
 
 def slurm_task(environ: Mapping[str, str]) -> SlurmTask | None:
@@ -44,6 +52,8 @@ def slurm_task(environ: Mapping[str, str]) -> SlurmTask | None:
         return None
     size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
     rank, world_size = number(environ, "SLURM_PROCID"), number(environ, size)
+    if world_size > MAX_TASKS:
+        raise ValueError(f"{size}={world_size}: more than {MAX_TASKS} tasks; start the tasks with srun")
     if rank >= world_size:
         raise ValueError(f"SLURM_PROCID={rank}: not below {size}={world_size}; start the tasks with srun")
     names = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
@@ -51,11 +61,14 @@ def slurm_task(environ: Mapping[str, str]) -> SlurmTask | None:
     if nodes is None:
         raise ValueError("SLURM_STEP_NODELIST: not set, though SLURM_STEP_ID is; start the tasks with srun")
     try:
-        host = expand_hosts(environ[nodes])[0]
+        hosts = expand_hosts(environ[nodes])
     except ValueError as error:
         raise ValueError(f"{nodes}={error}") from None
+    local_rank = number(environ, "SLURM_LOCALID")
+    if local_rank > rank:
+        raise ValueError(f"SLURM_LOCALID={local_rank}: above SLURM_PROCID={rank}; start the tasks with srun")
     port = FIRST_PORT + (number(environ, "SLURM_JOB_ID") * 31 + step) % PORTS
-    return SlurmTask(rank, world_size, number(environ, "SLURM_LOCALID"), host, port)
+    return SlurmTask(rank, world_size, local_rank, hosts[0], port, len(hosts))
 
 
 def number(environ: Mapping[str, str], name: str) -> int:
@@ -67,8 +80,8 @@ def number(environ: Mapping[str, str], name: str) -> int:
     value = environ.get(name)
     if value is None:
         raise ValueError(f"{name}: not set, though other variables of the launcher are; start the tasks with srun")
-    if not re.fullmatch(r"[0-9]+", value):
-        raise ValueError(f"{name}={value}: not a number")
+    if not re.fullmatch(r"[0-9]{1,18}", value):
+        raise ValueError(f"{name}={shorten(value)}: not a number")
     return int(value)
 
 
@@ -78,24 +91,28 @@ def expand_hosts(hosts: str) -> list[str]:
     Raises:
         ValueError: one line, for a malformed list.
     """
-    expanded = []
-    for group in re.split(r",(?![^\[]*\])", hosts):  # commas outside of brackets
+    expanded: list[str] = []
+    for group in re.split(r",(?![^\[\]]*\])", hosts):  # commas outside of brackets
         parts = re.split(r"\[([^\[\]]*)\]", group)  # text and bracket contents in turn
-        if not group or any(char in "[]" for text in parts[::2] for char in text):
-            raise ValueError(f"{hosts}: not a host list such as n[01-03,7]")
+        if not all(re.fullmatch(r"[\w.-]*", text, re.ASCII) for text in parts[::2]) or not group:
+            raise ValueError(f"{shorten(hosts)}: not a host list such as n[01-03,7]")
         choices = [[part] if at % 2 == 0 else _numbers(part, hosts) for at, part in enumerate(parts)]
+        if len(expanded) + math.prod(map(len, choices)) > MAX_HOSTS:
+            raise ValueError(f"{shorten(hosts)}: more than {MAX_HOSTS} hosts")
         expanded += ["".join(words) for words in product(*choices)]
     return expanded
 
 
 def _numbers(ranges: str, hosts: str) -> list[str]:
     """``"01-03,7" -> ["01", "02", "03", "7"]``: the width of the lower end is kept."""
-    words = []
+    words: list[str] = []
     for part in ranges.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part, re.ASCII)
         low, high = match.groups() if match else ("1", "0")
         if match is None or int(high or low) < int(low):
-            raise ValueError(f"{hosts}: [{ranges}] is not a list of numbers and ranges")
+            raise ValueError(f"{shorten(hosts)}: [{shorten(ranges)}] is not a list of numbers and ranges")
+        if len(words) + int(high or low) - int(low) >= MAX_HOSTS:
+            raise ValueError(f"{shorten(hosts)}: more than {MAX_HOSTS} hosts")
         words += [f"{value:0{len(low)}d}" for value in range(int(low), int(high or low) + 1)]
     return words
 

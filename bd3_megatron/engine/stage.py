@@ -107,13 +107,15 @@ def forward_rows(chunks: Sequence[torch.nn.Module], context: ContextShard, batch
     # The interleaved schedule needs a multiple of the stages: the last micro-batch fills up.
     missing = -len(batches) % stages if len(chunks) > 1 else 0
     outputs = run_schedule(chunks, [*batches, *[batches[-1]] * missing], forward_only=True)[: len(batches)]
-    outputs = [context.gather(x.transpose(0, 1)).transpose(0, 1).cpu() for x in outputs]
-    if stages > 1:
-        shared: list = [outputs]
+    outputs = [context.gather(x.transpose(0, 1)).transpose(0, 1) for x in outputs]
+    if stages > 1:  # only the last one has outputs
+        whole = torch.empty(len(batches), *batches[0].labels.shape, device=cpu_compat.device())  # [n, R, L]
+        if outputs:
+            torch.stack(outputs, out=whole)
         source = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast_object_list(shared, source, parallel_state.get_pipeline_model_parallel_group())
-        outputs = shared[0]
-    return outputs
+        dist.broadcast(whole, source, parallel_state.get_pipeline_model_parallel_group())
+        outputs = list(whole)
+    return [x.cpu() for x in outputs]
 
 
 def global_loss(outputs: Sequence[Tensor], norm: float, world: World) -> tuple[float, bool]:

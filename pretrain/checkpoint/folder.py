@@ -17,6 +17,7 @@ from bd3_common import schema
 from bd3_common.atomic import sync, unique_suffix, write_text
 from bd3_common.errors import UserError
 from data_prep.format.files import sha256_file
+from pretrain.distributed.wire_types import crosses_ranks
 from pretrain.run_folder import layout
 from pretrain.run_folder.layout import COMPLETE
 
@@ -26,6 +27,7 @@ FORMAT = 2
 FileName = Annotated[str, Field(pattern=r"^[^/\\\x00]{1,255}$")]
 
 
+@crosses_ranks
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint on disk.

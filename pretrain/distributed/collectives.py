@@ -7,17 +7,19 @@ disk, a file, a folder) runs in :func:`on_rank_0`, :func:`gather_from_ranks` or 
 from __future__ import annotations
 
 import contextlib
-import pickle
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from pretrain.distributed import codec
 from pretrain.distributed.collective_errors import mark_collective
+from pretrain.distributed.messages import all_gather_messages, broadcast_message
 
 T = TypeVar("T")
+Outcome = tuple[T | None, Exception | None]
 
 _BROKEN = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting \d+ms")
 # Torch's errors of NCCL and of the rendezvous store; gloo raises a plain RuntimeError.
@@ -49,10 +51,14 @@ def lost_ranks(rank: int, phase: Callable[[], str]) -> Iterator[None]:
 
 
 def on_rank_0(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Call ``function`` on rank 0 and broadcast its result; its error is raised on every rank."""
-    shared: list[Any] = [_outcome(function)] if dist.get_rank() == 0 else [None]
-    dist.broadcast_object_list(shared, src=0, group=group)
-    return _result(shared[0])
+    """Call ``function`` on rank 0 and broadcast its result; its error is raised on every rank.
+
+    The result must be a value that :mod:`pretrain.distributed.codec` sends; here as in the other functions.
+    """
+    if dist.get_rank() != 0:
+        return _result(broadcast_message(None, 0, group))
+    mine, message = _encoded(_outcome(function))
+    return _result(_own(broadcast_message(message, 0, group), mine))
 
 
 def gather_from_ranks(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
@@ -60,12 +66,12 @@ def gather_from_ranks(function: Callable[[], T], group: dist.ProcessGroup | None
     return [_result(outcome) for outcome in gather_outcomes(function, group)]
 
 
-def gather_outcomes(
-    function: Callable[[], T], group: dist.ProcessGroup | None = None
-) -> list[tuple[T | None, Exception | None]]:
+def gather_outcomes(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[Outcome[T]]:
     """All-gather (result, error) of ``function``, by rank; nothing is raised."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, _outcome(function), group=group)
+    mine, message = _encoded(_outcome(function))
+    found: list[Outcome[T]] = all_gather_messages(message, group)
+    rank = dist.get_rank(group)
+    found[rank] = _own(found[rank], mine)
     return found
 
 
@@ -83,19 +89,28 @@ def max_over_ranks(numbers: Sequence[int], device: torch.device) -> list[int]:
     return shared.tolist()
 
 
-def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+def _outcome(function: Callable[[], T]) -> Outcome[T]:
     try:
         return function(), None
     except Exception as error:
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            error = RuntimeError(f"{type(error).__name__}: {error}")
         return None, error
 
 
-def _result(outcome: tuple[T, Exception | None]) -> T:
+def _encoded(outcome: Outcome[T]) -> tuple[Outcome[T], bytes]:
+    """The outcome and its message. A result that cannot be sent is this rank's error: the others wait for a message."""
+    try:
+        return outcome, codec.encode(outcome)
+    except TypeError as error:
+        return (None, error), codec.encode((None, error))
+
+
+def _own(received: Outcome[T], mine: Outcome[T]) -> Outcome[T]:
+    """The outcome as received; an error of this rank is the original one, which has its traceback."""
+    return mine if mine[1] is not None else received
+
+
+def _result(outcome: Outcome[T]) -> T:
     result, error = outcome
     if error is not None:
         raise mark_collective(error)
-    return result
+    return result  # type: ignore[return-value]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
 
+from pretrain.distributed.wire_types import crosses_ranks
 from pretrain.resilience.hang_detection import spans
 from slurm.environment import compress_hosts
 
@@ -19,6 +20,7 @@ GIB = 2**30
 OWN_MEMORY = 2 * GIB
 
 
+@crosses_ranks
 class Gpu(NamedTuple):
     """A rank's GPU; memory in bytes. ``seen`` is the number of GPUs that the rank's process sees."""
 
@@ -28,6 +30,7 @@ class Gpu(NamedTuple):
     seen: int
 
 
+@crosses_ranks
 @dataclass(frozen=True)
 class Report:
     """Measurements of one rank.
@@ -52,6 +55,7 @@ class Clock(NamedTuple):
     uncertainty: float
 
 
+@crosses_ranks
 class Place(NamedTuple):
     """A node's view of a folder that all nodes share.
 

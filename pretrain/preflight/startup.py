@@ -15,7 +15,9 @@ from bd3_megatron import parallel
 from bd3_megatron.parallel import World
 from pretrain.config.schema import RunConfig
 from pretrain.distributed.collectives import LostRank, lost_ranks, on_rank_0, raise_on_all_ranks
-from pretrain.distributed.ranks import Ranks, rendezvous
+from pretrain.distributed.proof import prove_membership
+from pretrain.distributed.ranks import Ranks
+from pretrain.distributed.rendezvous import rendezvous
 from pretrain.resilience.watchdog import Watchdog
 from pretrain.run_folder import events, layout
 
@@ -77,16 +79,22 @@ def start_ranks(config: RunConfig, ranks: Ranks) -> Iterator[Job]:
 
     Raises:
         LostRank: the connection to another rank broke.
+        ConfigError: a process without the job's secret takes part.
     """
     run = Path(config.run)
     job = Job(ranks, run)
     logs.of_rank(ranks.rank)
     try:
         with events.failures(run, ranks, lambda: job.owns_run_folder), lost_ranks(ranks.rank, lambda: job.phase):
-            job.world = parallel.start(
-                config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, rendezvous(ranks)
-            )
-            job.watchdog = Watchdog(ranks, config.parallel.timeout_minutes, run / layout.HANG)
+            meeting = rendezvous(ranks, layout.job_secret(run, ranks.short_name))
+            # NCCL's own threads use the store, even while Python ends: no Python code in it.
+            plain = meeting is None or parallel.backend_of(config.parallel) == "nccl"
+            store = meeting and (meeting.store if plain else meeting.signed)
+            job.world = parallel.start(config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, store)
+            if meeting is not None:
+                prove_membership(meeting.key)
+            key = b"" if meeting is None else meeting.key
+            job.watchdog = Watchdog(ranks, config.parallel.timeout_minutes, run / layout.HANG, key)
             yield job
     except (Exception, LostRank) as error:
         line = user_line(error) if isinstance(error, Exception) else str(error)

@@ -18,14 +18,17 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
+from bd3_common import schema
 from bd3_common.exit_codes import FAILED, HUNG
+from bd3_common.text import printable
+from pretrain.distributed.collectives import on_rank_0
 from pretrain.distributed.ranks import Ranks
+from pretrain.distributed.signed_store import NotSigned, SignedStore
 from pretrain.resilience.hang_detection import Hang, Observer, Process, Report, find_hang, message, stack_file
 from pretrain.resilience.heartbeat import HeartbeatWriter
 from pretrain.resilience.stacks import locate, start_mark, write_stacks, write_state
@@ -39,6 +42,20 @@ _LAST_REPORT = 2.0  # seconds for the last report of a rank that ends
 _NAMED = 4  # processes in the message
 
 
+class Published(schema.Record):
+    """The end of a job, as the rank that found it tells the others.
+
+    Attributes:
+        failed: a rank that failed alone; empty for a hang.
+        silent: processes without a sign of life, which their machines kill.
+        alive: number of ranks that write their stacks.
+    """
+
+    failed: str = ""
+    silent: tuple[Process, ...] = ()
+    alive: schema.Count = 0
+
+
 class Watchdog:
     """The watchdog of one rank, from :func:`bd3_megatron.parallel.start` to the end of the context.
 
@@ -47,10 +64,11 @@ class Watchdog:
     Args:
         timeout_minutes: time from the last progress within which a hang is found and the job ended.
         folder: folder of the stacks (``rank-00003.txt``) in the run folder.
+        key: of the session; the values in the store are signed with it, because anybody can write there.
     """
 
-    def __init__(self, ranks: Ranks, timeout_minutes: float, folder: Path):
-        self.ranks, self.folder, self.timeout_minutes = ranks, folder, timeout_minutes
+    def __init__(self, ranks: Ranks, timeout_minutes: float, folder: Path, key: bytes = b""):
+        self.ranks, self.folder, self.timeout_minutes, self._key_bytes = ranks, folder, timeout_minutes, key
         timeout = 60 * timeout_minutes
         self.limit, self.interval = _LIMIT * timeout, min(_BEAT * timeout, _LONGEST_BEAT)
         self.reporting = min(_REPORTING * timeout, _LONGEST_REPORTING)
@@ -114,14 +132,13 @@ class Watchdog:
         ranks = self.ranks
         mine = Process(ranks.rank, socket.gethostname(), os.getpid(), start_mark())
         self._connect()
-        shared = [(uuid.uuid4().hex[:12], mine)]
+        names = uuid.uuid4().hex[:12]
         if ranks.rank == 0:
-            names = shared[0][0]
+            # Reading a missing key would block.
             keys = [f"{names}/{name}" for name in ("hang", *map(str, range(ranks.world_size)))]
-            # Reading a missing key would block. torch's stubs lack the method.
-            self._store.multi_set(keys, [""] * len(keys))  # type: ignore[attr-defined]
-        dist.broadcast_object_list(shared, src=0)
-        self._names, self._first = shared[0]
+            self._store.multi_set(keys, [""] * len(keys))
+        self._names, *first = on_rank_0(lambda: (names, *mine))
+        self._first = Process(*first)
         self._beat, self._observer, self._times_found = 0, Observer(), 0
         self._observers = [0, *(2**power for power in range((ranks.world_size - 1).bit_length()))]
         self._everyone = [self._key(rank) for rank in range(ranks.world_size)]
@@ -132,12 +149,11 @@ class Watchdog:
     def _connect(self, seconds: float = 60.0) -> None:
         # A separate connection, because the main thread's is locked while it waits for a key.
         ranks, timeout = self.ranks, datetime.timedelta(seconds=seconds)
-        self._store = dist.TCPStore(
+        store = dist.TCPStore(
             ranks.master_addr, ranks.master_port, is_master=False, wait_for_workers=False, timeout=timeout
         )
-        self._store.set_timeout(
-            datetime.timedelta(minutes=2 * self.timeout_minutes)
-        )  # the store loop ends the job earlier
+        store.set_timeout(datetime.timedelta(minutes=2 * self.timeout_minutes))  # the store loop ends the job earlier
+        self._store = SignedStore(store, self._key_bytes)
 
     def _key(self, name: object) -> str:
         return f"{self._names}/{name}"
@@ -156,6 +172,9 @@ class Watchdog:
                     if not leaving:
                         with contextlib.suppress(RuntimeError):
                             self._connect(self.interval)
+        except NotSigned as error:
+            write_line(f"rank {self.ranks.rank}: {error}")
+            os._exit(FAILED)
         except Exception as error:  # a bug in here must not look like a silent rank
             write_line(f"rank {self.ranks.rank}: its watchdog stops: {error!r}")
             self._leaving.set()
@@ -181,7 +200,7 @@ class Watchdog:
         self._beat += 1
         self._store.set(self._key(self.ranks.rank), self._report(leaving).encode())
         if self._failure:
-            self._store.set(self._key("hang"), json.dumps({"failed": self._failure}))
+            self._store.set(self._key("hang"), Published(failed=self._failure).model_dump_json())
             return
         if self.ranks.rank not in self._observers:
             published: str | bytes = self._store.get(self._key("hang"))
@@ -192,7 +211,7 @@ class Watchdog:
             if not published:
                 published = self._observe([Report.decode(text) for text in texts])
         if published:
-            self._end(json.loads(published))
+            self._end(schema.parse(published, Published, "the hang in the rendezvous store"))
 
     def _report(self, leaving: bool) -> Report:
         progress, phase, may_take_long, when = self._state
@@ -233,30 +252,30 @@ class Watchdog:
         self._within(self.reporting, lambda: write_line(text))
         self._record(text, [process.host for process in processes])
         silent = processes if hang.kind == "silent" else []
-        published = json.dumps({"silent": silent, "alive": len(seen) - len(silent)})
+        published = Published(silent=tuple(silent), alive=len(seen) - len(silent)).model_dump_json()
         self._store.set(self._key("hang"), published)
         return published
 
     # ---- exit ----
 
-    def _end(self, published: dict[str, Any]) -> None:
+    def _end(self, published: Published) -> None:
         """Write stacks, wait until all ranks have, and exit; the line has been printed."""
         self._exiting.acquire()
-        if "failed" in published:
+        if published.failed:
             if self.ranks.local_rank == 0:
-                write_line(f"rank {self.ranks.rank}: ends because {published['failed']}")
+                write_line(f"rank {self.ranks.rank}: ends because {printable(published.failed)}")
             os._exit(FAILED)
         deadline = time.monotonic() + self.reporting
         self._within(self.reporting, self._write_stacks)
         try:
             written = self._store.add(self._key("written"), 1)
             # Launchers end all ranks when one has ended.
-            while written < published["alive"] and time.monotonic() < deadline:
+            while written < published.alive and time.monotonic() < deadline:
                 time.sleep(self.interval / 4)
                 written = self._store.add(self._key("written"), 0)
         except RuntimeError:
             pass  # the rank that served the store has ended
-        self._exit([Process(*process) for process in published["silent"]])
+        self._exit(published.silent)
 
     def _end_without_store(self, quiet: float, prints: bool) -> None:
         self._exiting.acquire()
@@ -279,7 +298,7 @@ class Watchdog:
         time.sleep(2 * self.interval)  # the other ranks have to find it, too
         self._exit(silent)
 
-    def _exit(self, silent: list[Process]) -> None:
+    def _exit(self, silent: Sequence[Process]) -> None:
         here = [process for process in silent if process.host == socket.gethostname()]
         here = [process for process in here if start_mark(process.pid) == process.started]
         for process in here:

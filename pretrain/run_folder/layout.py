@@ -99,6 +99,11 @@ def rank_log(run: Path, rank: int) -> Path:
     return run / LOGS / f"rank-{rank:05d}.log"
 
 
+def job_secret(run: Path, job: str) -> Path:
+    """File of a job's secret, which exists while its ranks meet."""
+    return run / f".job-secret-{job}"
+
+
 def stack_name(rank: int) -> str:
     """File in :data:`HANG` with the stacks of a rank."""
     return f"rank-{rank:05d}.txt"

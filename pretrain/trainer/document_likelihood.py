@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 from megatron.core import parallel_state
 from numpy.typing import NDArray
 
@@ -18,6 +17,7 @@ from bd3_common.atomic import write_bytes
 from bd3_common.errors import ConfigError
 from data_prep.read.reader import RowReader
 from data_prep.read.stream import RowStream
+from pretrain.distributed.messages import all_gather_values
 
 _ROWS = 4096  # rows per chunk
 
@@ -110,12 +110,9 @@ class DocumentTally:
 
     def gather(self) -> Documents:
         """All-gather the whole documents of all data-parallel ranks' rows."""
-        group = parallel_state.get_data_parallel_group()
-        gathered: list[tuple] = [()] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, (np.concatenate(self._rows), self._parts), group)
-        rows = np.concatenate([rows for rows, _ in gathered])
-        columns = zip(*(part for _, parts in gathered for part in parts))
-        numbers, nats, tokens = (np.concatenate(column) for column in columns)
+        mine = [np.concatenate(column) for column in (self._rows, *zip(*self._parts))]
+        gathered = all_gather_values(mine, parallel_state.get_data_parallel_group())
+        rows, numbers, nats, tokens = (np.concatenate(column) for column in zip(*gathered))
         numbers, place = np.unique(numbers, return_inverse=True)
         place = place.ravel()
         nats, tokens = (np.bincount(place, x, len(numbers)) for x in (nats, tokens))

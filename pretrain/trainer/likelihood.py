@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 
 from bd3_megatron.config import DiffusionConfig, ModelConfig
@@ -19,6 +18,7 @@ from data_prep.read.order import RowOrder
 from data_prep.read.reader import RowReader
 from data_prep.read.stream import RowStream
 from pretrain.config.schema import EvalConfig
+from pretrain.distributed.messages import all_gather_values
 from pretrain.trainer.batches import make_batch
 from pretrain.trainer.document_likelihood import DocumentTally, JsonRecord, ratio
 
@@ -113,8 +113,7 @@ def evaluate(
                     # Tokens count once, in the first draw.
                     tally.add(rows[slots[own]], nats[own], counted[own] & (draw == 0))
             progress()
-    gathered: list[tuple] = [()] * engine.world.data_size
-    dist.all_gather_object(gathered, (sums, tokens), parallel_state.get_data_parallel_group())
+    gathered = all_gather_values((sums, tokens), parallel_state.get_data_parallel_group())
     sums, tokens = (np.concatenate(parts)[:count] for parts in zip(*gathered))
     return summarize(sums, tokens)
 

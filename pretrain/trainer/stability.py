@@ -33,6 +33,7 @@ from pretrain.checkpoint.reader import newest_on_all_ranks
 from pretrain.config.schema import GuardConfig, RunConfig
 from pretrain.distributed.collective_errors import mark_collective
 from pretrain.distributed.collectives import gather_from_ranks, on_rank_0
+from pretrain.distributed.wire_types import crosses_ranks
 from pretrain.run_folder import layout
 from pretrain.tracking.metrics import read_metrics
 from pretrain.trainer.batches import Batches
@@ -41,6 +42,7 @@ _LOG = logging.getLogger(__name__)
 _NORMAL = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
 
 
+@crosses_ranks
 @dataclass(frozen=True)
 class Range:
     """Skipped steps ``first`` to ``last``; the losses of steps ``spike_first`` to ``spike_last`` were a spike."""
@@ -57,6 +59,7 @@ class _Ranges(OpenRecord):
     ranges: list[Range]
 
 
+@crosses_ranks
 @dataclass(frozen=True)
 class History:
     """State of the monitor, derived from the records of a run.
