@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import importlib
 import os
+import re
 import sys
 import time
 
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 def _tell(line: str, collective: bool) -> None:
     """Print a line; an error that all ranks raise is printed by rank 0 alone."""
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    if rank == "0":
+    if rank == "0" or not re.fullmatch("[0-9]{1,9}", rank):  # a number that is none is the mistake, and in the line
         print(line, file=sys.stderr)
     elif collective:
         time.sleep(RANK_0_PRINTS)

@@ -74,9 +74,16 @@ def test_the_shell_of_a_job_is_a_world_of_one(step: str | None) -> None:
 
 
 def test_the_step_counts_not_the_job() -> None:
-    environ = TASK | {"SLURM_NTASKS": "64", "SLURM_STEP_NODELIST": "gpu04", "SLURM_STEP_NUM_TASKS": "6"}
+    environ = TASK | {"SLURM_NTASKS": "64", "SLURM_STEP_NODELIST": "gpu[04-05]", "SLURM_STEP_NUM_TASKS": "6"}
     got = read_ranks(environ)
-    assert (got.world_size, got.master_addr) == (6, "gpu04")
+    assert (got.world_size, got.master_addr, got.one_machine) == (6, "gpu04", False)
+
+
+def test_ranks_of_one_machine_meet_on_its_loopback_address() -> None:
+    got = read_ranks(TASK | {"SLURM_STEP_NODELIST": "gpu04"})
+    assert (got.master_addr, got.one_machine) == ("127.0.0.1", True)
+    assert read_ranks(TORCHRUN | {"LOCAL_WORLD_SIZE": "8"}).one_machine
+    assert not read_ranks(TORCHRUN | {"LOCAL_WORLD_SIZE": "4"}).one_machine
 
 
 @pytest.mark.parametrize(
@@ -93,6 +100,23 @@ def test_the_step_counts_not_the_job() -> None:
         (TORCHRUN | {"RANK": "-1"}, "RANK=-1: not a number"),
         (TORCHRUN | {"LOCAL_RANK": "6"}, "LOCAL_RANK=6: above RANK=5"),
         (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999: not a port"),
+        (TORCHRUN | {"MASTER_PORT": "0"}, "MASTER_PORT=0: not a port"),
+        (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT=http: not a number"),
+        (TORCHRUN | {"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE=9999"),
+        (TORCHRUN | {"WORLD_SIZE": "2000000"}, "WORLD_SIZE=2000000: not a number of ranks"),
+        (TORCHRUN | {"RANK": "1e3"}, "RANK=1e3: not a number"),
+        (TORCHRUN | {"RANK": "\u0665"}, "RANK=\u0665: not a number"),
+        (TORCHRUN | {"RANK": "5\x1b[31m"}, "RANK=5\\x1b[31m: not a number"),
+        (TORCHRUN | {"MASTER_ADDR": "a b"}, "MASTER_ADDR=a b: not a host name"),
+        (TORCHRUN | {"MASTER_ADDR": "n" * 300}, "MASTER_ADDR=nnn"),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "1"}, "LOCAL_WORLD_SIZE=1: not above LOCAL_RANK=1"),
+        (TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "x"}, "TORCHELASTIC_RESTART_COUNT=x: not a number"),
+        (TASK | {"SLURM_LOCALID": "6"}, "SLURM_LOCALID=6: above SLURM_PROCID=5"),
+        (TASK | {"SLURM_STEP_NUM_TASKS": "9" * 5000}, "SLURM_STEP_NUM_TASKS=999"),
+        (TASK | {"SLURM_STEP_NUM_TASKS": "2000000"}, "SLURM_STEP_NUM_TASKS=2000000: more than"),
+        (TASK | {"SLURM_STEP_NODELIST": "n[0-999999999999]"}, "SLURM_STEP_NODELIST=n[0-999999999999]: more than"),
+        (TASK | {"SLURM_STEP_NODELIST": "n[0-9999][0-9999]"}, "SLURM_STEP_NODELIST=n[0-9999][0-9999]: more than"),
+        (TASK | {"SLURM_STEP_NODELIST": "n\x1b[1]"}, "SLURM_STEP_NODELIST=n\\x1b[1]: not a host list"),
         (without(TASK, "SLURM_PROCID"), "SLURM_PROCID: not set"),
         (TASK | {"SLURM_LOCALID": "x"}, "SLURM_LOCALID=x: not a number"),
         (TASK | {"SLURM_PROCID": "8"}, "SLURM_PROCID=8: not below SLURM_STEP_NUM_TASKS=8"),
@@ -121,7 +145,9 @@ def test_host_lists(hosts: str, names: list[str]) -> None:
     assert expand_hosts(hosts) == names
 
 
-@pytest.mark.parametrize("hosts", ["", "a,,b", "n[1-3", "n1-3]", "n[]", "n[3-1]", "n[a-b]", "n[1,]", "n[[1]]"])
+@pytest.mark.parametrize(
+    "hosts", ["", "a,,b", "n[1-3", "n1-3]", "n[]", "n[3-1]", "n[a-b]", "n[1,]", "n[[1]]", "a b", "n[" + "1" * 30 + "]"]
+)
 def test_garbled_host_lists(hosts: str) -> None:
     with pytest.raises(ValueError, match=r"host list|numbers and ranges"):
         expand_hosts(hosts)
