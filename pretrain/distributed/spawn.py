@@ -75,7 +75,8 @@ def _rank(rank: int, size: int, path: str, results: Any, function: Callable[...,
     torch.set_num_threads(1)
     try:
         result = function(rank, size, dist.FileStore(path, size), *args)
-        # As bytes: a queue's tensors are lost with the process that sent them.
+        # As bytes: a queue's tensors are lost with the process that sent them. Pickle is safe here: the pipe joins this
+        # user's process with its own child, and nobody else can write into it.
         results.put((rank, None, pickle.dumps(result)))
     except BaseException:
         results.put((rank, traceback.format_exc(), None))

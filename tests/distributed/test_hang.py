@@ -206,7 +206,7 @@ def test_ranks_that_wait_for_each_other_are_named_with_their_places(ended):
     minutes = found.run.timeout / 60
     place = r"called in \w+ \([a-z0-9_]+/\S+:\d+\)"
     assert re.match(
-        rf"all ranks have waited for each other for \d+ s \(parallel.timeout_minutes={TIMEOUT / 60:g}\): the job ends: "
+        rf"all ranks have waited for each other for \d+ s \(parallel.timeout_minutes={minutes:g}\): the job ends: "
         rf"rank 0 in step 12 at \w+, {place}; rank 1 in step 12 at recv, {place}; their stacks are in ",
         line,
     ), line
