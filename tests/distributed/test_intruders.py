@@ -139,12 +139,11 @@ def overwrite(folder: Path, store: dist.Store) -> None:
                     everything.set(key, payload)
 
 
-def messages_of(port: int) -> dict[str, bytes]:
-    """Messages by which the ranks of a job meet, read by a process that takes no part."""
+def listen(port: int) -> dist.Store:
+    """The store of a job, for a process that takes no part, once rank 0 is there."""
     store = dist.PrefixStore("start 0", dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False))
-    keys = ["greeting", "answer 1", "welcome 1"]
-    store.wait(keys)
-    return {key: store.get(key) for key in keys}
+    store.wait(["greeting"])
+    return store
 
 
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="starts processes of another user")
@@ -168,8 +167,11 @@ def test_another_user_does_not_become_a_rank(folder):
 @needs_root
 def test_messages_of_another_start_are_refused(folder):
     port = free_port()
-    ranks = [start(folder, port, rank, SECRET) for rank in range(2)]
-    messages = messages_of(port)
+    ranks = [start(folder, port, 0, SECRET)]
+    store = listen(port)
+    ranks.append(start(folder, port, 1, SECRET))
+    store.wait(["welcome 1"])
+    messages = {key: store.get(key) for key in ("greeting", "answer 1", "welcome 1")}
     assert [done.code for done in end(folder, ranks)] == [0, 0]
     again = start(folder, port, 0, SECRET)
     intruder(port, functools.partial(replay, messages)).join(launch.TIMEOUT)
