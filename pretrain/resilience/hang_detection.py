@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Literal, NamedTuple
 
+from bd3_common import schema
 from pretrain.run_folder import layout
+
+_Fields = tuple[int, int, str, bool, bool, bool | None, str]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Report:
     @staticmethod
     def decode(text: str | bytes) -> Report:
         """Inverse of :meth:`encode`; empty text means that the rank has not reported yet."""
-        return Report(*json.loads(text)) if text else Report()
+        return Report(*schema.parse(text, _Fields, "a report in the rendezvous store")) if text else Report()
 
 
 class Process(NamedTuple):

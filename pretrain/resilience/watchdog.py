@@ -241,7 +241,8 @@ class Watchdog:
         ):  # unless the first finder is lost as well
             return ""
         named = hang.ranks[:_NAMED] if hang.kind != "silent" else hang.ranks
-        processes = [Process(*json.loads(x)) for x in self._store.multi_get([self._key(f"process/{r}") for r in named])]
+        texts = self._store.multi_get([self._key(f"process/{rank}") for rank in named])
+        processes = [schema.parse(text, Process, "a process in the rendezvous store") for text in texts]
         text = message(
             hang,
             {rank: s.report for rank, s in seen.items()},
