@@ -49,10 +49,12 @@ class Meeting:
     Attributes:
         store: unsigned; what :func:`bd3_megatron.parallel.start` needs where torch's own threads use the store.
         signed: the same keys, with signed values.
+        leave_note: tells the ranks that still wait for a key that this one ends, and why.
     """
 
     store: dist.Store
     signed: SignedStore
+    leave_note: Callable[[BaseException], None]
 
     @property
     def key(self) -> bytes:
@@ -88,11 +90,11 @@ class _Rendezvous:
         try:
             key = self._welcome(secret, path) if self.ranks.rank == 0 else self._answer(secret, path)
         except (ConfigError, OSError, LostRank) as error:
-            self._leave_note(error)
+            self.leave_note(error)
             raise
         # A name of its own: the store of a restarted job may hold values of an earlier start.
         store = dist.PrefixStore(hmac.digest(key, b"name", "sha256").hex()[:16], self.store)
-        return Meeting(store, SignedStore(store, key, self._check))
+        return Meeting(store, SignedStore(store, key, self._check), self.leave_note)
 
     def _welcome(self, secret: bytes | None, path: Path) -> bytes:
         """Rank 0's part: let every rank answer the greeting, and give it the salt."""
@@ -207,7 +209,8 @@ class _Rendezvous:
             note = self.store.get(_NOTE)[:_LONGEST_NOTE].decode("utf-8", "replace")
             raise ConfigError(f"the job ends; a process at {self._where()} says: {shorten(note, _LONGEST_NOTE)}")
 
-    def _leave_note(self, error: BaseException) -> None:
+    def leave_note(self, error: BaseException) -> None:
+        """Write why this rank ends, and leave the others a moment to read it from a store that ends with this rank."""
         text = (user_line(error) if isinstance(error, Exception) else None) or str(error)
         with contextlib.suppress(RuntimeError):
             if not self.store.check([_NOTE]):

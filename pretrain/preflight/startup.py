@@ -17,7 +17,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.distributed.collectives import LostRank, lost_ranks, on_rank_0, raise_on_all_ranks
 from pretrain.distributed.proof import prove_membership
 from pretrain.distributed.ranks import Ranks
-from pretrain.distributed.rendezvous import rendezvous
+from pretrain.distributed.rendezvous import Meeting, rendezvous
 from pretrain.resilience.watchdog import Watchdog
 from pretrain.run_folder import events, layout
 
@@ -73,6 +73,22 @@ class Job:
         logs.close()
 
 
+def _join(config: RunConfig, ranks: Ranks, meeting: Meeting | None) -> World:
+    """Join the process groups; then all ranks prove themselves on the new connections."""
+    place = ranks.rank, ranks.world_size, ranks.local_rank
+    if meeting is None:
+        return parallel.start(config.parallel, *place)
+    # NCCL's own threads use the store, even while Python ends: no Python code in it.
+    plain = parallel.backend_of(config.parallel) == "nccl"
+    try:
+        world = parallel.start(config.parallel, *place, meeting.store if plain else meeting.signed)
+        prove_membership(meeting.key)
+    except Exception as error:
+        meeting.leave_note(error)
+        raise
+    return world
+
+
 @contextmanager
 def start_ranks(config: RunConfig, ranks: Ranks) -> Iterator[Job]:
     """This rank of a job after the rendezvous; leaving the context ends it.
@@ -87,12 +103,7 @@ def start_ranks(config: RunConfig, ranks: Ranks) -> Iterator[Job]:
     try:
         with events.failures(run, ranks, lambda: job.owns_run_folder), lost_ranks(ranks.rank, lambda: job.phase):
             meeting = rendezvous(ranks, layout.job_secret(run, ranks.short_name))
-            # NCCL's own threads use the store, even while Python ends: no Python code in it.
-            plain = meeting is None or parallel.backend_of(config.parallel) == "nccl"
-            store = meeting and (meeting.store if plain else meeting.signed)
-            job.world = parallel.start(config.parallel, ranks.rank, ranks.world_size, ranks.local_rank, store)
-            if meeting is not None:
-                prove_membership(meeting.key)
+            job.world = _join(config, ranks, meeting)
             key = b"" if meeting is None else meeting.key
             job.watchdog = Watchdog(ranks, config.parallel.timeout_minutes, run / layout.HANG, key)
             yield job
