@@ -24,12 +24,14 @@ from data_prep.format.manifest import SPLITS, SplitName
 from data_prep.format.pack import RowFormat
 from data_prep.format.remote import fetch
 from data_prep.format.text_encoder import TextEncoder, shared_encoder
-from data_prep.sources import Document, Fields, Part, expand, read_part, sha256_source
+from data_prep.sources import AnyDocument, Document, Fields, Part, TokenDocument, expand, read_part, sha256_source
 
 BATCH_BYTES = 256 << 10  # text tokenized at once
 SAMPLED, SAMPLED_CHARACTERS = 128, 2000  # documents, and the beginning of each, in which lost characters are counted
 _SAMPLE_SEED = 2  # neither that of the split nor of the tokenizer's training sample
 RESULT = "done.json"
+
+Ids = array[int] | np.ndarray
 
 
 class Reject(Record):
@@ -51,6 +53,8 @@ class Encoded(Record):
     rejects: list[Reject]
     files: dict[InnerPath, Count]  # bytes of each stream
     sample: list[tuple[float, Count, Count]] = Field(default=[])  # place in a random order, characters, those lost
+    nul_characters: Count = 0
+    nul_documents: Count = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class EncodeJob:
     folder: Path
     tokenizer: Path
     controls: tuple[int, ...]  # ids that no text may give
+    mask: int
     rows: RowFormat
     dtype: str
     fields: Fields
@@ -101,7 +106,7 @@ def encode_part(job: EncodeJob) -> Encoded:
             digest = sha256_source(source, local) if job.part.begin == 0 else None
         with ExitStack() as files:
             encoder = _PartEncoder(job, files)
-            for document in read_part(job.part, local, job.fields, encoder.reject, encoder.skip):
+            for document in read_part(job.part, local, job.fields, encoder.reject, encoder.skip, encoder.remove_nul):
                 encoder.add(document)
             encoder.flush()
         if not source.remote and expand([source.path]) != [source]:
@@ -130,6 +135,7 @@ class _PartEncoder:
 
     def __init__(self, job: EncodeJob, files: ExitStack):
         self.job, self.encoder = job, shared_encoder(job.tokenizer, job.controls)
+        self.entries = max(self.encoder.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         names = {(split, kind): job.folder / f"{split}.{kind}" for split in SPLITS for kind in ("tokens", "starts")}
         self.paths = list(names.values())
         places = {key: files.enter_context(atomic_file(path, sync_folder=False)) for key, path in names.items()}
@@ -138,17 +144,22 @@ class _PartEncoder:
         self.skipped: dict[str, int] = {}
         self.rejects: list[Reject] = []
         self.sample = _LossSample(self.encoder)
-        self.batch: list[Document] = []
+        self.nul_characters = self.nul_documents = 0
+        self.batch: list[AnyDocument] = []
         self.batch_bytes = 0
 
-    def add(self, document: Document) -> None:
+    def add(self, document: AnyDocument) -> None:
         self.batch.append(document)
-        self.batch_bytes += len(document.text)
+        self.batch_bytes += len(document.ids) * 4 if isinstance(document, TokenDocument) else len(document.text)
         if self.batch_bytes >= BATCH_BYTES:
             self.flush()
 
     def skip(self, why: str) -> None:
         self.skipped[why] = self.skipped.get(why, 0) + 1
+
+    def remove_nul(self, count: int) -> None:
+        self.nul_characters += count
+        self.nul_documents += 1
 
     def reject(self, offset: int, reason: str) -> None:
         source = self.job.part.source
@@ -159,13 +170,36 @@ class _PartEncoder:
     def flush(self) -> None:
         """Tokenize and write the batch."""
         job, batch = self.job, self.batch
-        ids = self.encoder.encode([document.text for document in batch])
+        # A part has documents of one kind only.
+        texts = [document.text for document in batch if not isinstance(document, TokenDocument)]
+        encoded: Sequence[Ids | str]
+        encoded = self.encoder.encode(texts) if texts else [self._given(document) for document in batch]
         validation = [in_validation(document.id, job.seed, job.validation_fraction) for document in batch]
         for split, wanted in zip(SPLITS, (False, True)):
-            self._write(split, [n for n, found in enumerate(validation) if found is wanted], ids)
+            self._write(split, [n for n, found in enumerate(validation) if found is wanted], encoded)
         self.batch, self.batch_bytes = [], 0
 
-    def _write(self, split: SplitName, numbers: Sequence[int], ids: Sequence[array[int] | str]) -> None:
+    def _given(self, document: AnyDocument) -> np.ndarray:
+        """Ids of a document of token ids, without the BOS and EOS that every document gets: none is doubled.
+
+        Raises:
+            DataError: an id is none of the tokenizer's, so the file is of another tokenizer.
+        """
+        assert isinstance(document, TokenDocument)
+        ids, rows = document.ids, self.job.rows
+        if len(ids) and not (int(ids.min()) >= 0 and int(ids.max()) < self.entries):
+            wrong = int(ids.max()) if int(ids.max()) >= self.entries else int(ids.min())
+            raise DataError(
+                f"{self.job.part.source.path}: document {document.offset} has the id {wrong}, and the tokenizer's ids "
+                f"are 0 to {self.entries - 1}; give the tokenizer that the ids were made with"
+            )
+        if rows.tail and len(ids) and ids[-1] == rows.eos:
+            ids = ids[:-1]
+        if rows.head and len(ids) and ids[0] == rows.bos:
+            ids = ids[1:]
+        return ids
+
+    def _write(self, split: SplitName, numbers: Sequence[int], ids: Sequence[Ids | str]) -> None:
         """Append documents of the batch to a split's stream."""
         taken = {n: found for n in numbers if (found := self._accepted(n, ids[n])) is not None}
         head, tail = self.job.rows.head, self.job.rows.tail
@@ -174,25 +208,32 @@ class _PartEncoder:
         stream = np.empty(ends[-1], self.job.dtype)
         for found, begin, end in zip(taken.values(), ends.tolist(), ends[1:].tolist()):
             stream[begin : begin + len(head)] = head
-            stream[begin + len(head) : end - len(tail)] = np.frombuffer(found, np.uintc)
+            plain = found if isinstance(found, np.ndarray) else np.frombuffer(found, np.uintc)
+            stream[begin + len(head) : end - len(tail)] = plain
             stream[end - len(tail) : end] = tail
         # A text without tokens adds nothing to a stream without BOS and EOS.
         starts = ends[:-1][np.diff(ends) > 0] + self.tokens[split]
+        for _ in range(len(taken) - len(starts)):
+            self.skip("empty")
         self.streams[split, "tokens"].write(stream.data)
         self.streams[split, "starts"].write(starts.astype("<i8").data)
-        size = sum(len(self.batch[n].text.encode()) for n in taken)
+        documents = [self.batch[n] for n in taken]
+        size = sum(len(d.text.encode()) for d in documents if not isinstance(d, TokenDocument))
         self.documents[split] += len(starts)
         self.text_bytes[split] += size
         self.tokens[split] += len(stream)
-        pool.count(size)
+        pool.count(size or stream.nbytes)
 
-    def _accepted(self, number: int, ids: array[int] | str) -> array[int] | None:
+    def _accepted(self, number: int, ids: Ids | str) -> Ids | None:
         """``ids``, or None after rejecting the document for a reason."""
         document = self.batch[number]
+        if isinstance(document, TokenDocument) and self.job.mask in ids:
+            ids = f"the document has the mask (id {self.job.mask}), which no clean text may have; remove it"
         if isinstance(ids, str):
             self.reject(document.offset, ids)
             return None
-        self.sample.offer(document)
+        if not isinstance(document, TokenDocument):
+            self.sample.offer(document)
         return ids
 
     def result(self, digest: str | None) -> Encoded:
@@ -205,6 +246,8 @@ class _PartEncoder:
             rejects=self.rejects,
             sample=self.sample.entries(),
             files={path.name: path.stat().st_size for path in self.paths},
+            nul_characters=self.nul_characters,
+            nul_documents=self.nul_documents,
         )
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -22,8 +19,9 @@ from data_prep.format.manifest import SPLITS, SplitName
 from data_prep.format.remote import fetch
 from data_prep.format.text_encoder import TextEncoder
 from data_prep.format.tokenizer import control_ids, load_tokenizer, remarks, special_ids, token_dtype, train_bpe
-from data_prep.sources import Document, Source, expand, read_part, split
+from data_prep.sources import AnyDocument, Source, TokenDocument, find, read_part, split
 from data_prep.sources.kinds import INPUT_KINDS
+from data_prep.sources.streams import unpack
 
 SAMPLED_FILES = 16
 FETCHED_FILES = 2  # of remote sources
@@ -79,7 +77,7 @@ class Estimate:
 class _Sample:
     """Documents from the beginnings of some files; ``stored`` estimates their stored bytes."""
 
-    documents: list[Document]
+    documents: list[AnyDocument]
     text_bytes: int = 0
     stored: float = 0.0
     rejects: int = 0
@@ -93,13 +91,14 @@ def estimate(config: PrepConfig) -> Estimate:
     Raises:
         DataError: an error that prep would raise for the sample.
     """
-    sources = expand(config.inputs)
+    listing = find(config.inputs)
+    sources = listing.sources
     sample = _read(config, sources)
     if not sample.documents:
         raise DataError(
             f"{config.inputs[0]}: no documents at the beginning of the input{sample.first_reject}; give files with text"
         )
-    texts = [document.text for document in sample.documents]
+    texts = [document.text for document in sample.documents if not isinstance(document, TokenDocument)]
     entries = config.bpe_size
     tokenizer = load_tokenizer(config.tokenizer) if entries is None else train_bpe(texts, entries)
     special = special_ids(tokenizer, config.bos, config.eos, config.mask, config.pad)
@@ -109,7 +108,9 @@ def estimate(config: PrepConfig) -> Estimate:
     with one_thread():
         encoder.encode(texts[:1])  # the first call sets up
         began = time.process_time()
-        sizes = [0 if isinstance(ids, str) else len(ids) for ids in encoder.encode(texts)]
+        encoded = iter(encoder.encode(texts))
+        ids = [d.ids if isinstance(d, TokenDocument) else next(encoded) for d in sample.documents]
+        sizes = [0 if isinstance(found, str) else len(found) for found in ids]
         lengths = np.array(sizes) + len(form.head) + len(form.tail)
         seconds = sample.seconds + time.process_time() - began
         characters = [encoder.lost(text[:SAMPLED_CHARACTERS]) for text in texts[:SAMPLED]]
@@ -132,17 +133,17 @@ def estimate(config: PrepConfig) -> Estimate:
         files=len(sources),
         stored_bytes=total,
         text_bytes=sample.text_bytes * scale,
-        documents=len(texts) * scale,
+        documents=len(ids) * scale,
         tokens=tokens,
         rows=rows,
         shards={name: -(-rows[name] // config.rows_per_shard) for name in SPLITS},
         disk_bytes=sum(rows.values()) * config.length * itemsize * TAR_OVERHEAD,
-        work_bytes=tokens * itemsize + 8 * len(texts) * scale,
+        work_bytes=tokens * itemsize + 8 * len(ids) * scale,
         seconds=seconds * scale * passes / min(workers, len(parts_of(sources))),
         workers=workers,
         sampled_bytes=sample.text_bytes,
         rejects=sample.rejects,
-        warnings=tuple(warnings),
+        warnings=(*listing.lines(), *warnings),
     )
 
 
@@ -173,7 +174,7 @@ def _read_beginning(config: PrepConfig, source: Source, path: Path, most: int, s
     (part, *_) = split(source, source.bytes + 1)
     for document in read_part(part, path, config.fields, reject, lambda why: None):
         sample.documents.append(document)
-        read += len(document.text.encode())
+        read += document.ids.nbytes if isinstance(document, TokenDocument) else len(document.text.encode())
         last = document.offset
         if read >= most:
             break
@@ -191,18 +192,11 @@ def _stored(source: Source, path: Path, offset: int) -> float:
         return stored
     if source.compression is None:
         return float(max(offset, 1))
-    with path.open("rb") as file, _unpacked(source, file) as stream:
-        while offset > 0 and (chunk := stream.read(min(offset, 1 << 20))):
-            offset -= len(chunk)
+    with path.open("rb") as file:
+        stream, buffer = unpack(source, file), memoryview(bytearray(1 << 16))
+        while offset > 0 and (count := stream.readinto(buffer[: min(offset, len(buffer))])):
+            offset -= count
         return float(max(file.tell(), 1))
-
-
-def _unpacked(source: Source, file: BinaryIO) -> contextlib.AbstractContextManager[gzip.GzipFile | BinaryIO]:
-    if source.compression == "gz":
-        return gzip.GzipFile(fileobj=file)
-    import zstandard
-
-    return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True, closefd=False)
 
 
 def size(count: float) -> str:

@@ -11,7 +11,7 @@ from data_prep.build.assemble import ShardJob, Stream, counts_of, recorded_shard
 from data_prep.build.encode import Encoded, Reject, lost_characters, too_many_rejects
 from data_prep.build.plan import PrepConfig
 from data_prep.errors import DataError
-from data_prep.format.manifest import SPLITS, Manifest, Recipe, SourceFile, Split, SplitName, unigram_nats
+from data_prep.format.manifest import REJECTS, SPLITS, Manifest, Recipe, SourceFile, Split, SplitName, unigram_nats
 from data_prep.format.tokenizer import SpecialIds, token_dtype
 from data_prep.sources import Part
 
@@ -36,7 +36,7 @@ def check_documents(config: PrepConfig, results: Sequence[Encoded]) -> None:
     documents = sum(counts.values())
     if not documents:
         skipped = sum(sum(result.skipped.values()) for result in results)
-        reason = f"; {skipped} were left out by length" if skipped else ""
+        reason = f"; {skipped} were left out" if skipped else ""
         if rejects:
             reason += f"; {rejects[0].source} at {rejects[0].offset}: {rejects[0].reason}"
         raise DataError(f"{config.inputs[0]}: no documents in the input{reason}; give files with text")
@@ -80,7 +80,8 @@ def make_manifest(
         )
         for name in SPLITS
     }
-    skipped = {why: sum(result.skipped.get(why, 0) for result in results) for why in ("short", "long")}
+    others = {why for result in results for why in result.skipped} - {"short", "long"}
+    skipped = {why: sum(result.skipped.get(why, 0) for result in results) for why in ("short", "long", *sorted(others))}
     return Manifest(
         package_version=package_version(),
         length=config.length,
@@ -91,6 +92,8 @@ def make_manifest(
         rejects=len(all_rejects(results)),
         skipped={why: count for why, count in skipped.items() if count},
         lost_characters=lost_characters(entry for result in results for entry in result.sample) or None,
+        nul_characters=sum(result.nul_characters for result in results),
+        nul_documents=sum(result.nul_documents for result in results),
         **validation_unigram(jobs),
         splits=splits,
     )
@@ -140,6 +143,45 @@ def split_record(
         shards=shards,
         tail=stream.tail(starts, lost),
     )
+
+
+LEFT_OUT = {
+    "short": "documents too short",
+    "long": "documents too long",
+    "empty": "documents without a token",
+    "member": "texts of a tar beside the .txt of their sample",
+    "unnamed": "members of a tar without an extension",
+    "hidden": "hidden members of a tar",
+}
+"""reasons for leaving documents out, as the summary has them, by the keys of ``Manifest.skipped``"""
+
+
+def totals(manifest: Manifest) -> dict[str, int]:
+    """Documents: ``read + left_out + rejected = all``."""
+    read = sum(split.documents for split in manifest.splits.values())
+    left_out = sum(manifest.skipped.values())
+    found = {"read": read, "left_out": left_out, "rejected": manifest.rejects}
+    return {**found, "all": sum(found.values())}
+
+
+def summary_lines(manifest: Manifest) -> list[str]:
+    """Lines about the documents of a data set: what became of them, and what was left out."""
+    lines = []
+    if manifest.nul_characters:
+        lines.append(
+            f"removed {manifest.nul_characters} NUL characters (U+0000) from {manifest.nul_documents} documents"
+        )
+    counts = totals(manifest)
+    lines.append(
+        f"documents: {counts['read']} read + {counts['left_out']} left out + {counts['rejected']} rejected "
+        f"= {counts['all']} in all"
+    )
+    left_out = [f"{count} {LEFT_OUT.get(why, why)}" for why, count in manifest.skipped.items()]
+    if manifest.rejects:
+        left_out.append(f"{manifest.rejects} bad records, listed in {REJECTS}")
+    if left_out:
+        lines.append(f"left out: {', '.join(left_out)}")
+    return lines
 
 
 def package_version() -> str:

@@ -32,7 +32,14 @@ from data_prep.build.encode import (
     share,
     too_many_rejects,
 )
-from data_prep.build.outcome import all_rejects, check_documents, check_rejects, check_rows, make_manifest
+from data_prep.build.outcome import (
+    all_rejects,
+    check_documents,
+    check_rejects,
+    check_rows,
+    make_manifest,
+    summary_lines,
+)
 from data_prep.build.plan import PrepConfig
 from data_prep.build.progress import Progress, Report
 from data_prep.build.work_folder import recipe_difference
@@ -57,7 +64,18 @@ from data_prep.format.tokenizer import (
     token_dtype,
     train_bpe,
 )
-from data_prep.sources import Part, Source, expand, read_part, sha256_source, split
+from data_prep.sources import (
+    Listing,
+    Part,
+    Source,
+    TokenDocument,
+    expand,
+    find,
+    holds_tokens,
+    read_part,
+    sha256_source,
+    split,
+)
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -68,7 +86,7 @@ SMALLEST_PART, LARGEST_PART = 1 << 20, 64 << 20  # stored bytes that one job rea
 _SAMPLE = 1  # seed of the tokenizer's training sample, not the default seed of the split
 
 
-def prep(config: PrepConfig, report: Report = lambda line: None) -> Manifest | None:
+def prep(config: PrepConfig, report: Report = lambda line: None, listing: Listing | None = None) -> Manifest | None:
     """Write a data set and return its manifest.
 
     An existing data set of the same recipe and sources is kept. ``config.out`` appears once all of it is on disk.
@@ -78,11 +96,20 @@ def prep(config: PrepConfig, report: Report = lambda line: None) -> Manifest | N
     Args:
         config: inputs, output, recipe and processes.
         report: called with one line of text every few seconds.
+        listing: the listed inputs, if they have been listed.
 
     Raises:
         DataError: inputs, tokenizer or output cannot be used; one line.
     """
-    sources = expand(config.inputs)
+    listing = find(config.inputs) if listing is None else listing
+    sources = listing.sources
+    for line in listing.lines():
+        report(line)
+    tokens = next((source for source in sources if holds_tokens(source)), None)
+    if tokens is not None and config.bpe_size is not None:
+        raise DataError(
+            f"tokenizer={config.tokenizer}: {tokens.path} holds token ids; give the tokenizer.json they were made with"
+        )
     place = destination(config.out, config.work)
     if place.exists():
         if not config.overwrite:
@@ -196,6 +223,7 @@ class _Prep:
                 self.work.part(part),
                 self.work.tokenizer,
                 tuple(sorted(control_ids(special))),
+                special.mask,
                 config.rows(special),
                 dtype,
                 config.fields,
@@ -274,13 +302,10 @@ class _Prep:
 
     def _summary(self, manifest: Manifest) -> None:
         rows = ", ".join(f"{name} {split.rows}" for name, split in manifest.splits.items())
-        left_out = [f"{count} documents too {why}" for why, count in manifest.skipped.items()]
-        if manifest.rejects:
-            left_out.append(f"{manifest.rejects} bad records, listed in {REJECTS}")
         if manifest.lost_characters:
             self.report(lost_line(manifest.lost_characters))
-        if left_out:
-            self.report(f"left out: {', '.join(left_out)}")
+        for line in summary_lines(manifest):
+            self.report(line)
         self.report(
             f"wrote {self.config.out}: rows of {manifest.length} tokens: {rows}; "
             f"validation unigram perplexity {manifest.validation_unigram_perplexity:.1f}"
@@ -343,6 +368,7 @@ class _Prep:
             began = total
             with self._local(part.source) as path:
                 for document in read_part(part, path, config.fields, self._rejects(part), lambda why: None):
+                    assert not isinstance(document, TokenDocument)  # prep() refuses them
                     total += len(document.text.encode())
                     progress.tick(total)
                     if in_validation(document.id, config.seed, config.validation_fraction):

@@ -105,7 +105,7 @@ class Split(Record):
     """One half of the data set. ``tokens`` = ``rows`` x length; ``dropped_tokens`` filled no row."""
 
     documents: Count
-    text_bytes: Count = Field(description="UTF-8 bytes of all its documents")
+    text_bytes: Count = Field(description="UTF-8 bytes of all its documents; those of token files count nothing")
     rows: Count
     tokens: Count
     dropped_tokens: Count
@@ -195,7 +195,12 @@ class Manifest(Record):
     recipe: Annotated[Recipe | IndexRecipe, Field(union_mode="left_to_right")]
     sources: list[SourceFile]
     rejects: Count = Field(default=0, description=f"records left out as unreadable, listed in {REJECTS}")
-    skipped: dict[str, Count] = Field(default={}, description="documents left out by length: short, long")
+    skipped: dict[str, Count] = Field(
+        default={},
+        description="documents left out: short, long, empty (no token); in tars member, unnamed, hidden",
+    )
+    nul_characters: Count = Field(default=0, description="U+0000 removed from texts; left out of the file if 0")
+    nul_documents: Count = Field(default=0, description="documents that they were in; left out of the file if 0")
     lost_characters: float | None = Field(
         default=None,
         gt=0,
@@ -251,6 +256,9 @@ def save_manifest(manifest: Manifest, folder: Path) -> None:
     for record, key in later:
         if record[key] is None:
             del record[key]
+    for key in ("nul_characters", "nul_documents"):
+        if not content[key]:
+            del content[key]
     text = json.dumps(content, indent=1)
     # A JSON string has no raw line end, so what indent=1 wrote between numbers is all that can change.
     text = re.sub(r"\[\s+\d+(,\s+\d+)*\s+\]", lambda found: " ".join(found[0].split()), text)

@@ -159,7 +159,9 @@ class RemoteListing(NamedTuple):
 
 
 def list_remote(url: str) -> RemoteListing:
-    """List the file at ``url``, or the files directly in that folder or matched by that glob, sorted by URL.
+    """List the file at ``url``, or the files in that folder or matched by that glob, sorted by URL.
+
+    Folders are listed in depth, but for those of web servers, whose pages link anywhere.
 
     Raises:
         DataError: nothing is there, access is denied, the store cannot be reached, or its package is missing.
@@ -222,7 +224,8 @@ def _list_remote(url: str) -> RemoteListing:
         info = files.info(path)
         if info["type"] != "directory" and not url.endswith("/"):
             return RemoteListing(_describe(files, info, url if "::" in url else files.unstrip_protocol(path)), [])
-        infos = files.ls(path, detail=True)
+        web = url.startswith(("http://", "https://"))
+        infos = files.ls(path, detail=True) if web else list(files.find(path, detail=True).values())
     if "::" in url:
         raise DataError(f"{url}: a chained address stands for one file; name the files one by one")
     inside = [_describe(files, info) for info in infos if info["type"] == "file" and not info["name"].endswith("/")]

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data_prep.format.remote import is_remote
 
-Compression = Literal["gz", "zst"]
+if TYPE_CHECKING:
+    import numpy as np
+
+Compression = Literal["gz", "zst", "bz2", "xz"]
+PACKED: dict[str, Compression] = {".gz": "gz", ".zst": "zst", ".zstd": "zst", ".bz2": "bz2", ".xz": "xz"}
+"""compression by the suffix of a file's name"""
 EXTRA = "pip install 'bd3-megatron[data]'"
 
 
@@ -18,7 +23,7 @@ class Fields(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text_field: str = Field(default="text", description="JSON field or Parquet column of the text")
+    text_field: str = Field(default="text", description="JSON field or column of the text; a.b is field b of a")
     id_field: str = Field(default="id", description="field or column of the document's id; may be absent")
     text_documents: Literal["line", "file"] = Field(
         default="line", description="unit of a .txt file that is one document"
@@ -50,6 +55,18 @@ class Document(NamedTuple):
     offset: int  # of the record, in the unit of the input kind
 
 
+class TokenDocument(NamedTuple):
+    """One document of token ids, which is not tokenized again."""
+
+    id: str
+    ids: np.ndarray  # [n], integers
+    source: str
+    offset: int
+
+
+AnyDocument = Document | TokenDocument
+
+
 @dataclass(frozen=True)
 class Source:
     """One file as it was listed."""
@@ -58,7 +75,7 @@ class Source:
     name: str  # base name
     kind: str  # name in INPUT_KINDS
     compression: Compression | None
-    bytes: int  # as stored
+    bytes: int  # as stored; those of a partner included
     stamp: str  # changes when the file does: mtime_ns of local files, an ETag or date of remote ones
 
     @property

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import hashlib
 import io
+import lzma
 import os
 import stat
 import sys
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
@@ -26,6 +29,8 @@ BUFFER = 1 << 20
 # of which zstandard has two copies in memory while it joins blocks.
 ZST_CHUNK = 1 << 10
 ZST_WINDOW = 1 << 31  # bytes; largest window of the format's long mode
+XZ_MEMORY = 1 << 31  # bytes; xz -9 takes 65 MiB to unpack
+PACKED_CHUNK = 64 << 10  # compressed bytes per call of bz2 and xz, whose output is bounded separately
 SKIP = 1 << 20
 WHOLE = sys.maxsize  # end of a read to the end of the stream
 
@@ -59,7 +64,7 @@ def check_size(source: Source, file: io.FileIO) -> None:
 
 
 @contextmanager
-def open_stream(source: Source, local: Path, begin: int = 0) -> Iterator[BinaryIO]:
+def open_stream(source: Source, local: Path, begin: int = 0) -> Iterator[io.BufferedReader[Any]]:
     """The uncompressed bytes of ``source`` from byte ``begin`` of the file (0 if compressed), read forwards.
 
     Raises:
@@ -69,25 +74,53 @@ def open_stream(source: Source, local: Path, begin: int = 0) -> Iterator[BinaryI
     with open_checked(source, local) as file:
         if source.compression and not source.bytes:
             raise DataError(f"{source.path}: 0 bytes, so the {source.compression} file is cut; fetch it again")
-        if source.compression == "gz":
-            unpacked: _Readable = gzip.GzipFile(fileobj=io.BufferedReader(file, BUFFER))
-        elif source.compression == "zst":
-            unpacked = _ZstReader(source, file)
-        else:
+        if source.compression is None:
             file.seek(begin)
-            unpacked = file
+        unpacked = file if source.compression is None else unpack(source, io.BufferedReader(file, BUFFER))
         with io.BufferedReader(_Checked(source, file, unpacked), BUFFER) as stream:
             yield stream
 
 
-class _Readable(Protocol):
-    def readinto(self, buffer: WriteableBuffer, /) -> int | None: ...
+class Unpacked(Protocol):
+    """A stream of uncompressed bytes, read forwards."""
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int | None:
+        """Fill ``buffer`` from its start; returns the number of bytes, 0 at the end."""
+
+
+def unpack(source: Source, packed: io.BufferedReader) -> Unpacked:
+    """Decompress ``packed``, the stored bytes of a compressed source: all streams or frames, one after another.
+
+    Reading raises EOFError for a stream that is cut, and the library's error for a damaged one.
+
+    Raises:
+        DataError: zstandard is missing.
+    """
+    if source.compression == "gz":
+        return gzip.GzipFile(fileobj=packed)
+    if source.compression == "zst":
+        return _ZstReader(source, packed)
+    if source.compression == "bz2":
+        return _StreamsReader(packed, bz2.BZ2Decompressor)
+    return _StreamsReader(packed, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, XZ_MEMORY), padding=b"\0")
+
+
+def read_head(source: Source, local: Path, count: int) -> bytes:
+    """The first ``count`` uncompressed bytes; fewer of a file that ends, is damaged or cannot be opened.
+
+    It raises nothing: reading the documents raises what is wrong with the file.
+    """
+    head = b""
+    with suppress(DataError), open_stream(source, local) as stream:
+        while len(head) < count and (chunk := stream.read1(count - len(head))):
+            head += chunk
+    return head
 
 
 class _Checked(io.RawIOBase):
     """Raises DataError for every failure of ``unpacked``, and checks the size again at the end."""
 
-    def __init__(self, source: Source, file: io.FileIO, unpacked: _Readable):
+    def __init__(self, source: Source, file: io.FileIO, unpacked: Unpacked):
         self._source, self._file, self._unpacked, self._done = source, file, unpacked, 0
 
     def readable(self) -> bool:
@@ -102,7 +135,7 @@ class _Checked(io.RawIOBase):
                 f"{self._source.path}: the {self._source.compression} stream ends early, "
                 f"after {self._done} unpacked bytes; fetch the file again"
             ) from None
-        except (gzip.BadGzipFile, zlib.error, _CorruptZst) as error:
+        except (gzip.BadGzipFile, zlib.error, lzma.LZMAError, _CorruptStream) as error:
             reason = " ".join(str(error).split())
             raise DataError(
                 f"{self._source.path}: corrupt {self._source.compression} after {self._done} unpacked bytes "
@@ -116,19 +149,79 @@ class _Checked(io.RawIOBase):
         return count
 
 
-class _CorruptZst(Exception):
-    """zstandard's error for damaged data."""
+class _CorruptStream(Exception):
+    """Error of zstandard or bz2 for damaged data."""
+
+
+class _StreamDecompressor(Protocol):
+    """Decompressor of one stream, of :mod:`bz2` or :mod:`lzma`."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def needs_input(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
+
+    def decompress(self, data: bytes, /, max_length: int = -1) -> bytes: ...
+
+
+class _StreamsReader(io.RawIOBase):
+    """Reader of consecutive bz2 or xz streams. The library's own files ignore whatever follows the first stream and
+    does not begin another one, which may be a damaged stream.
+
+    Args:
+        make: makes the decompressor of the next stream.
+        padding: bytes that may lie between streams.
+    """
+
+    def __init__(self, packed: io.BufferedReader, make: Callable[[], _StreamDecompressor], padding: bytes = b""):
+        self._file, self._make, self._padding = packed, make, padding
+        self._stream = make()
+        self._packed = b""  # read and not yet decompressed
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        target = memoryview(buffer).cast("B")
+        while True:
+            if self._stream.eof and not self._next():
+                return 0
+            if self._stream.needs_input and not self._packed:
+                self._packed = self._file.read(PACKED_CHUNK)
+                if not self._packed:
+                    raise EOFError
+            try:
+                text = self._stream.decompress(self._packed, len(target))
+            except (OSError, ValueError) as error:  # of bz2
+                raise _CorruptStream(str(error)) from None
+            self._packed = b""
+            if text:
+                target[: len(text)] = text
+                return len(text)
+
+    def _next(self) -> bool:
+        """Begin the next stream; False at the end of the file."""
+        rest = self._stream.unused_data
+        while not (rest := rest.lstrip(self._padding) if self._padding else rest):
+            if not (rest := self._file.read(PACKED_CHUNK)):
+                return False
+        self._stream, self._packed = self._make(), rest
+        return True
 
 
 class _ZstReader(io.RawIOBase):
     """Reader of consecutive zstd frames. zstandard's own reader ends at a truncated frame without an error."""
 
-    def __init__(self, source: Source, file: io.FileIO):
+    def __init__(self, source: Source, packed: io.BufferedReader):
         try:
             import zstandard
         except ImportError:
             raise DataError(f"{source.path}: zstandard is needed for .zst and is not installed; {EXTRA}") from None
-        self._file = io.BufferedReader(file, BUFFER)
+        self._file = packed
         self._error = zstandard.ZstdError
         self._frames = zstandard.ZstdDecompressor(max_window_size=ZST_WINDOW)
         self._frame: ZstdDecompressionObj | None = None  # being decompressed
@@ -157,7 +250,7 @@ class _ZstReader(io.RawIOBase):
         try:
             self._text = memoryview(frame.decompress(self._packed))
         except self._error as error:
-            raise _CorruptZst(str(error)) from None
+            raise _CorruptStream(str(error)) from None
         if frame.eof:
             self._packed, self._frame = frame.unused_data, None
         else:
@@ -198,10 +291,17 @@ def _skip_line(stream: BinaryIO, enough: int) -> int:
     return skipped
 
 
-def sha256_source(source: Source, local: Path) -> str:
-    """sha256 of the stored bytes; raises DataError if they cannot be read."""
+def sha256_files(source: Source, paths: Sequence[Path]) -> str:
+    """sha256 of the stored bytes of the files, one after another; raises DataError if they cannot be read."""
     try:
-        return sha256_file(local)
+        if len(paths) == 1:
+            return sha256_file(paths[0])
+        digest = hashlib.sha256()
+        for path in paths:
+            with path.open("rb") as file:
+                while chunk := file.read(BUFFER):
+                    digest.update(chunk)
+        return digest.hexdigest()
     except OSError as error:
         raise DataError(_unreadable(source, error)) from None
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
+from typing import Any
 
 from pydantic import Field
 
-from bd3_common.text import printable, show
+from bd3_common.text import json_line, printable, show
 from data_prep.build.index import index_folder
+from data_prep.build.outcome import totals
 from data_prep.build.plan import PrepConfig
 from data_prep.build.prep import prep
 from data_prep.build.token_tar import IndexConfig
 from data_prep.format.manifest import Manifest
 from data_prep.repack.repack import RepackConfig, repack
+from data_prep.sources import Listing, find
 from pretrain.config.command_line import Positional, parse_options
 
 
@@ -26,6 +30,7 @@ class PrepOptions(PrepConfig):
         "instead of preparing text; bd3 prep --index DIR --help lists its options",
     )
     dry_run: bool = Field(default=False, description="estimate tokens, shards, disk and time; write nothing")
+    json_: bool = Field(default=False, description="print one line of JSON")
 
 
 class IndexOptions(IndexConfig):
@@ -53,16 +58,38 @@ def main(args: list[str]) -> None:
         _index(args)
         return
     options = parse_options(PrepOptions, args, "bd3 prep")
-    config = PrepConfig(**options.model_dump(exclude={"dry_run", "index"}))
+    config = PrepConfig(**options.model_dump(exclude={"dry_run", "index", "json_"}))
     if options.dry_run:
         from data_prep.build.estimate import estimate
 
         show("\n".join(map(printable, estimate(config).lines())))
         return
-    manifest = prep(config, lambda line: show(line, sys.stderr))
+    listing = find(config.inputs)
+    manifest = prep(config, lambda line: show(line, sys.stderr), listing)
     if manifest is None:
         return
-    _print(config.out, manifest)
+    if options.json_:
+        print(json_line(as_json(config.out, manifest, listing)))
+    else:
+        _print(config.out, manifest)
+
+
+def as_json(folder: str, manifest: Manifest, listing: Listing) -> dict[str, Any]:
+    """Results for ``--json``: of the documents, ``read + left_out + rejected = all``."""
+    return {
+        "folder": folder,
+        "length": manifest.length,
+        "vocab_size": manifest.vocab_size,
+        "files": len(listing.sources),
+        "passed_over": [asdict(known) for known in listing.passed_over],
+        "documents": totals(manifest),
+        "left_out": manifest.skipped,
+        "nul": {"characters": manifest.nul_characters, "documents": manifest.nul_documents},
+        "splits": {
+            name: {"documents": split.documents, "rows": split.rows, "tokens": split.tokens}
+            for name, split in manifest.splits.items()
+        },
+    }
 
 
 def _index(args: list[str]) -> None:

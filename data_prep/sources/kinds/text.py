@@ -9,7 +9,7 @@ from data_prep.sources import records
 from data_prep.sources.inputs import Document, Part, Source
 from data_prep.sources.kinds import InputKind
 from data_prep.sources.lines import line_parts, part_lines
-from data_prep.sources.records import BOM, BadRecord, Intake, decode, too_big
+from data_prep.sources.records import BOM, BadRecord, Intake, decode, decode_file, too_big
 from data_prep.sources.streams import open_stream
 
 
@@ -51,7 +51,7 @@ def _whole_file(part: Part, local: Path, intake: Intake) -> Iterator[Document]:
         if size > records.MAX_DOCUMENT:
             reason = too_big(records.MAX_DOCUMENT, "file", at_least=True)
             raise BadRecord(f"{reason}, or use --text-documents line")
-        document = intake.document(0, "", decode(data[bom:], bom))
+        document = intake.document(0, "", decode_file(data, 0))
     except BadRecord as problem:
         intake.reject(0, str(problem))
     else:
