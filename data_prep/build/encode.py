@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from pydantic import Field
@@ -30,8 +31,7 @@ BATCH_BYTES = 256 << 10  # text tokenized at once
 SAMPLED, SAMPLED_CHARACTERS = 128, 2000  # documents, and the beginning of each, in which lost characters are counted
 _SAMPLE_SEED = 2  # neither that of the split nor of the tokenizer's training sample
 RESULT = "done.json"
-
-Ids = array[int] | np.ndarray
+Ids: TypeAlias = "array[int] | np.ndarray"
 
 
 class Reject(Record):
