@@ -21,7 +21,9 @@ from pretrain.config.command_line import Positional, parse_options
 
 
 class PrepOptions(PrepConfig):
-    """Tokenize text, cut it into rows and write them as WebDataset shards."""
+    """Tokenize text, cut it into rows and write them as WebDataset shards.
+
+    bd3 prep repack DATA --out OUT writes a finished data set anew in rows of another length; it has its own --help."""
 
     inputs: Positional[tuple[str, ...]] = Field(min_length=1, description=PrepConfig.model_fields["inputs"].description)
     index: str | None = Field(
