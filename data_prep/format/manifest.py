@@ -158,8 +158,8 @@ class Recipe(Record):
     max_chars: int | None
     split_seed: int
     validation_fraction: float
-    rows_per_member: int
-    rows_per_shard: int
+    rows_per_member: int = Field(ge=1)
+    rows_per_shard: int = Field(ge=1)
     mask: str | None = None
     pad: str | None = None
 

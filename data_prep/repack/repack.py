@@ -16,6 +16,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from bd3_common.atomic import atomic_file
+from bd3_common.text import printable
 from data_prep.build import pool
 from data_prep.build.assemble import Segment, Stream, build_shards, shard_jobs
 from data_prep.build.destination import Destination, destination
@@ -42,6 +43,7 @@ from data_prep.format.manifest import (
     Split,
     SplitName,
     Tail,
+    check_files,
     load_manifest,
     parse_manifest,
     save_manifest,
@@ -49,6 +51,7 @@ from data_prep.format.manifest import (
 )
 from data_prep.format.pack import Packing, RowFormat
 from data_prep.format.remote import fetch, is_remote, read_remote
+from data_prep.format.tokenizer import token_dtype
 from data_prep.repack.rejoin import EMPTY, RejoinJob, begins_document, opens_document, rejoin
 from data_prep.sources import Part, Source
 
@@ -150,13 +153,17 @@ class Original:
             self.manifest = load_manifest(data)
             content = (Path(data) / MANIFEST).read_bytes()
             name = Path(data).absolute().name
-        self.parent = Parent(name=name, manifest_sha256=hashlib.sha256(content).hexdigest())
+        self.parent = Parent(name=printable(name), manifest_sha256=hashlib.sha256(content).hexdigest())
         if self.manifest.version == INDEX_VERSION:
             raise DataError(
                 f"{data}: an index of token tars; index them again with another --length (bd3 prep --index)"
             )
         if missing := set(SPLITS) - set(self.manifest.splits):
             raise DataError(f"{data}: its manifest has no {min(missing)} split; {MEND}")
+        if token_dtype(self.manifest.vocab_size).str != self.manifest.dtype:
+            raise DataError(f"{data}: dtype={self.manifest.dtype}: not that of its vocab_size; {MEND}")
+        if not self.remote:
+            check_files(Path(data), self.manifest)
 
     def rows(self, recipe: Recipe) -> RowFormat:
         """Packing by a recipe, with the ids of this data set."""

@@ -202,6 +202,9 @@ def test_damaged_and_lying_data_sets(texts, tmp_path):
         with pytest.raises(DataError, match=message):
             repack(config)
     edited = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(edited | {"dtype": "<u4"}))
+    with pytest.raises(DataError, match="dtype=<u4: not that of its vocab_size"):
+        repack(config)
     edited["splits"]["train"]["shards"][1]["members"][0] = [tokens, docs, 1 << 50, starts]
     (data / "manifest.json").write_text(json.dumps(edited))
     with pytest.raises(DataError, match="its rows lie outside it in the manifest"):
