@@ -26,6 +26,7 @@ def export(
     tokenizer_file: str | Path | None,
     out: str | Path,
     format_name: str = DEFAULT,
+    run: str | None = None,
 ) -> None:
     """Write a checkpoint folder, all of it or nothing.
 
@@ -33,6 +34,7 @@ def export(
         weights: whole tensors by Megatron's names, vocabulary unpadded; stored in the type they have.
         tokenizer_file: a ``tokenizer.json``; None exports no tokenizer.
         out: a folder that does not exist or is empty.
+        run: id of the run that the weights are of.
 
     Raises:
         ConfigError: ``out`` is not empty or cannot be written, the format can only be read, the weights are not of the
@@ -48,7 +50,7 @@ def export(
     tokenizer = None if tokenizer_file is None else Path(tokenizer_file)
     try:
         with atomic_folder(out.absolute()) as folder:
-            written().write(folder, Contents(model, diffusion, weights, tokens, tokenizer))
+            written().write(folder, Contents(model, diffusion, weights, tokens, tokenizer, run))
             for file in folder.iterdir():  # safetensors leaves what only the owner can read
                 file.chmod(0o644)
             folder.chmod(0o755)

@@ -150,6 +150,10 @@ class Meta(schema.Record):
     omega: float = 0.0
     data: str = ""
     imported_from: str = ""
+    run: str = ""
+    settings: dict[str, Any] = Field(default={})
+    records: schema.Count = 0
+    record_bytes: schema.Count = 0
 
 
 class _Listing(schema.Record):

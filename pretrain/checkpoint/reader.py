@@ -31,21 +31,24 @@ from pretrain.checkpoint.folder import (
     step_of,
 )
 from pretrain.checkpoint.index import DTYPES
+from pretrain.checkpoint.owner import identity_of
 from pretrain.checkpoint.stored import StoredTensors
 from pretrain.distributed.collectives import gather_from_ranks, on_rank_0, raise_on_all_ranks
+from pretrain.run_folder.identity import Identity
 from pretrain.run_folder.layout import CHECKPOINTS
 
 _LOG = logging.getLogger(__name__)
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files match its list; None if there is none.
+    """The newest checkpoint of the folder's run whose files match its list; None if there is none.
 
-    A warning names each newer one that does not.
+    A warning names each newer one that does not, or is of another run.
     """
     damaged: list[str] = []
+    identity = identity_of(run)
     for path in reversed(folders(run)):
-        found = _examine(path)
+        found = _examine(path, identity)
         if isinstance(found, Checkpoint):
             for line in damaged:
                 _LOG.warning("%s", line)
@@ -64,8 +67,9 @@ def newest_on_all_ranks(
     Args:
         usable: returns False, from step and meta, for a checkpoint to skip without a warning.
     """
+    identity = Identity(**on_rank_0(lambda: identity_of(run).model_dump()))
     for path in reversed(on_rank_0(lambda: folders(run))):
-        found = on_rank_0(partial(read_listing, path))
+        found = on_rank_0(partial(_list, path, identity))
         if isinstance(found, dict) and not usable(found["step"], found["meta"]):
             continue
         if isinstance(found, dict):
@@ -84,7 +88,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
     """The checkpoint of ``step``, or the newest complete one.
 
     Raises:
-        ConfigError: there is none, or it is damaged.
+        ConfigError: there is none, it is damaged, or it is of another run than the folder's.
     """
     if not (run / CHECKPOINTS).is_dir():
         raise ConfigError(f"{run}: has no checkpoints; give the folder of a run that bd3 pretrain wrote")
@@ -97,7 +101,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
     if not path.is_dir():
         there = ", ".join(str(step_of(p)) for p in folders(run)) or "none"
         raise ConfigError(f"step {step}: no checkpoint {path}; there are: {there}")
-    found = _examine(path)
+    found = _examine(path, identity_of(run))
     if not isinstance(found, Checkpoint):
         raise ConfigError(f"{path}: {found}; use another step")
     return found
@@ -158,9 +162,15 @@ def _check(stored: StoredTensors, state: Mapping[str, ShardedTensor]) -> None:
             )
 
 
-def _examine(path: Path) -> Checkpoint | str:
-    """The checkpoint in a folder, or the problem with it."""
+def _list(path: Path, identity: Identity) -> dict[str, Any] | str:
+    """:func:`read_listing` of a checkpoint of this run, or the problem with it."""
     found = read_listing(path)
+    return found if isinstance(found, str) else identity.refusal(found["step"], found["meta"]) or found
+
+
+def _examine(path: Path, identity: Identity) -> Checkpoint | str:
+    """The checkpoint of this run in a folder, or the problem with it."""
+    found = _list(path, identity)
     if isinstance(found, str):
         return found
     return problem(path, found["files"]) or checkpoint_of(path, found)

@@ -62,6 +62,8 @@ class CheckpointWriter:
         keep, keep_every: retention, see :func:`pretrain.checkpoint.folder.retire`.
         asynchronous: if False, :meth:`save` returns when the checkpoint is complete.
         report: called with every complete checkpoint, on every rank, in the caller's thread.
+        check: called on rank 0 before anything in the run folder is made, published or removed; raises if it is no
+            longer the folder of this run.
     """
 
     def __init__(
@@ -72,8 +74,9 @@ class CheckpointWriter:
         keep_every: int = 0,
         asynchronous: bool = True,
         report: Callable[[Written], None] = lambda _: None,
+        check: Callable[[], None] = lambda: None,
     ):
-        self.run, self.engine, self.report = run, engine, report
+        self.run, self.engine, self.report, self.check = run, engine, report, check
         self.keep, self.keep_every, self.asynchronous = keep, keep_every, asynchronous
         self._group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         self._name = on_rank_0(lambda: os.urandom(3).hex(), self._group)
@@ -202,6 +205,15 @@ class _Write:
         if self._writer.engine.world.device.type == "cuda":
             torch.cuda.set_device(self._writer.engine.world.device)  # a new thread uses device 0
 
+    def _in_run_folder(self, action: Callable[[], None]) -> None:
+        """Call ``action`` on rank 0 if the folder is still that of the run; an error is raised on all ranks."""
+
+        def checked() -> None:
+            self._writer.check()
+            action()
+
+        on_rank_0(checked, self._writer._group)
+
     def _save(self) -> int:
         writer, group = self._writer, self._writer._group
         final = folder.folder_of(writer.run, self.step)
@@ -209,15 +221,16 @@ class _Write:
         rank = writer.engine.world.rank
         try:
             raise_on_all_ranks(self._use_device, group)
-            on_rank_0(lambda: folder.start(partial), group)
+            self._in_run_folder(lambda: folder.start(partial))
             parts = gather_from_ranks(lambda: _write_chunks(self._staged, partial, final, rank), group)
             stamps = on_rank_0(lambda: _write_index(parts, partial, final), group)
-            on_rank_0(lambda: folder.publish(partial, final, self._meta, stamps), group)
+            self._in_run_folder(lambda: folder.publish(partial, final, self._meta, stamps))
         except BaseException:
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
+                writer.check()  # a folder that is gone explains an error of a file in it
             raise
-        on_rank_0(lambda: folder.retire(writer.run, self.step, writer.keep, writer.keep_every), group)
+        self._in_run_folder(lambda: folder.retire(writer.run, self.step, writer.keep, writer.keep_every))
         return sum(stamp["bytes"] for stamp in stamps.values())
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -73,13 +75,15 @@ def export_run(args: list[str]) -> None:
 
     from bd3_megatron.hf.convert import export, read_checkpoint
     from pretrain.checkpoint.loaded_run import load_chosen
+    from pretrain.run_folder.identity import META_KEY
 
     out, tokenizer = Path(options.out), Path(options.run) / layout.TOKENIZER
     loaded = load_chosen(options)
     model, diffusion = loaded.config.model, loaded.config.diffusion
     tokens = TokenIds(model.bos_id, model.eos_id, model.mask_id, model.pad_id)
     tokenizer_file = tokenizer if tokenizer.is_file() else None
-    export(loaded.weights, model, diffusion, tokens, tokenizer_file, out, options.format)
+    run_id = loaded.checkpoint.meta.get(META_KEY)
+    export(loaded.weights, model, diffusion, tokens, tokenizer_file, out, options.format, run_id)
     if FORMATS.load(options.format).exact:
         _, _, back = read_checkpoint(out, options.format, tokens)
         if any(not torch.equal(tensor, back[name]) for name, tensor in loaded.weights.items()):
@@ -102,6 +106,7 @@ def import_run(args: list[str]) -> None:
     from pretrain.checkpoint.writer import save_checkpoint
     from pretrain.config.resolve import save_config
     from pretrain.config.schema import RunConfig, TrainConfig
+    from pretrain.run_folder.identity import META_KEY, Identity, write_identity
 
     beside = source / layout.TOKENIZER
     tokenizer = Path(options.tokenizer) if options.tokenizer else beside if beside.is_file() else None
@@ -112,7 +117,10 @@ def import_run(args: list[str]) -> None:
         engine = MegatronEngine(config.engine(), world)
         engine.set_weights(weights)
         with atomic_folder(run.absolute()) as folder:
-            save_checkpoint(folder, engine, 0, {"tokens": 0, "imported_from": source.name}, keep=1)
+            identity = Identity(parents=[_parent(source)])
+            write_identity(folder, identity)
+            meta = {META_KEY: identity.id, "tokens": 0, "imported_from": source.name}
+            save_checkpoint(folder, engine, 0, meta, keep=1)
             if tokenizer is not None:
                 (folder / layout.TOKENIZER).write_bytes(read_tokenizer(tokenizer, ConfigError).data)
             save_config(config, folder / layout.CONFIG)
@@ -149,6 +157,20 @@ def upgrade_run(args: list[str]) -> None:
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if damaged[1:] else ""
         raise ConfigError(f"{damaged[0]}{more}; a damaged checkpoint stays as it is: remove it")
+
+
+def _parent(source: Path) -> str:
+    """The run that an export names, or the digest of the files of weights, of other programs' folders."""
+    from bd3_megatron.hf.files import open_source
+    from bd3_megatron.hf.formats.bd3 import RUN
+    from data_prep.format.files import sha256_file
+
+    found = open_source(source).config.get(RUN)
+    if isinstance(found, str) and re.fullmatch(r"[0-9a-f]{32}", found):
+        return f"run:{found}"
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    digests = [sha256_file(path) for path in files]
+    return f"sha256:{digests[0] if len(digests) == 1 else hashlib.sha256(' '.join(digests).encode()).hexdigest()}"
 
 
 def _read_source(source: Path, tokenizer_file: Path | None, options: ImportOptions) -> tuple[str, Loaded]:

@@ -121,6 +121,29 @@ class TrainConfig(OptimizationConfig):
         return self
 
 
+RESUMABLE = ("train.lr", "train.min_lr", "train.decay", "train.warmup_steps", "train.steps")
+"""keys that decide weights and may yet change when a run resumes, if ``resume.allow`` names them"""
+
+
+class ResumeConfig(Section):
+    """Going on with a run in its folder. All that decides its weights must be as it was, but for what is named here."""
+
+    allow: tuple[str, ...] = Field(
+        default=(),
+        description=f"keys that may differ from the run in the folder: any of {' '.join(RESUMABLE)}; "
+        "train.steps may always if the learning rate does not decay",
+    )
+
+    @field_validator("allow")
+    @classmethod
+    def _known(cls, allow: tuple[str, ...]) -> tuple[str, ...]:
+        named = tuple(name.removeprefix("--").replace("-", "_") for name in allow)
+        for name, key in zip(allow, named):
+            if key not in RESUMABLE:
+                raise ValueError(f"resume.allow={name}: may not change in a run; use any of {', '.join(RESUMABLE)}")
+        return named
+
+
 class EvalConfig(Section):
     """Evaluation of the NELBO on the validation split, on the full interval of noise levels."""
 
@@ -258,6 +281,7 @@ class RunConfig(Section):
     zero: ZeroConfig = ZeroConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    resume: ResumeConfig = ResumeConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()

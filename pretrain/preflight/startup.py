@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bd3_common import logs
-from bd3_common.errors import user_line
+from bd3_common.errors import ConfigError, user_line
 from bd3_megatron import parallel
 from bd3_megatron.parallel import World
 from pretrain.config.schema import RunConfig
@@ -20,6 +20,7 @@ from pretrain.distributed.ranks import Ranks
 from pretrain.distributed.rendezvous import Meeting, rendezvous
 from pretrain.resilience.watchdog import Watchdog
 from pretrain.run_folder import events, layout
+from pretrain.run_folder.identity import check_folder
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,29 +31,40 @@ class Job:
     Attributes:
         world: the process groups.
         watchdog: finds ranks that hang.
-        owns_run_folder: this job may write into the run folder; a refused job has not touched it.
     """
 
     world: World
     watchdog: Watchdog
 
     def __init__(self, ranks: Ranks, run: Path):
-        self.ranks, self.run, self.owns_run_folder = ranks, run, False
+        self.ranks, self.run = ranks, run
         self._lock: int | None = None
+        self._run_id: str | None = None
 
     @property
     def phase(self) -> str:
         """Place in the run, as in ``in step 12``."""
         return self.watchdog.phase if hasattr(self, "watchdog") else "at the start"
 
-    def take_run_folder(self, prepare: Callable[[], int]) -> None:
+    @property
+    def owns_run_folder(self) -> bool:
+        """True if this job may write into the run folder: it was not refused, and the folder is still its run's."""
+        try:
+            if self._run_id is not None:
+                check_folder(self.run, self._run_id)
+        except (ConfigError, OSError):
+            return False
+        return self._run_id is not None
+
+    def take_run_folder(self, prepare: Callable[[], int], run_id: str) -> None:
         """Lock the run folder for this job.
 
         Args:
             prepare: locks the folder, on rank 0, and returns the lock's descriptor.
+            run_id: id that the folder has then.
         """
         self._lock = on_rank_0(prepare)
-        self.owns_run_folder = True
+        self._run_id = run_id
 
     def log_to_run_folder(self) -> None:
         """Write this rank's messages into the run folder, earlier ones included."""

@@ -19,8 +19,9 @@ from pydantic import Field
 
 from bd3_common import schema
 from bd3_common.atomic import write_text
-from bd3_common.errors import UserError
+from bd3_common.errors import ConfigError, UserError
 from bd3_common.schema import Count, Record
+from pretrain.run_folder.identity import Identity, read_identity
 from pretrain.run_folder.layout import HEARTBEAT
 
 _LONGEST = 15.0  # seconds between beats
@@ -92,11 +93,13 @@ class HeartbeatWriter:
         self._run, self._timeout, self._state, self._stalled = run, timeout, state, stalled
         self._name = f"{time.time():.3f} {os.getpid()}"
         self._interval = min(_LONGEST, timeout / 10)
+        self._identity: Identity | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Start the thread."""
+        """Start the thread. It writes as long as the folder is that of the same run."""
+        self._identity = self._read_identity()
         self._thread.start()
 
     def stop(self) -> None:
@@ -120,8 +123,14 @@ class HeartbeatWriter:
             self._write(Heartbeat(self._name, number, progress, phase, may_take_long, leaving, self._timeout))
 
     def _write(self, beat: Heartbeat) -> None:
-        with contextlib.suppress(OSError):  # nothing depends on it, and it is soon written again
-            write_text(self._run / HEARTBEAT, beat.encode(), durable=False)
+        if self._read_identity() == self._identity:
+            with contextlib.suppress(OSError):  # nothing depends on it, and it is soon written again
+                write_text(self._run / HEARTBEAT, beat.encode(), durable=False)
+
+    def _read_identity(self) -> Identity | None:
+        with contextlib.suppress(ConfigError, OSError):
+            return read_identity(self._run)
+        return None
 
 
 def read(run: Path) -> Heartbeat | None:

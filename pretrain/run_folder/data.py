@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+from typing import Any
 
 from bd3_common.errors import ConfigError
 from bd3_megatron import parallel
 from bd3_megatron.config import ModelConfig
-from data_prep.format.manifest import Manifest, SplitName
+from data_prep.format.manifest import IndexedSplit, Manifest, Split, SplitName
 from data_prep.format.remote import is_remote
 from data_prep.read.cache import ShardCache, default_folder
 from data_prep.read.reader import RowReader
@@ -71,7 +73,37 @@ def check_documents(stream: RowStream, option: str) -> None:
 
 
 def data_identity(*manifests: Manifest) -> str:
-    """Digest of the rows and the tokenizer of all data sets of a mix; it does not depend on their paths."""
+    """Digest of what decides the rows of all data sets of a mix, in order; it does not depend on their paths.
+
+    It covers the tokenizer, vocabulary, special ids, length and type, and of every shard its name, content, rows and
+    the places of the rows in it. ``2:`` in front tells it from digests of version 1 (:func:`same_data`).
+    """
+    parts = [
+        {
+            "tokenizer": manifest.tokenizer_sha256,
+            "ids": [manifest.vocab_size, manifest.mask_id, manifest.bos_id, manifest.eos_id],
+            "rows": [manifest.length, manifest.dtype],
+            "splits": {name: _split_identity(split) for name, split in sorted(manifest.splits.items())},
+        }
+        for manifest in manifests
+    ]
+    return "2:" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _split_identity(split: Split) -> list[Any]:
+    index = split.index_sha256 if isinstance(split, IndexedSplit) else None
+    return [index, *(shard.model_dump(mode="json") for shard in split.shards)]
+
+
+def same_data(recorded: str, *manifests: Manifest) -> bool:
+    """True if a checkpoint that recorded this identity was trained on these data sets.
+
+    Checkpoints of earlier versions recorded a digest of the tokenizer and the shards' content alone.
+    """
+    return recorded == (data_identity(*manifests) if recorded.startswith("2:") else _identity_1(*manifests))
+
+
+def _identity_1(*manifests: Manifest) -> str:
     digest = hashlib.sha256(manifests[0].tokenizer_sha256.encode())
     for number, manifest in enumerate(manifests):
         if number:

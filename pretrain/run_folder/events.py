@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
+import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -18,13 +18,15 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from bd3_common import schema
-from bd3_common.atomic import open_append, write_all
 from bd3_common.errors import ConfigError, UserError
+from bd3_common.lines import append_line, cut_torn_line, locked_lines
 from bd3_common.schema import Count, Record
 from bd3_common.text import redacted
 from data_prep.errors import DataError
 from pretrain.distributed.ranks import Ranks
 from pretrain.run_folder.layout import EVENTS
+
+_LOG = logging.getLogger(__name__)
 
 # File errors that last until a person acts; others, such as EIO and ESTALE, may be gone at the next start.
 _LASTING = {
@@ -71,7 +73,7 @@ class Event(Record):
 
 
 def record(run: Path, event: str, **fields: Any) -> None:
-    """Append an event in one write, so that several processes may append at the same time.
+    """Append an event; several processes may append at the same time.
 
     Passwords of URLs in its texts are written as ``***``.
 
@@ -80,11 +82,21 @@ def record(run: Path, event: str, **fields: Any) -> None:
     """
     fields = {name: redacted(value) if isinstance(value, str) else value for name, value in fields.items()}
     line = json.dumps({"time": round(time.time(), 3), "event": event} | fields) + "\n"
-    file = open_append(run / EVENTS)
-    try:
-        write_all(file, line.encode())
-    finally:
-        os.close(file)
+    with locked_lines(run / EVENTS) as file:
+        cut_torn_line(file)  # of a killed process: this line would be lost with it
+        append_line(file, line.encode())
+
+
+def mend(run: Path) -> None:
+    """Cut a torn last line off the event log, and log that.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if (run / EVENTS).is_file():
+        with locked_lines(run / EVENTS) as file:
+            if torn := cut_torn_line(file):
+                _LOG.warning(f"{run / EVENTS}: the last line was torn; its {torn} bytes are cut off")
 
 
 @contextlib.contextmanager

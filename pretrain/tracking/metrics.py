@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import numbers
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from bd3_common.errors import ConfigError, UserError
 from bd3_common.schema import Count, Record
 from pretrain.run_folder.layout import METRICS
 from pretrain.tracking.sinks import METRIC_SINKS, MetricSink
+
+_LOG = logging.getLogger(__name__)
 
 MAX_RECORDS = 4 << 30
 """bytes of a record of metrics: a run of millions of steps has some hundred MB"""
@@ -37,6 +40,7 @@ class MetricsWriter:
         resume_step: step of the checkpoint the run continues from; 0 for a new run.
         sinks: names of :data:`METRIC_SINKS` besides ``jsonl``, which is always written.
         config: the resolved configuration as nested plain values, for sinks that show it.
+        expected: :meth:`position` when the checkpoint was written; a warning names records that are gone since.
 
     Raises:
         ConfigError: a sink cannot be opened, or a line of the run's record is damaged.
@@ -44,11 +48,17 @@ class MetricsWriter:
     """
 
     def __init__(
-        self, run_dir: Path, resume_step: int = 0, sinks: Iterable[str] = (), config: Mapping[str, Any] | None = None
+        self,
+        run_dir: Path,
+        resume_step: int = 0,
+        sinks: Iterable[str] = (),
+        config: Mapping[str, Any] | None = None,
+        expected: Mapping[str, Any] | None = None,
     ) -> None:
         from pretrain.tracking.sinks.jsonl import Jsonl
 
         self._record_file = Jsonl(run_dir, resume_step)
+        _warn_of_missing(run_dir / METRICS, resume_step, expected or {}, self.position())
         self._sinks: list[MetricSink] = [self._record_file]
         try:
             for name in dict.fromkeys(sinks):
@@ -61,6 +71,11 @@ class MetricsWriter:
     def has(self, split: str, step: int) -> bool:
         """True if the run had a record of this split and step when it was opened."""
         return self._record_file.has(split, step)
+
+    def position(self) -> dict[str, int]:
+        """Number of records in the run's record, and their bytes: a checkpoint says which of them belong to it."""
+        file = self._record_file.metrics
+        return {"records": file.count, "record_bytes": file.bytes}
 
     def train(self, step: int, fields: Mapping[str, Any]) -> None:
         """Record an optimizer step: loss, grad_norm, lr, tokens, ... (numbers only)."""
@@ -78,10 +93,15 @@ class MetricsWriter:
         """Record the cost of a checkpoint by the clock: stall_seconds, write_seconds, bytes."""
         self._record("checkpoint", step, fields)
 
-    def sync(self) -> None:
-        """Have the system write the records to the disk: those that lead to a checkpoint must not be lost before it."""
+    def sync(self) -> dict[str, int]:
+        """Have the system write the records to the disk: those that lead to a checkpoint must not be lost before it.
+
+        Returns:
+            :meth:`position`.
+        """
         for sink in self._sinks:
             sink.sync()
+        return self.position()
 
     def close(self) -> None:
         """Close the sinks."""
@@ -98,6 +118,18 @@ class MetricsWriter:
         values = {name: plain(value) for name, value in fields.items()}
         for sink in self._sinks:
             sink.record(split, step, values)
+
+
+def _warn_of_missing(path: Path, step: int, expected: Mapping[str, Any], found: Mapping[str, int]) -> None:
+    """Name the records up to a checkpoint's step that the file has no longer."""
+    counts = [count if isinstance(count := expected.get(name), int) else 0 for name in ("records", "record_bytes")]
+    if found["records"] < counts[0]:
+        lost = f"{counts[0] - found['records']} of {counts[0]} records"
+    elif found["record_bytes"] < counts[1] and found["records"] == counts[0]:
+        lost = f"{counts[1] - found['record_bytes']} of {counts[1]} bytes"
+    else:
+        return
+    _LOG.warning(f"{path}: {lost} up to step {step} are gone since its checkpoint was written; the run goes on without")
 
 
 def plain(value: Any) -> int | float | None:

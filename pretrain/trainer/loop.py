@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bd3_common.errors import ConfigError
 from bd3_megatron import parallel
@@ -24,6 +26,7 @@ from pretrain.resilience import signals
 from pretrain.resilience.watchdog import Watchdog
 from pretrain.run_folder import events
 from pretrain.run_folder.data import data_identity, open_data
+from pretrain.run_folder.identity import META_KEY, check_folder
 from pretrain.run_folder.place import check_place
 from pretrain.run_folder.prepare import prepare
 from pretrain.tracking.console import Progress, Throughput
@@ -33,7 +36,7 @@ from pretrain.trainer.batches import Batches
 from pretrain.trainer.learning_rate import learning_rate
 from pretrain.trainer.likelihood import Evaluation, evaluate
 from pretrain.trainer.profiler import Profiler, out_of_memory, record_allocations
-from pretrain.trainer.resume import check_same_run, checkpoint_to_resume, position
+from pretrain.trainer.resume import Beginning, find_beginning, position, settings
 from pretrain.trainer.stability import StabilityMonitor
 
 _LOG = logging.getLogger(__name__)
@@ -56,16 +59,14 @@ def train(config: RunConfig) -> Path:
         preflight = Preflight(config, ranks, job.world, job.watchdog)
         preflight.nodes()
         config, stream, validation = preflight.data(lambda: open_data(config, job.world))
-        on_rank_0(lambda: check_same_run(job.run, config))
-        found = checkpoint_to_resume(job.run, config, stream, job.world)
-        job.take_run_folder(lambda: prepare(job.run, config, stream))
+        begin = find_beginning(job.run, config, stream, job.world)
+        job.take_run_folder(lambda: prepare(job.run, config, stream, begin.identity, begin.seen), begin.identity.id)
         preflight.folders(config)
         job.log_to_run_folder()
         engine = build_engine(config.engine(), job.world, config.train.seed)
-        if found is not None:
-            restore(found, engine)
-        step = found.step if found else 0
-        with Trainer(config, job.run, engine, stream, validation, step, job.watchdog) as trainer:
+        if begin.checkpoint is not None:
+            restore(begin.checkpoint, engine)
+        with Trainer(config, job.run, engine, stream, validation, begin, job.watchdog) as trainer:
             trainer.run()
     return job.run
 
@@ -102,11 +103,13 @@ class Trainer:
         engine: Engine,
         stream: RowStream,
         validation: RowStream,
-        step: int,
+        begin: Beginning,
         watchdog: Watchdog,
     ):
+        step, self.run_id = begin.step, begin.identity.id
         self.config, self.folder, self.engine, self.step = config, run, engine, step
         self.watchdog, self.first_step, self.saved = watchdog, step, step
+        self.data = data_identity(*stream.manifests)
         self.stream, self.validation = stream, validation
         self.first = engine.world.is_first
         train = config.train
@@ -117,6 +120,7 @@ class Trainer:
             config.checkpoint.keep_every,
             config.checkpoint.asynchronous,
             self._record_checkpoint,
+            check=lambda: check_folder(run, self.run_id),
         )
         self.batches = Batches(
             stream,
@@ -130,7 +134,7 @@ class Trainer:
             document_mask=config.data.document_mask,
         )
         self.metrics: MetricsWriter | None = None
-        on_rank_0(self._open_metrics)
+        on_rank_0(lambda: self._open_metrics(begin.meta))
         self.stability = StabilityMonitor(config, run, self.batches, engine.world)
         self.stability.resume(self.step)
         self.computed = 0  # steps of this process, repeated ones included
@@ -142,9 +146,10 @@ class Trainer:
             peak_flops=peak_flops(config.log.peak_tflops, train.precision) * engine.world.size,
         )
 
-    def _open_metrics(self) -> None:
+    def _open_metrics(self, meta: Mapping[str, Any]) -> None:
+        """Open the metrics of a run that continues from a checkpoint with this meta."""
         sinks = self.config.log.sink_names() if self.step < self.config.train.steps else ()
-        self.metrics = MetricsWriter(self.folder, self.step, sinks, self.config.model_dump(mode="json"))
+        self.metrics = MetricsWriter(self.folder, self.step, sinks, self.config.model_dump(mode="json"), meta)
 
     def __enter__(self) -> Trainer:
         return self
@@ -250,7 +255,7 @@ class Trainer:
             self.step = self.saved = found.step
             if self.first:
                 self.metrics.close()
-            on_rank_0(self._open_metrics)
+            on_rank_0(lambda: self._open_metrics(found.meta))
             self.stability.resume(self.step)
 
     def _evaluate(self) -> Evaluation:
@@ -285,12 +290,15 @@ class Trainer:
         return result
 
     def _save(self) -> None:
-        on_rank_0(lambda: self.metrics.sync())  # only rank 0 has metrics
+        records = on_rank_0(lambda: self.metrics.sync())  # only rank 0 has metrics
         meta = position(self.config, self.step, self.stream) | {
+            META_KEY: self.run_id,
+            "settings": settings(self.config),
             "tokens": self._tokens(self.step),
-            "data": data_identity(*self.stream.manifests),
+            "data": self.data,
             "updates": self.engine.updates,
             "skips": len(self.stability.ranges),
+            **records,
         }
         self.watchdog.tick(f"in the checkpoint of step {self.step}", may_take_long=True)
         with self.throughput.paused():

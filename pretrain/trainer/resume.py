@@ -2,33 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import shorten
 from bd3_megatron.parallel import World
 from data_prep.read.stream import RowStream
 from pretrain.checkpoint.folder import Checkpoint, folders
+from pretrain.checkpoint.owner import identity_of
 from pretrain.checkpoint.reader import newest_on_all_ranks
 from pretrain.config.resolve import load_saved
-from pretrain.config.schema import RunConfig
+from pretrain.config.schema import RESUMABLE, RunConfig
 from pretrain.distributed.collective_errors import mark_collective
 from pretrain.distributed.collectives import on_rank_0
 from pretrain.run_folder import layout
-from pretrain.run_folder.data import data_identity, order_seed
+from pretrain.run_folder.data import data_identity, order_seed, same_data
+from pretrain.run_folder.identity import Identity
+from pretrain.run_folder.prepare import contents
 from pretrain.trainer.stability import check_skips, read_ranges, undone
 
-# Keys that may change on resume: length, machine, layout and logs. A decaying learning rate depends on train.steps, so
-# extending a run changes the rate of the remaining steps. All kernels compute the same function up to rounding, which
+# Keys that may change on resume: machine, layout and logs. All kernels compute the same function up to rounding, which
 # is coarser with FP8, and another machine may lack some of them. guard.skip may change for future steps only
 # (pretrain.trainer.stability.check_skips).
-_FREE = ("run", "parallel", "zero", "kernels", "fp8", "log", "profile", "preflight", "eval", "checkpoint")
-_FREE += ("guard", "train.steps", "train.micro_batch", "data.path", "data.cache", "data.cache_gb", "data.verify_gb")
+_FREE = ("run", "resume", "parallel", "zero", "kernels", "fp8", "log", "profile", "preflight", "eval", "checkpoint")
+_FREE += ("guard", "train.micro_batch", "data.path", "data.cache", "data.cache_gb", "data.verify_gb")
 
 
-def check_same_run(run: Path, config: RunConfig) -> None:
+@dataclass(frozen=True)
+class Beginning:
+    """Where a job begins.
+
+    Attributes:
+        checkpoint: to continue from; None for a new run.
+        identity: of the run.
+        seen: contents of the run folder that this was decided by (:func:`pretrain.run_folder.prepare.contents`).
+    """
+
+    checkpoint: Checkpoint | None
+    identity: Identity
+    seen: list[str]
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """Metadata of the checkpoint."""
+        return {} if self.checkpoint is None else self.checkpoint.meta
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """Values of the configuration that decide the weights, as nested plain values for a checkpoint's meta.
+
+    For a mix only the weights of the data sets, because they may be moved; their content has an identity of its own.
+    """
+    values = config.model_dump(mode="json")
+    if config.data.mix is not None:
+        values["data"]["mix"] = list(config.data.mix.values())
+    return _decisive(values)
+
+
+def _decisive(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in values.items():
+        if f"{prefix}{key}" not in _FREE:
+            found[key] = _decisive(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+    return found
+
+
+def check_same_run(run: Path, config: RunConfig, recorded: Mapping[str, Any] | None = None) -> None:
     """Check that the run in the folder was started with this configuration.
+
+    Args:
+        recorded: :func:`settings` in the meta of its checkpoint; None: compare with the folder's configuration file.
 
     Raises:
         ConfigError: names the first key that differs, with both values.
@@ -37,25 +88,28 @@ def check_same_run(run: Path, config: RunConfig) -> None:
         if (run / layout.CHECKPOINTS).exists():
             raise ConfigError(f"run={run}: has checkpoints but no {layout.CONFIG}; put it back or use another --run")
         return
-    before, now = (_comparable(found) for found in (load_saved(run / layout.CONFIG), config))
-    for path, old, new in _differences(before, now):
-        if not any(path == free or path.startswith(free + ".") for free in _FREE):
-            raise ConfigError(f"{path}={new}: the run in {run} was started with {old}; use that, or another --run")
+    before = settings(load_saved(run / layout.CONFIG)) if recorded is None else recorded
+    constant = config.train.decay == "constant"  # then the rate does not depend on train.steps
+    for path, old, new in _differences(before, settings(config), settings(RunConfig())):
+        if path in config.resume.allow or (path == "train.steps" and constant):
+            continue
+        problem = f"{path}={shorten(new)}: the run in {run} was started with {shorten(old)}"
+        if path not in RESUMABLE:
+            raise ConfigError(f"{problem}; use that, or another --run")
+        if path == "train.steps":
+            problem += ", where its learning rate ends to decay"
+        raise ConfigError(f"{problem}; use that, another --run, or --resume.allow {path.replace('_', '-')}")
 
 
-def _comparable(config: RunConfig) -> dict[str, Any]:
-    """Values of the configuration to compare; for a mix only the weights, because data sets may be moved."""
-    values = config.model_dump()
-    if config.data.mix is not None:
-        values["data"]["mix"] = list(config.data.mix.values())
-    return values
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""):
-    for key, old in before.items():
-        new = now.get(key)
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Path and both values of each key that differs; a key that did not exist yet had its default."""
+    for key, new in now.items():
+        default = defaults.get(key)
+        old = before.get(key, default)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{key}.")
+            yield from _differences(old, new, default if isinstance(default, dict) else {}, f"{prefix}{key}.")
         elif old != new:
             yield f"{prefix}{key}", old, new
 
@@ -82,29 +136,31 @@ def _named(config: RunConfig) -> str:
     return f"data.path={data.path}" if data.mix is None else f"data.mix={' '.join(data.mix)}"
 
 
-def checkpoint_to_resume(run: Path, config: RunConfig, stream: RowStream, world: World) -> Checkpoint | None:
-    """The newest complete checkpoint, or None for a new run.
+def find_beginning(run: Path, config: RunConfig, stream: RowStream, world: World) -> Beginning:
+    """The newest complete checkpoint of the run in the folder, or the beginning of a new run.
 
     Raises:
-        ConfigError: no checkpoint is complete, or it has other data or another position than the configuration; on all
-            ranks.
+        ConfigError: no checkpoint is complete, or the run has other data, another position or other values than the
+            configuration; on all ranks.
     """
+    seen = on_rank_0(lambda: contents(run))
     left_out = on_rank_0(lambda: read_ranges(run))
     found = newest_on_all_ranks(
         run,
         world,
         usable=lambda step, meta: not undone(left_out, step, meta),
     )
-    if found is None:
-        if on_rank_0(lambda: folders(run)):
-            raise mark_collective(
-                ConfigError(
-                    f"{run / layout.CHECKPOINTS}: none is complete; put one back, or start again with another --run"
-                )
+    if found is None and on_rank_0(lambda: len(folders(run))):
+        raise mark_collective(
+            ConfigError(
+                f"{run / layout.CHECKPOINTS}: none is complete; put one back, or start again with another --run"
             )
-        return None
-    data = data_identity(*stream.manifests)
-    if found.meta.get("data", data) != data:
+        )
+    recorded = None if found is None else _recorded_settings(found)
+    on_rank_0(lambda: check_same_run(run, config, recorded))
+    if found is None:
+        return Beginning(None, Identity(id=on_rank_0(lambda: Identity().id)), seen)
+    if not same_data(found.meta.get("data", data_identity(*stream.manifests)), *stream.manifests):
         raise mark_collective(
             ConfigError(
                 f"{_named(config)}: not the data {found.path} was trained on; "
@@ -120,4 +176,11 @@ def checkpoint_to_resume(run: Path, config: RunConfig, stream: RowStream, world:
                 )
             )
     on_rank_0(lambda: check_skips(run, config.guard, found.step))
-    return found
+    return Beginning(found, Identity(**on_rank_0(lambda: identity_of(run).model_dump())), seen)
+
+
+def _recorded_settings(found: Checkpoint) -> dict[str, Any] | None:
+    recorded = found.meta.get("settings")
+    if recorded is None or isinstance(recorded, dict):
+        return recorded
+    raise mark_collective(ConfigError(f"{found.path}: its settings are {shorten(recorded)}, not keys with values"))

@@ -40,6 +40,7 @@ class Contents:
     Attributes:
         weights: whole tensors by Megatron's names, vocabulary unpadded.
         tokenizer: a ``tokenizer.json``; None: there is none.
+        run: id of the run that the weights are of, for an import to name it as the parent; None: it has none.
     """
 
     model: ModelConfig
@@ -47,6 +48,7 @@ class Contents:
     weights: Mapping[str, Tensor]
     tokens: TokenIds
     tokenizer: Path | None = None
+    run: str | None = None
 
 
 class CheckpointFormat(ABC):

@@ -24,6 +24,8 @@ from bd3_megatron.hf.tokenizer import tokenizer_with_mask, write_tokenizer
 
 MODELING = Path(__file__).parents[1] / "modeling_bd3.py"
 MODEL_TYPE = "bd3_megatron"
+RUN = "run_id"
+"""key of the run's id in ``config.json``"""
 
 FIELDS = {
     "backbone": "backbone",
@@ -81,6 +83,7 @@ class BD3(CheckpointFormat):
         if tokens.mask is None or tokens.mask >= model.vocab_size:
             raise ConfigError(f"tokens.mask={tokens.mask}: not below model.vocab_size={model.vocab_size}")
         config = hf_config(model, diffusion, tokens, next(iter(state.values())).dtype)
+        config |= {} if contents.run is None else {RUN: contents.run}
         tokenizer = None if contents.tokenizer is None else tokenizer_with_mask(contents.tokenizer, tokens, model)
         write_json(folder / "config.json", config)
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

@@ -2,23 +2,80 @@
 
 ``metrics.jsonl`` has only what the configuration, the data and the step determine, so the file of a run that was
 interrupted and resumed is byte for byte that of a run that was not. Seconds, tokens/s and MFU differ from run to run
-and go to ``throughput.jsonl``. Every record is one line, appended by one write: a crash can tear the last line only.
+and go to ``throughput.jsonl``. Every record is one line: a crash can tear the last line only.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bd3_common.atomic import write_bytes
+from bd3_common.atomic import open_append, write_bytes
+from bd3_common.errors import ConfigError
+from bd3_common.lines import append_line
 from pretrain.run_folder.layout import METRICS, THROUGHPUT
 from pretrain.tracking.metrics import parse_records
 from pretrain.tracking.sinks import MetricSink
 
+_LOG = logging.getLogger(__name__)
 _TIMED = ("throughput", "checkpoint")
+
+
+class RecordFile:
+    """A file of records, open to append by this process alone.
+
+    Attributes:
+        kept: the records that it had when it was opened.
+        count, bytes: records in the file, and their size.
+
+    Raises:
+        ConfigError: a line other than the last is not a record.
+        OSError: it cannot be written.
+    """
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        self.path = path
+        self.kept = _truncate(path, last_step)
+        self._file = os.fdopen(open_append(path), "ab", buffering=0)
+        status = os.fstat(self._file.fileno())
+        self._inode = (status.st_dev, status.st_ino)
+        self.count, self.bytes = len(self.kept), status.st_size
+
+    def append(self, line: bytes) -> None:
+        """Append a record, whole or not at all.
+
+        Raises:
+            ConfigError: the file was removed, replaced or changed since the last record.
+            OSError: it cannot be written.
+        """
+        self._check()
+        append_line(self._file.fileno(), line)
+        self.count, self.bytes = self.count + 1, self.bytes + len(line)
+
+    def sync(self) -> None:
+        """Have the system write the file to the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _check(self) -> None:
+        try:
+            status = self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            status = None
+        if status is None or (status.st_dev, status.st_ino) != self._inode:
+            problem = "was removed, replaced, or moved with its folder"
+        elif status.st_size != self.bytes:
+            problem = f"has {status.st_size} bytes instead of {self.bytes}: another process changed it"
+        else:
+            return
+        raise ConfigError(f"{self.path}: {problem} under the run, which ends; start it again from its last checkpoint")
 
 
 class Jsonl(MetricSink):
@@ -34,10 +91,8 @@ class Jsonl(MetricSink):
 
     def __init__(self, folder: Path, resume_step: int = 0, config: Mapping[str, Any] | None = None) -> None:
         super().__init__(folder, resume_step, config)
-        paths = [folder / METRICS, folder / THROUGHPUT]
-        kept, _ = (_truncate(path, resume_step) for path in paths)
-        self._newest = kept[-2:]  # a step has one of training and one of validation
-        self._metrics, self._throughput = (path.open("ab", buffering=0) for path in paths)
+        self.metrics, self.throughput = (RecordFile(folder / name, resume_step) for name in (METRICS, THROUGHPUT))
+        self._newest = self.metrics.kept[-2:]  # a step has one of training and one of validation
 
     def has(self, split: str, step: int) -> bool:
         """True if the run had a record of this split and step when it was opened."""
@@ -45,14 +100,14 @@ class Jsonl(MetricSink):
 
     def record(self, split: str, step: int, values: Mapping[str, int | float | None]) -> None:
         line = json.dumps({"step": step, "split": split, **values}) + "\n"
-        (self._throughput if split in _TIMED else self._metrics).write(line.encode())
+        (self.throughput if split in _TIMED else self.metrics).append(line.encode())
 
     def sync(self) -> None:
-        os.fsync(self._metrics.fileno())
+        self.metrics.sync()
 
     def close(self) -> None:
-        self._metrics.close()
-        self._throughput.close()
+        self.metrics.close()
+        self.throughput.close()
 
 
 def _truncate(path: Path, last_step: int) -> list[dict[str, Any]]:
@@ -63,8 +118,12 @@ def _truncate(path: Path, last_step: int) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    kept = [(line, record) for line, record in parse_records(path) if record["step"] <= last_step]
-    content = b"".join(line for line, _ in kept)
-    if content != path.read_bytes():
+    parsed = parse_records(path)
+    kept = [(line, record) for line, record in parsed if record["step"] <= last_step]
+    content, found = b"".join(line for line, _ in kept), path.read_bytes()
+    torn = len(found) - sum(len(line) for line, _ in parsed)
+    if torn:
+        _LOG.warning(f"{path}: the last line was torn; its {torn} bytes are cut off")
+    if content != found:
         write_bytes(path, content)
     return [record for _, record in kept]

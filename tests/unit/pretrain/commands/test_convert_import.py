@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from pretrain.checkpoint.reader import find_checkpoint, read_weights
 from pretrain.config.resolve import load_saved
+from pretrain.run_folder.identity import read_identity
 from tests.unit.commands import bd3, limit_files
 
 GOLDEN = Path(__file__).parents[3] / "data" / "bd3lm_block8.safetensors"
@@ -47,6 +49,12 @@ def test_an_imported_model_takes_its_special_tokens_from_its_tokenizer(tmp_path)
     sampled = bd3("sample", run, "--prompt", "w5 w6", "--tokens", 8, log=log)
     assert sampled.code == 0, sampled.err
     assert sampled.out.startswith("w5 w6")
+    found = read_identity(run)
+    assert found.parents == [f"sha256:{hashlib.sha256(GOLDEN.read_bytes()).hexdigest()}"]
+    assert find_checkpoint(run).meta["run"] == found.id
+    assert bd3("convert", "export", run, tmp_path / "out", log=log).code == 0
+    assert bd3("convert", "import", tmp_path / "out", tmp_path / "child", log=log).code == 0
+    assert read_identity(tmp_path / "child").parents == [f"run:{found.id}"]
 
 
 DECODER = """

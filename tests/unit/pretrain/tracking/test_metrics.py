@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -135,3 +137,76 @@ def test_tensorboard_drops_the_steps_that_are_done_again(tmp_path: Path) -> None
     board.Reload()
     scalars = [(event.step, event.value) for event in board.Scalars("train/loss")]
     assert scalars == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 8.0), (5, 10.0), (6, 12.0)]
+
+
+def short_writes(monkeypatch: pytest.MonkeyPatch, room: list[int]) -> None:
+    """Writes that take at most 7 bytes at a time, and fail once ``room[0]`` bytes are written."""
+    original = os.write
+
+    def write(file: int, data: bytes) -> int:
+        if room[0] == 0:
+            raise OSError(28, "No space left on device")
+        count = original(file, bytes(data)[: min(7, room[0])])
+        room[0] -= count
+        return count
+
+    monkeypatch.setattr("bd3_common.lines.os.write", write)
+
+
+def test_a_disk_that_is_full_for_a_moment_tears_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room = [1000]
+    with MetricsWriter(tmp_path) as writer:
+        short_writes(monkeypatch, room)
+        writer.train(1, {"loss": 1.0})
+        whole = (tmp_path / METRICS).read_bytes()
+        assert whole == b'{"step": 1, "split": "train", "loss": 1.0}\n'
+        room[0] = 20
+        with pytest.raises(OSError, match="No space"):
+            writer.train(2, {"loss": 2.0})
+        assert (tmp_path / METRICS).read_bytes() == whole
+        room[0] = 1000
+        writer.train(2, {"loss": 2.0})
+        assert writer.position() == {"records": 2, "record_bytes": 2 * len(whole)}
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "was removed, replaced, or moved with its folder": lambda path: path.unlink(),
+    "was removed, replaced, or moved": lambda path: (path.rename(path.with_name("aside")), path.write_bytes(b"")),
+    "has 0 bytes instead of 43: another process changed it": lambda path: os.truncate(path, 0),
+    "has 44 bytes instead of 43: another process changed it": lambda path: path.write_bytes(path.read_bytes() + b"\n"),
+}
+
+
+@pytest.mark.parametrize("problem", DAMAGES)
+def test_a_record_that_is_changed_under_the_run_ends_it(tmp_path: Path, problem: str) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        writer.train(1, {"loss": 1.0})
+        DAMAGES[problem](tmp_path / METRICS)
+        with pytest.raises(ConfigError) as caught:
+            writer.train(2, {"loss": 1.0})
+    assert str(caught.value).startswith(f"{tmp_path / METRICS}: {problem}")
+    assert str(caught.value).endswith("under the run, which ends; start it again from its last checkpoint")
+
+
+def test_a_torn_line_and_missing_records_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, 1, 3)
+    path = tmp_path / METRICS
+    with MetricsWriter(tmp_path, 3) as writer:
+        position = writer.sync()
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert position == {"records": 4, "record_bytes": sum(map(len, lines))}
+    with path.open("ab") as file:
+        file.write(b'{"step": 4')
+    MetricsWriter(tmp_path, 3, expected=position).close()
+    path.write_bytes(lines[0] + lines[3])
+    MetricsWriter(tmp_path, 3, expected=position).close()
+    path.write_bytes(b"".join(lines).replace(b"512", b"52"))
+    MetricsWriter(tmp_path, 3, expected=position).close()
+    MetricsWriter(tmp_path, 3, expected={"records": "4", "record_bytes": None}).close()
+    end = "up to step 3 are gone since its checkpoint was written; the run goes on without"
+    assert [record.message for record in caplog.records] == [
+        f"{path}: the last line was torn; its 10 bytes are cut off",
+        f"{path}: 2 of 4 records {end}",
+        f"{path}: 1 of {position['record_bytes']} bytes {end}",
+    ]

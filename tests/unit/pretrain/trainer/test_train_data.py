@@ -1,5 +1,6 @@
 """Runs on mixes, lanes and data sets elsewhere: the same rows, losses and refusals as the stream promises."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from data_prep.read.reader import RowReader
 from pretrain.checkpoint.reader import find_checkpoint
 from pretrain.config.resolve import load_run_config, load_saved, save_config
 from pretrain.config.schema import RunConfig
-from pretrain.run_folder.data import data_identity
+from pretrain.run_folder.data import data_identity, same_data
 from pretrain.tracking.metrics import read_metrics
 from tests.unit.commands import Done, bd3
 from tests.unit.pretrain.trainer.test_loop import RECIPE
@@ -138,6 +139,31 @@ def test_mistakes_are_one_line(args, line):
 def test_the_identity_of_a_mix_is_of_all_its_data_sets_in_order(data_set, second):
     one, two = load_manifest(data_set), load_manifest(second)
     assert len({data_identity(one), data_identity(two), data_identity(one, two), data_identity(two, one)}) == 4
+
+
+def test_what_decides_the_rows_is_in_the_identity_and_digests_of_version_1_are_known(data_set, second):
+    one, two = load_manifest(data_set), load_manifest(second)
+    train = one.splits["train"]
+    shard = train.shards[0]
+    first, *others = shard.members
+    moved = shard.model_copy(update={"members": [(first[0] + 2, *first[1:]), *others]})
+    renamed = shard.model_copy(update={"name": "train-000009.tar"})
+    changed = [
+        one.model_copy(update={"splits": one.splits | {"train": train.model_copy(update={"shards": [other]})}})
+        for other in (moved, renamed)
+    ]
+    changed += [one.model_copy(update={name: 5}) for name in ("vocab_size", "mask_id", "length")]
+    assert len({data_identity(manifest) for manifest in (one, *changed)}) == 6
+    digest = hashlib.sha256(one.tokenizer_sha256.encode())
+    for number, manifest in enumerate((one, two)):
+        digest.update(b"next data set" * number)
+        for split in manifest.splits.values():
+            digest.update("".join(found.sha256 for found in split.shards).encode())
+    assert same_data(digest.hexdigest(), one, two)
+    assert not same_data(digest.hexdigest(), one)
+    assert same_data(data_identity(one, two), one, two)
+    assert not same_data(data_identity(changed[0]), one)
+    assert not same_data("2:", one)
 
 
 @pytest.mark.parametrize("name", ["train/train-000000.tar", "validation/validation-000000.tar", "tokenizer.json"])
