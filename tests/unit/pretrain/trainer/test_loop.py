@@ -311,7 +311,11 @@ def test_a_finished_run_started_again_does_nothing(uninterrupted):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (("--train.lr", "0.1"), "train.lr=0.1: the run in {run} was started with 0.003; use that, or another --run"),
+        (
+            ("--train.lr", "0.1"),
+            "train.lr=0.1: the run in {run} was started with 0.003; use that, another --run, or "
+            "--resume.allow train.lr",
+        ),
         (("--model.layers", "2"), "model.layers=2: the run in {run} was started with 1; use that, or another --run"),
         (
             ("--diffusion.block-size", "8"),
