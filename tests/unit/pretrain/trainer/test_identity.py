@@ -134,6 +134,7 @@ def test_a_lost_id_is_that_of_the_checkpoints_unless_they_are_of_several_runs(ru
     (one / layout.RUN_ID).unlink()
     assert identity_of(one) == before
     shutil.copytree(folder_of(two, 2), folder_of(one, 3))
+    change_meta(folder_of(one, 3), 3)
     with pytest.raises(ConfigError, match=r"run_id.json is missing, and the checkpoints are of 2 runs; put the file"):
         identity_of(one)
     (one / layout.RUN_ID).write_text('{"id": "../x"}')
