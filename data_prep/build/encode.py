@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 from array import array
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
@@ -19,6 +18,7 @@ from bd3_common import schema
 from bd3_common.atomic import atomic_file, unique_suffix, write_text
 from bd3_common.errors import UserError
 from bd3_common.schema import Count, InnerPath, Record, Sha256
+from bd3_common.text import json_line, redacted
 from data_prep.build import pool
 from data_prep.errors import DataError
 from data_prep.format.manifest import SPLITS, SplitName
@@ -295,4 +295,4 @@ def too_many_rejects(count: int, first: Reject, most: int) -> DataError:
 
 def rejects_text(rejects: Sequence[Reject]) -> str:
     """Contents of ``rejects.jsonl``: one JSON object a line."""
-    return "".join(json.dumps(reject.model_dump(), ensure_ascii=False) + "\n" for reject in rejects)
+    return "".join(redacted(json_line(reject.model_dump())) + "\n" for reject in rejects)

@@ -27,7 +27,7 @@ from bd3_megatron.attention.mask import Streams, dense_mask, live_pairs
 from bd3_megatron.config import DiffusionConfig, divisors, listing
 from pretrain.bench.models import checked_plot, seconds_of
 from pretrain.bench.options import AttentionOptions
-from pretrain.tracking.plots import MUTED, finish, save_figure
+from pretrain.tracking.plots import MUTED, finish, new_figure, save_figure
 
 DTYPES = {precision: getattr(torch, dtype) for dtype, precision in PRECISIONS.items()}
 MATMUL = {"cpu": 1024, "cuda": 8192}  # side of the square matrices whose product is the ceiling
@@ -185,12 +185,7 @@ def _take_turns(paths: list[Timed], repeats: int, device: torch.device) -> dict[
 
 def _plot(file: Path, dtype: str, rows: list[dict[str, Any]]) -> None:
     """TFLOP/s of useful pairs against the length: a line for each backend and block size, causal attention dashed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained", dpi=150)
+    figure = new_figure(6)
     axes = figure.subplots()
     lines: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:

@@ -20,7 +20,7 @@ from bd3_megatron.engine.base import Engine
 from bd3_megatron.layout import check_layout
 from pretrain.bench.options import ModelOptions
 from pretrain.config.values import validate
-from pretrain.tracking.plots import finish, save_figure
+from pretrain.tracking.plots import finish, new_figure, save_figure
 
 _PASSES = 10  # in one measurement on CUDA, so that launches overlap as they do in training
 
@@ -64,12 +64,7 @@ def checked_plot(file: str | None) -> None:
 
 def plot_rows(file: Path, rows: Sequence[Mapping[str, Any]], lines: Mapping[str, str], title: str, unit: str) -> None:
     """PNG of some columns of ``rows`` against their ``length``; ``lines`` gives each column's label."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained", dpi=150)
+    figure = new_figure(6)
     axes = figure.subplots()
     for column, label in lines.items():
         axes.plot([row["length"] for row in rows], [row[column] for row in rows], "o-", label=label)

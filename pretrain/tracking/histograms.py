@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.tracking.plots import ACCENT, INK, save_figure
+from pretrain.tracking.plots import ACCENT, INK, new_figure, save_figure
 
 BAR = 40  # columns of the longest bar
 
@@ -62,12 +62,7 @@ def plot_histograms(path: Path, lengths: Mapping[str, Mapping[int, int]], counts
     Raises:
         OSError: it cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained", dpi=150)
+    figure = new_figure(10)
     left, right = figure.subplots(1, 2)
     longest = max((max(found, default=1) for found in lengths.values()), default=1)
     edges = 2.0 ** np.arange(0, math.log2(max(longest, 1)) + 0.5, 0.25) - 0.5  # whole numbers lie between edges

@@ -28,13 +28,8 @@ def plot_curves(run_dir: Path, out: str = CURVES, reference: Mapping[str, float]
         out: file name in the run folder; written under a temporary name and renamed.
         reference: perplexities drawn as horizontal lines, for example ``{"unigram": 512.3}``.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
     records = read_metrics(run_dir)
-    figure = Figure(figsize=(10, 4), layout="constrained", dpi=150)
+    figure = new_figure(10)
     left, right = figure.subplots(1, 2)
     _loss(left, records)
     _perplexity(right, records, reference or {})
@@ -44,6 +39,20 @@ def plot_curves(run_dir: Path, out: str = CURVES, reference: Mapping[str, float]
     path = run_dir / out
     save_figure(figure, path)
     return path
+
+
+def new_figure(width: float) -> Figure:
+    """An empty figure of ``width`` times 4 inches.
+
+    Settings are matplotlib's defaults: it would take those of a ``matplotlibrc`` in the current folder.
+    """
+    import matplotlib
+
+    matplotlib.rcdefaults()
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, 4), layout="constrained", dpi=150)
 
 
 def finish(axes: Axes) -> None:
