@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+from typing import Any
 
-from bd3_common.text import printable, redacted
+from bd3_common.text import printable, redacted, shorten
 
 _WRITE_ERRORS = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
@@ -22,8 +23,21 @@ def user_line(error: Exception) -> str | None:
     """The line to print for a user error, a failing disk or a full memory; None for a bug."""
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: " in str(error):  # torch's is a RuntimeError
         return "out of memory: this machine cannot hold it; make the model, the batch or the row length smaller"
-    line = _os_line(error) if isinstance(error, OSError) else str(error) if isinstance(error, UserError) else None
+    if isinstance(error, OSError):
+        line = _os_line(error)
+    elif type(error).__name__ == "ValidationError" and hasattr(error, "errors"):  # pydantic's, not imported for it
+        line = _first_mistake(error)
+    else:
+        line = str(error) if isinstance(error, UserError) else None
     return None if line is None else redacted(printable(" ".join(line.split())))
+
+
+def _first_mistake(error: Any) -> str:
+    """``batch=0: input should be greater than 0``: the first mistake that pydantic found in options."""
+    found = error.errors(include_url=False)[0]
+    text = str(found["msg"]).removeprefix("Value error, ")
+    path = ".".join(map(str, found["loc"]))
+    return text if found["type"] == "value_error" or not path else f"{path}={shorten(found['input'])}: {text}"
 
 
 def _os_line(error: OSError) -> str | None:

@@ -28,7 +28,7 @@ class ModelOptions(Section):
     block_size: int = Field(default=16, ge=1, description="tokens per block, B'")
     vocab_size: int = Field(default=4096, ge=2)
     batch: int = Field(default=8, ge=1, description="rows per step")
-    threads: int = Field(default=1, ge=1, description="CPU threads")
+    threads: int = Field(default=1, ge=1, le=4096, description="CPU threads")
     json_: bool = Field(default=False, description="print one line of JSON")
 
 
@@ -54,7 +54,7 @@ class AttentionOptions(Section):
         default=None, description="null means all that kernels.attention=auto may take on this device"
     )
     repeats: int = Field(default=5, ge=1, description="measured passes of each; they take turns")
-    threads: int = Field(default=1, ge=1, description="CPU threads")
+    threads: int = Field(default=1, ge=1, le=4096, description="CPU threads")
     plot: str | None = Field(default=None, description="PNG of TFLOP/s against the length")
     json_: bool = Field(default=False, description="print one line of JSON")
 
@@ -97,7 +97,7 @@ class HeadOptions(Section):
     mask_rate: float = Field(default=0.5, gt=0, le=1, description="part of the rows that is masked")
     dtype: Literal["fp32", "bf16"] | None = Field(default=None, description="null means fp32 on CPU, bf16 on CUDA")
     repeats: int = Field(default=5, ge=1, description="measured passes of each; they take turns")
-    threads: int = Field(default=1, ge=1, description="CPU threads")
+    threads: int = Field(default=1, ge=1, le=4096, description="CPU threads")
     json_: bool = Field(default=False, description="print one line of JSON")
 
 
@@ -151,7 +151,7 @@ class DrawsOptions(checkpoint_options.CheckpointOptions):
         default=True, description="also with other rows for each gradient: the variance of rows and noise"
     )
     seed: Seed = Field(default=0, description="seed of the noise")
-    threads: int = Field(default=1, ge=1, description="CPU threads")
+    threads: int = Field(default=1, ge=1, le=4096, description="CPU threads")
     json_: bool = Field(default=False, description="print one line of JSON")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from bd3_common.text import json_line, show
-from bd3_megatron.config import Seed
+from bd3_megatron.config import MAX_ROWS, Seed
 from pretrain.config.checkpoint_options import CheckpointOptions
 from pretrain.config.command_line import parse_options
 from pretrain.config.schema import EvalConfig
@@ -24,7 +24,9 @@ class EvalOptions(CheckpointOptions):
         default=1, ge=1, le=10_000, description="noise draws per row; more make the bound's estimate less noisy"
     )
     seed: Seed = Field(default=0, description="seed of the evaluation noise")
-    micro_batch: int | None = Field(default=None, ge=1, description="rows per forward pass; null means as in training")
+    micro_batch: int | None = Field(
+        default=None, ge=1, le=MAX_ROWS, description="rows per forward pass; null means as in training"
+    )
     per_document: bool = Field(default=False, description="also statistics over documents, joined from all their rows")
     documents_file: str | None = Field(
         default=None, description="file for one line of JSON per document: its number in the split, tokens, nats"

@@ -7,6 +7,7 @@ import json
 import logging
 
 import pytest
+from pydantic import BaseModel, Field, ValidationError
 
 from bd3_common import logs
 from bd3_common.errors import ConfigError, user_line
@@ -90,3 +91,12 @@ def test_variables_that_look_like_secrets(name: str, value: str, secret: bool) -
 )
 def test_secrets_in_lines_of_the_shell(line: str, name: str | None) -> None:
     assert secret_in(line) == name
+
+
+def test_a_value_that_pydantic_refuses_is_one_line() -> None:
+    class Options(BaseModel):
+        batch: int = Field(gt=0)
+
+    with pytest.raises(ValidationError) as caught:
+        Options(batch=-1)
+    assert user_line(caught.value) == "batch=-1: Input should be greater than 0"
