@@ -93,6 +93,8 @@ class JobOptions(BaseModel):
         for key, value in _texts(self.model_dump()):
             if found := first_hidden(value, keep="\t" if key == "setup" else ""):
                 raise ValueError(f"{key}={value}: has {found}; write it on one line, without control characters")
+            if key == "job_name" and "/" in value:
+                raise ValueError(f"job_name={value}: has a slash; Slurm writes logs of this name")
             if key in ("setup", "srun", "sbatch") and (found := secret_in(value)):
                 raise ValueError(f"{key}: {found} looks like a secret; {_KEPT}")
         return self

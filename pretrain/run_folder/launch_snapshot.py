@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import platform
 import re
@@ -15,7 +16,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from bd3_common import PACKAGES, ROOT, plugins, safe_path
-from bd3_common.atomic import refuse_link, write_text
+from bd3_common.atomic import atomic_folder, refuse_link, write_text
 from bd3_common.errors import ConfigError
 from bd3_common.text import first_hidden, has_token, is_secret, printable, redacted, shorten
 from pretrain.config.resolve import save_config
@@ -109,41 +110,31 @@ class LaunchFolder:
             ConfigError, OSError: the folder cannot be written.
         """
         paths = {self.folder / name: content for name, content in files.items()}
-        folders = [self.folder, self.root / layout.LOGS, *(path.parent for path in paths)]
-        new = [path for path in paths if not path.exists()]
-        made = {path for folder in folders for path in (folder, *folder.parents) if not path.exists()}
+        outside = {path: content for path, content in paths.items() if not path.is_relative_to(self.folder)}
+        folders = [self.root / layout.LOGS, *(path.parent for path in outside)]
+        new = [path for path in outside if not path.exists()]
+        made = {path for folder in (*folders, self.folder) for path in folder.parents if not path.exists()}
+        made |= {folder for folder in folders if not folder.exists()}
         self.root.mkdir(parents=True, exist_ok=True)
         refuse_link(self.folder.parent, "launch", ConfigError)
         self.folder.parent.mkdir(_PRIVATE_FOLDER, exist_ok=True)
-        try:
-            self.folder.mkdir(_PRIVATE_FOLDER)
-        except FileExistsError:
-            raise ConfigError(f"{self.folder}: another bd3 launch is making it; start this one again") from None
+        published = False
         try:
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
-            for room in PACKAGES:
-                shutil.copytree(
-                    ROOT / room, self.folder / layout.LAUNCH_CODE / room, ignore=shutil.ignore_patterns("__pycache__")
-                )
-            for source, target in self.plugins.items():
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(source, target)
-            for path, content in paths.items():
-                mode = _PRIVATE_FILE if path.is_relative_to(self.folder) else 0o666
-                if isinstance(content, str):
-                    write_text(path, content, mode=mode)
-                else:
-                    save_config(content, path, mode)
-            write_text(self.folder / layout.LAUNCH_ENVIRONMENT, _environment_text(), mode=_PRIVATE_FILE)
-            write_text(self.script, text, mode=_PRIVATE_FILE)
+            inside = {path.relative_to(self.folder): content for path, content in paths.items() if path not in outside}
+            self._write(inside | {Path(layout.LAUNCH_SCRIPT): text})
+            published = True
+            for path, content in outside.items():
+                _write(path, content)
             yield
             events.record(self.root, "launched", jobs=list(map(str, self.jobs)), launch=self.name)
         except BaseException:
             for number in self.jobs:
                 with contextlib.suppress(client.SlurmError):
                     client.call("scancel", str(number))
-            shutil.rmtree(self.folder, ignore_errors=True)
+            if published:
+                shutil.rmtree(self.folder, ignore_errors=True)
             for path in new:
                 path.unlink(missing_ok=True)
             for folder in sorted(made, reverse=True):  # deeper folders first
@@ -151,11 +142,38 @@ class LaunchFolder:
                     folder.rmdir()  # if it is empty
             raise
 
+    def _write(self, files: Mapping[Path, RunConfig | str]) -> None:
+        """Write the folder, all of it or nothing, with these files besides code, plugins and environment."""
+        try:
+            with atomic_folder(self.folder) as folder:
+                folder.chmod(_PRIVATE_FOLDER)
+                for room in PACKAGES:
+                    ignored = shutil.ignore_patterns("__pycache__")
+                    shutil.copytree(ROOT / room, folder / layout.LAUNCH_CODE / room, ignore=ignored)
+                for source, target in self.plugins.items():
+                    copy = folder / target.relative_to(self.folder)
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(source, copy)
+                for path, content in files.items():
+                    _write(folder / path, content, _PRIVATE_FILE)
+                _write(folder / layout.LAUNCH_ENVIRONMENT, _environment_text(), _PRIVATE_FILE)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            raise ConfigError(f"{self.folder}: another bd3 launch is making it; start this one again") from None
+
     def submit(self, *options: str) -> int:
         """Submit the script and return the job's number."""
         os.environ.pop(CHAIN, None)  # sbatch passes it on from the job that calls this, if any
         self.jobs.append(client.submit(self.script, *options))
         return self.jobs[-1]
+
+
+def _write(path: Path, content: RunConfig | str, mode: int = 0o666) -> None:
+    if isinstance(content, str):
+        write_text(path, content, mode=mode)
+    else:
+        save_config(content, path, mode)
 
 
 def _environment_text() -> str:

@@ -338,6 +338,18 @@ def test_a_launch_leaves_that_of_another_alone(slurm, args, monkeypatch):
     assert submitted(Path("run"))
 
 
+def test_what_a_killed_launch_left_the_next_one_removes(slurm, args):
+    words = ["pretrain", *args]
+    code = "import os, sys\nfrom pretrain.commands import launch\nfrom pretrain.run_folder import launch_snapshot\n"
+    code += "launch_snapshot._environment_text = lambda: os.kill(os.getpid(), 9)\nlaunch.main(sys.argv[1:])\n"
+    env = os.environ | {"PYTHONPATH": str(Path(launch.__file__).parents[2])}
+    subprocess.run([sys.executable, "-c", code, *words], env=env, check=False)
+    assert [path.name[:13] for path in Path("run/launch").iterdir()] == [".000.partial-"]
+    launch.main(words)
+    assert [path.name for path in Path("run/launch").iterdir()] == ["000"]
+    assert submitted(Path("run"))
+
+
 def test_names_with_spaces_and_quotes_reach_slurm_and_the_shell_whole(slurm, args):
     run = Path("it's a $run #1").absolute()
     more = ["--sbatch", 'comment=say "a b"', "--env", "A", "x 'y' $z", "--run", str(run)]
