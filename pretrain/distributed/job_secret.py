@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bd3_common.errors import ConfigError
 
-VARIABLE = "BD3_JOB_SECRET"
+VARIABLE = "BD3_JOB_KEY"
 """environment variable that gives the secret to all ranks of a job instead of the file"""
 _BYTES = 32
 _SHORTEST, _LONGEST = 32, 4096  # characters in the variable

@@ -199,8 +199,8 @@ def test_ranks_with_different_secrets_end_with_a_line_each(folder):
     ranks = [start(folder, port, rank, SECRET + str(rank)) for rank in range(2)]
     first, second = end(folder, ranks)
     assert (first.code, second.code) == (2, 2)
-    assert "BD3_JOB_SECRET: is not the secret of rank 0" in first.err
-    assert second.err.startswith("rank 1: BD3_JOB_SECRET: is not the secret of rank 0; ")
+    assert "BD3_JOB_KEY: is not the secret of rank 0" in first.err
+    assert second.err.startswith("rank 1: BD3_JOB_KEY: is not the secret of rank 0; ")
 
 
 def prove(rank: int, size: int, store: dist.Store, keys: list[bytes]) -> str:
