@@ -149,7 +149,7 @@ def upgrade_run(args: list[str]) -> None:
     try:
         for done in upgrade_checkpoints(run, options.dry_run):
             if done.problem is None:
-                print(f"{done.path}: {done.action}")
+                show(f"{done.path}: {done.action}")
             else:
                 damaged.append(f"{done.path}: {done.problem}")
     finally:

@@ -67,7 +67,7 @@ def main(args: list[str]) -> None:
     file = read_tokenizer(run / layout.TOKENIZER, ConfigError)
     tokenizer = file.load()
     for line in file.remarks:
-        print(line, file=sys.stderr)
+        show(line, sys.stderr)
     try:
         with library_errors():
             prompt = [model.bos_id, *tokenizer.encode(options.prompt, add_special_tokens=False).ids]
