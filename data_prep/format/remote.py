@@ -193,18 +193,26 @@ def tree_remote(url: str) -> dict[str, RemoteFile]:
 
 
 @contextmanager
-def _listing(url: str) -> Iterator[None]:
-    """Context that turns the errors of every protocol into DataError."""
+def final_errors(url: str, missing: str) -> Iterator[None]:
+    """Context that turns errors which no repetition mends into DataError; ``missing`` is that for a missing file."""
     try:
         yield
-    except DataError:
-        raise
     except FileNotFoundError:
-        raise DataError(f"{url}: no such file or folder; check the address") from None
+        raise DataError(f"{url}: {missing}") from None
     except PermissionError as error:
         raise DataError(f"{url}: access denied ({line_of(error)}); check the credentials") from None
     except ImportError as error:
         raise DataError(f"{url}: cannot be opened ({line_of(error)}); pip install 'bd3-megatron[data]'") from None
+
+
+@contextmanager
+def _listing(url: str) -> Iterator[None]:
+    """Context that turns the errors of every protocol into DataError."""
+    try:
+        with final_errors(url, "no such file or folder; check the address"):
+            yield
+    except DataError:
+        raise
     except Exception as error:  # each protocol has its own exceptions
         reason = f"{type(error).__name__}: {line_of(error)}"
         raise DataError(f"{url}: cannot be listed ({reason}); check address and credentials") from None

@@ -14,7 +14,7 @@ from typing import Any
 from bd3_common.atomic import unique_suffix
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
-from data_prep.format.remote import TRIES, backoff, line_of, sha256_remote, stamp_of
+from data_prep.format.remote import TRIES, backoff, final_errors, line_of, sha256_remote, stamp_of
 
 PART = 64 << 20
 """bytes of one part of an upload to S3; files of less than two parts go whole"""
@@ -70,15 +70,10 @@ def remove(url: str) -> None:
 def writing(url: str) -> Iterator[None]:
     """Context that turns errors which no repetition mends into DataError, and others of the store into _StoreError."""
     try:
-        yield
+        with final_errors(url, "no such bucket or folder; create it, or correct the address"):
+            yield
     except DataError:
         raise
-    except FileNotFoundError:
-        raise DataError(f"{url}: no such bucket or folder; create it, or correct the address") from None
-    except PermissionError as error:
-        raise DataError(f"{url}: access denied ({line_of(error)}); check the credentials") from None
-    except ImportError as error:
-        raise DataError(f"{url}: cannot be opened ({line_of(error)}); pip install 'bd3-megatron[data]'") from None
     except NotImplementedError:
         raise DataError(f"{url}: cannot be written with this protocol; use s3://, gs:// or a folder") from None
     except Exception as error:  # each protocol has its own exceptions
