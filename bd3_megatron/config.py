@@ -20,6 +20,8 @@ from bd3_megatron.diffusion.schedules import SCHEDULES
 
 MAX_LAYERS = 10_000
 MAX_WIDTH = 2**24
+MAX_SPLIT = 1024
+"""most ranks of one kind of parallelism, data parallelism aside"""
 MAX_ROWS = 2**22
 """most rows of a batch"""
 # The range that Philox, torch's generators and JSON share.
@@ -327,13 +329,16 @@ class OptimizationConfig(Section):
 class ParallelConfig(Section):
     """Layout of the model over ranks. The data-parallel size is the world divided by the other sizes."""
 
-    tensor: int = Field(default=1, ge=1, description="tensor-parallel size")
-    pipeline: int = Field(default=1, ge=1, description="pipeline stages")
+    tensor: int = Field(default=1, ge=1, le=MAX_SPLIT, description="tensor-parallel size")
+    pipeline: int = Field(default=1, ge=1, le=MAX_SPLIT, description="pipeline stages")
     interleave: int = Field(
-        default=1, ge=1, description="model chunks per pipeline stage; above 1: interleaved 1F1B schedule"
+        default=1, ge=1, le=MAX_SPLIT, description="model chunks per pipeline stage; above 1: interleaved 1F1B schedule"
     )
     context: int = Field(
-        default=1, ge=1, description="context-parallel size: ranks over which the positions of a row are split"
+        default=1,
+        ge=1,
+        le=MAX_SPLIT,
+        description="context-parallel size: ranks over which the positions of a row are split",
     )
     sequence: bool = Field(default=False, description="sequence parallelism over the tensor-parallel group")
     distributed_optimizer: bool = Field(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from bd3_megatron.attention.backends import AttentionBackend, AttentionSizes, Demand, candidates
 from bd3_megatron.attention.lengths import clean_multiple, clean_positions, skips_last_block, tile_size
@@ -119,9 +120,13 @@ class Counter:
     cuda: bool = False
     packed: bool = False
 
-    @property
+    @cached_property
     def rows(self) -> Rows:
         return Rows.of(self.config, self.cuda)
+
+    @cached_property
+    def _layers(self) -> dict[bool, Activations]:
+        return {}
 
     @property
     def model(self) -> ModelConfig:
@@ -179,6 +184,11 @@ class Counter:
 
     def layer(self, layer: int) -> Activations:
         """Bytes that a layer keeps without recomputation, which are also those of one recomputed layer."""
+        if (leaves := self._leaves(layer)) not in self._layers:  # all layers but the last are alike
+            self._layers[leaves] = self._count(layer)
+        return self._layers[leaves]
+
+    def _count(self, layer: int) -> Activations:
         model, size, traits = self.model, self.size, self.model.traits
         cells, asking = self._cells(self.rows.positions), self._asking(layer)  # the same but in the last layer
         hidden, inner = self._hidden, model.ffn / self.parallel.tensor

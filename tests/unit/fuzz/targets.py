@@ -38,6 +38,7 @@ from data_prep.sources import Fields, expand, read_part, split
 from data_prep.verify.check import check
 from pretrain.checkpoint.loaded_run import load_run
 from pretrain.checkpoint.reader import newest_checkpoint
+from pretrain.checkpoint.upgrade import upgrade_checkpoints
 from pretrain.config.resolve import load_run_config
 from pretrain.config.schema import GuardConfig
 from pretrain.config.site import site_layer
@@ -232,8 +233,19 @@ def read_records(folder: Path) -> None:
     Jsonl(folder, 4).close()
 
 
+def make_upgraded(folder: Path) -> None:
+    make_run(folder)
+    list(upgrade_checkpoints(folder))
+
+
 def resume(folder: Path) -> None:
     newest_checkpoint(folder)
+    load_run(folder)
+
+
+def upgrade(folder: Path) -> None:
+    newest_checkpoint(folder)
+    list(upgrade_checkpoints(folder))
     load_run(folder)
 
 
@@ -358,22 +370,24 @@ DATA = {"manifest.json": "json", "*/*.tar": "tar", "tokenizer.json": "json"}
 INDEX = {"manifest.json": "json", "index/*.npy": "npy", "*.tar": "tar"}
 SOURCES = {"*.jsonl": "jsonl", "*.txt": "jsonl", "*.gz": "bytes", "c.jsonl.gz": "gz", "*.zst": "zst", "e.tar": "tar"}
 STATUS = {"events.jsonl": "jsonl", "*.jsonl": "jsonl", "*.json": "json", "config.yaml": "yaml"}
-CHECKPOINT = {"checkpoints/*/*.json": "json", "checkpoints/*/*": "bytes", "config.yaml": "yaml"}
+CHECKPOINT = {"checkpoints/*/*.json": "json", "checkpoints/*/*.safetensors": "safetensors", "config.yaml": "yaml"}
+OLD_CHECKPOINT = {"checkpoints/*/*.json": "json", "checkpoints/*/.metadata": "bytes", "checkpoints/*/*.distcp": "bytes"}
 WORK = {".out.partial/**/*.json": "json", ".out.partial/notes/*.counts": "bytes"}
 TARGETS = [
-    Target("data", copy_of("data"), DATA, read_data, 30, restamp_data),
+    Target("data", copy_of("data"), DATA, read_data, 25, restamp_data),
     Target("check", copy_of("data"), DATA, check_data, 10, restamp_data),
     Target("index", make_index, INDEX, read_data, 20, restamp_data),
     Target("index-check", make_index, INDEX, check_data, 10, restamp_data),
     Target("tars", make_tars, {"*.tar": "tar"}, index_tars, 15),
     Target("sources", make_sources, SOURCES, read_sources, 25),
     Target("tokenizer", copy_of("data"), {"tokenizer.json": "json"}, read_tokenizer, 15),
-    Target("status", make_run, STATUS, read_status, 20),
+    Target("status", make_run, STATUS, read_status, 12),
     Target("supervisor", make_run, {"events.jsonl": "jsonl", "*.json": "json"}, supervise, 20),
     Target("records", make_run, {"*.jsonl": "jsonl", "skips.json": "json"}, read_records, 10),
-    Target("checkpoint", make_run, CHECKPOINT, resume, 20, restamp_run),
-    Target("config", make_run, {"config.yaml": "yaml"}, read_config, 20),
-    Target("site", make_site, {"site.yaml": "yaml"}, read_site, 10),
+    Target("checkpoint", make_upgraded, CHECKPOINT, resume, 15, restamp_run),
+    Target("old-checkpoint", make_run, OLD_CHECKPOINT, upgrade, 10, restamp_run),
+    Target("config", make_run, {"config.yaml": "yaml"}, read_config, 10),
+    Target("site", make_site, {"site.yaml": "yaml"}, read_site, 8),
     Target("export", copy_of("export"), {"*.json": "json", "*.safetensors": "safetensors"}, read_export, 20),
     Target("shards", make_shards, {"*.index.json": "json", "*.safetensors": "safetensors"}, read_export, 10),
     Target("golden", make_golden, {"*.safetensors": "safetensors"}, read_golden, 10),
