@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bd3_common import schema
 from bd3_common.errors import ConfigError
+from bd3_common.formats.tensor_header import read_header
 from bd3_common.machine import memory_limit
 from bd3_common.schema import InnerPath, OpenRecord
-from bd3_common.tensor_header import read_header
 from bd3_common.text import shorten
 from bd3_megatron.config import DiffusionConfig, ModelConfig, Section
 

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from bd3_common.errors import ConfigError
-from bd3_common.tokenizer_file import dump, load_json, read_tokenizer
+from bd3_common.formats.tokenizer_file import dump, load_json, read_tokenizer
 from bd3_megatron.config import ModelConfig
 from bd3_megatron.hf.files import write_json
 from bd3_megatron.hf.formats import TokenIds

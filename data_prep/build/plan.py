@@ -7,7 +7,7 @@ import re
 
 from pydantic import Field, model_validator
 
-from bd3_common.tokenizer_file import read_tokenizer
+from bd3_common.formats.tokenizer_file import read_tokenizer
 from data_prep.errors import DataError
 from data_prep.format.manifest import Recipe
 from data_prep.format.pack import Packing, RowFormat

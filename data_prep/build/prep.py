@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bd3_common.atomic import atomic_file, unique_suffix, write_bytes, write_text
-from bd3_common.tokenizer_file import read_tokenizer
+from bd3_common.formats.tokenizer_file import read_tokenizer
 from data_prep.build import pool
 from data_prep.build.assemble import Segment, Stream, build_shards, shard_jobs
 from data_prep.build.destination import Destination, destination

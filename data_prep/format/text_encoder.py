@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bd3_common.errors import UserError
+from bd3_common.formats.tokenizer_file import LibraryError, dump, library_errors, load_json
 from bd3_common.text import shorten
-from bd3_common.tokenizer_file import LibraryError, dump, library_errors, load_json
 from data_prep.format.files import sha256_file
 from data_prep.format.tokenizer import load_tokenizer
 

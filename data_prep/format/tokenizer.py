@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from bd3_common.formats.tokenizer_file import read_tokenizer
 from bd3_common.text import shorten
-from bd3_common.tokenizer_file import read_tokenizer
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
 

@@ -99,7 +99,7 @@ def import_run(args: list[str]) -> None:
     if run.exists():
         raise ConfigError(f"{run}: exists already; give a folder that does not")
     from bd3_common.atomic import atomic_folder
-    from bd3_common.tokenizer_file import read_tokenizer
+    from bd3_common.formats.tokenizer_file import read_tokenizer
     from bd3_megatron import parallel
     from bd3_megatron.config import ParallelConfig
     from bd3_megatron.engine.megatron import MegatronEngine

@@ -52,7 +52,7 @@ def main(args: list[str]) -> None:
     # Not for --help, nor for a mistyped flag.
     import torch
 
-    from bd3_common.tokenizer_file import LibraryError, library_errors, read_tokenizer
+    from bd3_common.formats.tokenizer_file import LibraryError, library_errors, read_tokenizer
     from bd3_megatron.sampling.block import Sampling
     from bd3_megatron.sampling.sampler import sample
     from pretrain.checkpoint.loaded_run import load_chosen

@@ -19,7 +19,7 @@ from unittest import mock
 import numpy as np
 import zstandard
 
-from bd3_common.tensor_header import read_header
+from bd3_common.formats.tensor_header import read_header
 from bd3_megatron.hf.convert import read_checkpoint
 from bd3_megatron.hf.formats import TokenIds
 from bd3_megatron.hf.tokenizer import tokenizer_with_mask

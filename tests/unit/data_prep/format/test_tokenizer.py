@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from bd3_common.tokenizer_file import LibraryError, library_errors, read_tokenizer
+from bd3_common.formats.tokenizer_file import LibraryError, library_errors, read_tokenizer
 from data_prep.errors import DataError
 from data_prep.format.tokenizer import SpecialIds, load_tokenizer, remarks, special_ids, token_dtype, train_bpe
 

@@ -1,0 +1,1 @@
+"""Formats of other programs that several packages read: safetensors headers, tokenizer files."""
