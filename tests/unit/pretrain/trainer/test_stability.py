@@ -84,7 +84,7 @@ class Recipe:
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict]:
         found = find_checkpoint(self.run)
-        return read_weights(found), found.meta
+        return read_weights(found), {name: value for name, value in found.meta.items() if name != "run"}
 
     def files(self) -> dict[str, bytes]:
         names = ["skips.json", *(str(p.relative_to(self.run)) for p in self.run.glob("skipped/*"))]
