@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from bd3_common import logs
+from bd3_common.atomic import refuse_link
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import Section
 from pretrain.config.command_line import Positional, parse_options
@@ -44,4 +45,5 @@ def main(args: list[str]) -> int:
 
     # Ranks write to the same log: lines of this process begin with its name.
     logs.to_console("bd3 attempt: ")
+    refuse_link(Path(options.run), "run", ConfigError)
     return supervise(Path(options.run), command, options.restarts, options.steps, options.fits)

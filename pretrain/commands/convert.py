@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from bd3_common.atomic import refuse_link
 from bd3_common.errors import ConfigError
 from bd3_common.registry import Choice
 from bd3_common.text import show
@@ -144,6 +145,7 @@ def upgrade_run(args: list[str]) -> None:
     run = Path(options.run)
     if not (run / layout.CHECKPOINTS).is_dir():
         raise ConfigError(f"{run}: has no checkpoints; give the folder of a run that bd3 pretrain wrote")
+    refuse_link(run, "run", ConfigError)
     damaged = []
     locked = lock(run)
     try:

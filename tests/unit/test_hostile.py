@@ -220,6 +220,15 @@ def test_a_run_folder_is_a_place_of_its_own(tmp_path, data_set):
     check_place(load_run_config(["--run", str(tmp_path / "up" / "run"), "--data.path", str(tmp_path / "link")]))
 
 
+def test_a_linked_run_folder_is_refused_by_what_writes_into_it(tmp_path, capsys):
+    (tmp_path / "real" / "checkpoints").mkdir(parents=True)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "real")
+    for words in (["attempt", link, "--", "true"], ["convert", "upgrade", link]):
+        assert f"run={link}: is a link to {tmp_path / 'real'}" in refused(capsys, *words)
+    assert [path.name for path in (tmp_path / "real").rglob("*")] == ["checkpoints"]
+
+
 def test_a_run_in_the_data_set_is_refused_by_the_commands(slurm, data_set, capsys):
     before = sorted(data_set.iterdir())
     args = [*TINY, "--data.path", data_set]
