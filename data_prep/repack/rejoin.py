@@ -20,7 +20,7 @@ from data_prep.format.pack import RowFormat
 from data_prep.format.remote import fetch, is_remote, line_of, open_remote
 
 EMPTY = "empty"
-"""key of documents without tokens, which a stream without BOS and EOS cannot hold"""
+"""key in ``Manifest.skipped`` of documents without a token, which a stream without BOS and EOS cannot hold"""
 
 
 @dataclass(frozen=True)

@@ -331,6 +331,8 @@ class _Repack:
         }
         fields = {"version": VERSION, "package_version": package_version(), "length": recipe.length}
         fields |= {"recipe": recipe, "splits": splits, "repacked_from": self.source.parent}
+        if empty := sum(result.skipped.get(EMPTY, 0) for name in SPLITS for result in results[name]):
+            fields["skipped"] = source.skipped | {EMPTY: source.skipped.get(EMPTY, 0) + empty}
         manifest = source.model_copy(update=fields | validation_unigram(jobs))
         save_manifest(manifest, work.data)
         self.place.publish(self.config.overwrite)
@@ -354,6 +356,9 @@ class _Repack:
                     f"{name}: the last {lost} tokens of the text filled no row of {self.source.shown} and are not "
                     "in it, so they are missing here; prepare the text again to have them"
                 )
+        empty = self.source.manifest.skipped.get(EMPTY, 0)
+        if empty and not (self.made.head or self.made.tail) and (self.rows.head or self.rows.tail):
+            self.report(f"{empty} documents without a token are not in {self.source.shown}, so they are missing here")
         rows = ", ".join(f"{name} {split.rows}" for name, split in manifest.splits.items())
         self.report(f"wrote {self.place.shown}: rows of {manifest.length} tokens: {rows}; from {self.source.shown}")
 

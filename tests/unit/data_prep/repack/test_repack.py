@@ -99,6 +99,13 @@ def test_a_repacked_data_set_equals_one_prepared_that_way(texts, tmp_path, made,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "out", "whole"]
 
 
+def test_documents_without_a_token_are_told(texts, tmp_path):
+    made = prepared(texts, tmp_path / "made", **unguarded())
+    lines: list[str] = []
+    repack(RepackConfig(data=str(tmp_path / "made"), out=str(tmp_path / "out"), packing="wrap"), lines.append)
+    assert f"{made.skipped['empty']} documents without a token are not in" in lines[-2]
+
+
 def test_there_and_back_again(texts, tmp_path):
     """Through rows so long that all of a split is nearly their tail."""
     prepared(texts, tmp_path / "made")
