@@ -143,6 +143,7 @@ def make_sources(folder: Path) -> None:
                 info.size = len(payload)
                 tar.addfile(info, io.BytesIO(payload))
     pq.write_table(pa.table({"id": [t["id"] for t in TEXTS], "text": [t["text"] for t in TEXTS]}), folder / "g.parquet")
+    (folder / "k.json").write_text(json.dumps(TEXTS))
     (folder / "h.jsonl.bz2").write_bytes(bz2.compress(lines))
     (folder / "i.jsonl.xz").write_bytes(lzma.compress(lines))
 
@@ -369,6 +370,7 @@ def restamp_run(folder: Path) -> None:
 DATA = {"manifest.json": "json", "*/*.tar": "tar", "tokenizer.json": "json"}
 INDEX = {"manifest.json": "json", "index/*.npy": "npy", "*.tar": "tar"}
 SOURCES = {"*.jsonl": "jsonl", "*.txt": "jsonl", "*.gz": "bytes", "c.jsonl.gz": "gz", "*.zst": "zst", "e.tar": "tar"}
+SOURCES |= {"*.bz2": "bz2", "*.xz": "xz", "k.json": "json", "*.parquet": "bytes"}
 STATUS = {"events.jsonl": "jsonl", "*.jsonl": "jsonl", "*.json": "json", "config.yaml": "yaml"}
 CHECKPOINT = {"checkpoints/*/*.json": "json", "checkpoints/*/*.safetensors": "safetensors", "config.yaml": "yaml"}
 OLD_CHECKPOINT = {"checkpoints/*/*.json": "json", "checkpoints/*/.metadata": "bytes", "checkpoints/*/*.distcp": "bytes"}
