@@ -28,8 +28,8 @@ from data_prep.format.text_encoder import TextEncoder, shared_encoder
 from data_prep.sources import AnyDocument, Document, Fields, Part, TokenDocument, expand, read_part, sha256_source
 
 BATCH_BYTES = 256 << 10  # text tokenized at once
-SAMPLED, SAMPLED_CHARACTERS = 128, 2000  # documents, and the beginning of each, in which lost characters are counted
-_SAMPLE_SEED = 2  # neither that of the split nor of the tokenizer's training sample
+SAMPLED, SAMPLED_CHARACTERS = 128, 500  # documents, and characters of each, among which the lost ones are counted
+_SAMPLE_SEED, _EXCERPT_SEED = 2, 3  # neither that of the split nor of the tokenizer's training sample
 RESULT = "done.json"
 Ids: TypeAlias = "array[int] | np.ndarray"
 
@@ -256,19 +256,26 @@ class _LossSample:
 
     def __init__(self, encoder: TextEncoder):
         self.encoder = encoder
-        self._last_first: list[tuple[float, int, int]] = []  # a heap of entries, negative
+        self._last_first: list[tuple[float, str]] = []  # a heap: the negative place, and the excerpt
 
     def offer(self, document: Document) -> None:
         """Take a document if it is among the first ``SAMPLED`` of a random order."""
-        place = share(document.id, _SAMPLE_SEED)
-        full = len(self._last_first) == SAMPLED
-        if not full or -place >= self._last_first[0][0]:
-            size, lost = self.encoder.lost(document.text[:SAMPLED_CHARACTERS])
-            (heapq.heappushpop if full else heapq.heappush)(self._last_first, (-place, -size, -lost))
+        place = -share(document.id, _SAMPLE_SEED)
+        if len(self._last_first) < SAMPLED:
+            heapq.heappush(self._last_first, (place, excerpt(document)))
+        elif place > self._last_first[0][0]:
+            heapq.heapreplace(self._last_first, (place, excerpt(document)))
 
     def entries(self) -> list[tuple[float, int, int]]:
         """(place, characters, those lost) of the documents."""
-        return sorted((-place, -size, -lost) for place, size, lost in self._last_first)
+        return sorted((-place, *self.encoder.lost(text)) for place, text in self._last_first)
+
+
+def excerpt(document: Document) -> str:
+    """Some characters in a row from anywhere in a document, the same each time."""
+    spare = len(document.text) - SAMPLED_CHARACTERS
+    begin = int(share(document.id, _EXCERPT_SEED) * (spare + 1)) if spare > 0 else 0
+    return document.text[begin : begin + SAMPLED_CHARACTERS]
 
 
 def lost_characters(samples: Iterable[tuple[float, int, int]]) -> float:

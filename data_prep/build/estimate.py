@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.build.encode import SAMPLED, SAMPLED_CHARACTERS, in_validation, lost_line
+from data_prep.build.encode import SAMPLED, excerpt, in_validation, lost_line
 from data_prep.build.plan import PrepConfig
 from data_prep.build.prep import one_thread, parts_of, workers_of
 from data_prep.build.progress import duration
@@ -113,7 +113,7 @@ def estimate(config: PrepConfig) -> Estimate:
         sizes = [0 if isinstance(found, str) else len(found) for found in ids]
         lengths = np.array(sizes) + len(form.head) + len(form.tail)
         seconds = sample.seconds + time.process_time() - began
-        characters = [encoder.lost(text[:SAMPLED_CHARACTERS]) for text in texts[:SAMPLED]]
+        characters = [encoder.lost(excerpt(document)) for document in sample.documents[:: -(-len(texts) // SAMPLED)]]
     if lost := sum(lost for _, lost in characters):
         warnings.append(lost_line(lost / sum(size for size, _ in characters)))
     total = sum(source.bytes for source in sources)

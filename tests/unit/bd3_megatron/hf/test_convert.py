@@ -132,7 +132,7 @@ def test_missing_and_broken_files_are_told_in_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.json: is no JSON"):
         read_checkpoint(folder, "bd3lm")
     (folder / "config.json").write_text("[]")
-    with pytest.raises(ConfigError, match=r"config\.json: holds no JSON object$"):
+    with pytest.raises(ConfigError, match=r"config\.json: value \[\]: input should be an object$"):
         read_checkpoint(folder, "bd3lm")
     with pytest.raises(ConfigError, match=r"none: no such file$"):
         read_checkpoint(tmp_path / "none", "bd3lm")
