@@ -98,7 +98,8 @@ def estimate(config: PrepConfig) -> Estimate:
         raise DataError(
             f"{config.inputs[0]}: no documents at the beginning of the input{sample.first_reject}; give files with text"
         )
-    texts = [document.text for document in sample.documents if not isinstance(document, TokenDocument)]
+    written = [document for document in sample.documents if not isinstance(document, TokenDocument)]
+    texts = [document.text for document in written]
     entries = config.bpe_size
     tokenizer = load_tokenizer(config.tokenizer) if entries is None else train_bpe(texts, entries)
     special = special_ids(tokenizer, config.bos, config.eos, config.mask, config.pad)
@@ -113,7 +114,7 @@ def estimate(config: PrepConfig) -> Estimate:
         sizes = [0 if isinstance(found, str) else len(found) for found in ids]
         lengths = np.array(sizes) + len(form.head) + len(form.tail)
         seconds = sample.seconds + time.process_time() - began
-        characters = [encoder.lost(excerpt(document)) for document in sample.documents[:: -(-len(texts) // SAMPLED)]]
+        characters = [encoder.lost(excerpt(document)) for document in written[:: len(written) // SAMPLED + 1]]
     if lost := sum(lost for _, lost in characters):
         warnings.append(lost_line(lost / sum(size for size, _ in characters)))
     total = sum(source.bytes for source in sources)

@@ -313,7 +313,17 @@ def _encoded(folder: Path) -> None:
     (source,) = expand([str(folder / "a.jsonl")])
     (part,) = split(source)
     job = EncodeJob(
-        part, folder / ".out.partial/parts/p", folder / "tokenizer.json", (2,), rules.rows, "<u2", Fields(), 0, 0.3, 3
+        part,
+        folder / ".out.partial/parts/p",
+        folder / "tokenizer.json",
+        (2,),
+        2,
+        rules.rows,
+        "<u2",
+        Fields(),
+        0,
+        0.3,
+        3,
     )
     encode_part(job)
     (folder / ".out.partial/data/train").mkdir(parents=True, exist_ok=True)
