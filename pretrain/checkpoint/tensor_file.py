@@ -141,12 +141,14 @@ class TensorFile:
         if entry is None or (entry.dtype, tuple(entry.shape)) != (dtype, chunk.shape):
             raise self._damaged(f"has no {chunk.key} of shape {list(chunk.shape)} and dtype {dtype}")
         for at, part in _parts(tuple(low), target):
-            buffer = torch.empty(part.shape, dtype=DTYPES[dtype])
+            direct = part.is_contiguous() and part.device.type == "cpu" and part.dtype is DTYPES[dtype]
+            buffer = part if direct else torch.empty(part.shape, dtype=DTYPES[dtype])
             view = memoryview(_bytes_of(buffer))
             for place, begin, end in _runs(chunk.shape, at, part.shape):
                 size = buffer.element_size()
                 self._pread(view[begin * size : end * size], self._begin + entry.data_offsets[0] + place * size)
-            part.copy_(buffer)
+            if not direct:
+                part.copy_(buffer)
 
     def _read_header(self, size: int) -> tuple[dict[str, _Entry], int]:
         length = bytearray(8)
