@@ -186,7 +186,8 @@ class TensorFile:
 
 def _bytes_of(tensor: Tensor) -> Any:
     """The memory of a contiguous CPU tensor as an array of bytes."""
-    return tensor.detach().view(-1).view(torch.uint8).numpy()
+    # view(-1) would keep the stride of a single element.
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 def _parts(low: tuple[int, ...], target: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
