@@ -12,6 +12,7 @@ import errno
 import hmac
 import ipaddress
 import logging
+import math
 import os
 import socket
 import threading
@@ -62,11 +63,12 @@ class Meeting:
         return self.signed.key
 
 
-def rendezvous(ranks: Ranks, secret_file: Path) -> Meeting | None:
+def rendezvous(ranks: Ranks, secret_file: Path, stop: Callable[[], None] = lambda: None) -> Meeting | None:
     """Meet all ranks of the job; None for a world of 1.
 
     Args:
         secret_file: file that all ranks can read; it holds the secret while they meet, unless the environment does.
+        stop: called now and then during a long wait; raises if a signal asks to stop.
 
     Raises:
         ConfigError: no secret can be had, the address is wrong, or a process without the secret takes part.
@@ -77,13 +79,14 @@ def rendezvous(ranks: Ranks, secret_file: Path) -> Meeting | None:
         return None
     secret = job_secret.from_environment()
     _keep_gloo_local(ranks)
-    return _Rendezvous(ranks, _serve(ranks) if ranks.serves_store else _connect(ranks)).meet(secret, secret_file)
+    return _Rendezvous(ranks, _serve(ranks) if ranks.serves_store else _connect(ranks), stop).meet(secret, secret_file)
 
 
 class _Rendezvous:
-    def __init__(self, ranks: Ranks, store: dist.Store):
+    def __init__(self, ranks: Ranks, store: dist.Store, stop: Callable[[], None]):
         # torchrun restarts ranks with the same store, which still has the values of those before.
         self.ranks, self.store = ranks, dist.PrefixStore(f"start {ranks.restart}", store)
+        self._stop, self._late = stop, time.monotonic() + _NEWS / 2
         self._refused: dict[str, float] = {}
 
     def meet(self, secret: bytes | None, path: Path) -> Meeting:
@@ -92,6 +95,7 @@ class _Rendezvous:
         except (ConfigError, OSError, LostRank) as error:
             self.leave_note(error)
             raise
+        self._late = math.inf  # from now on a signal stops the run after a step
         # A name of its own: the store of a restarted job may hold values of an earlier start.
         store = dist.PrefixStore(hmac.digest(key, b"name", "sha256").hex()[:16], self.store)
         return Meeting(store, SignedStore(store, key, self._check), self.leave_note)
@@ -205,6 +209,8 @@ class _Rendezvous:
 
     def _check(self) -> None:
         """Raise if another rank has left a note. Anybody can write one: it ends the job, and is only quoted."""
+        if time.monotonic() > self._late:
+            self._stop()
         if self.store.check([_NOTE]):
             note = self.store.get(_NOTE)[:_LONGEST_NOTE].decode("utf-8", "replace")
             raise ConfigError(f"the job ends; a process at {self._where()} says: {shorten(note, _LONGEST_NOTE)}")

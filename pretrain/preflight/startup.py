@@ -18,6 +18,7 @@ from pretrain.distributed.collectives import LostRank, lost_ranks, on_rank_0, ra
 from pretrain.distributed.proof import prove_membership
 from pretrain.distributed.ranks import Ranks
 from pretrain.distributed.rendezvous import Meeting, rendezvous
+from pretrain.resilience import signals
 from pretrain.resilience.watchdog import Watchdog
 from pretrain.run_folder import events, layout
 from pretrain.run_folder.identity import check_folder
@@ -85,6 +86,12 @@ class Job:
         logs.close()
 
 
+def _stop_on_signal() -> None:
+    """Raise after a signal to stop: while ranks are waited for there is no step to complete."""
+    if number := signals.received():
+        raise signals.Stopped(signals.exit_code(number))
+
+
 def _join(config: RunConfig, ranks: Ranks, meeting: Meeting | None) -> World:
     """Join the process groups; then all ranks prove themselves on the new connections."""
     place = ranks.rank, ranks.world_size, ranks.local_rank
@@ -114,7 +121,7 @@ def start_ranks(config: RunConfig, ranks: Ranks) -> Iterator[Job]:
     logs.of_rank(ranks.rank)
     try:
         with events.failures(run, ranks, lambda: job.owns_run_folder), lost_ranks(ranks.rank, lambda: job.phase):
-            meeting = rendezvous(ranks, layout.job_secret(run, ranks.short_name))
+            meeting = rendezvous(ranks, layout.job_secret(run, ranks.short_name), _stop_on_signal)
             job.world = _join(config, ranks, meeting)
             key = b"" if meeting is None else meeting.key
             job.watchdog = Watchdog(ranks, config.parallel.timeout_minutes, run / layout.HANG, key)
