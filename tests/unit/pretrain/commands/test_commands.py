@@ -238,7 +238,7 @@ MISTAKES = {
     "sample run --method best": "method=best: unknown decoding algorithm; use first_hitting, steps, or name the module",
     "sample run --prompt <|mask|>": "--prompt: holds the mask token",
     "sample run --prompt -x": "--prompt: a value is missing; one that begins with - is written --prompt=-x",
-    "sample run --seed 99999999999999999999": "seed=99999999999999999999: use a value below 9.22337e+18",
+    "sample run --seed 99999999999999999999": "seed=99999999999999999999: use a value below 9.22337",
     # convert
     "convert exprot run new": "bd3 convert exprot: unknown direction; did you mean export?",
     "convert export nowhere new": "nowhere: not a run folder",
