@@ -17,7 +17,6 @@ MAX_LINE = MAX_DOCUMENT + (1 << 20)  # bytes read of one line or member, with ro
 BOM = b"\xef\xbb\xbf"
 _WIDE_HEAD = 256  # bytes that tell UTF-16 and UTF-32
 _DEEPEST = 4  # levels of fields that a message suggests
-_MISSING = object()
 
 
 def _refuse_constant(name: str) -> None:
@@ -189,11 +188,9 @@ def parse_object(data: bytes, at: int, text_field: str) -> dict[str, Any]:
 
 def value_at(record: dict[str, Any], field: str) -> Any:
     """The value of a field: of that name, or else of the nested one that ``a.b.c`` names; None if there is none."""
-    found = record.get(field, _MISSING)
-    if found is not _MISSING:
+    found = record.get(field)
+    if found is not None or "." not in field or field in record:
         return found
-    if "." not in field:
-        return None
     found = record
     for name in field.split("."):
         found = found.get(name) if isinstance(found, dict) else None
@@ -206,6 +203,9 @@ def text_of(record: dict[str, Any], fields: Fields) -> str:
     Raises:
         BadRecord: it is missing or not a string; suggests the likely field.
     """
+    text = record.get(fields.text_field)
+    if isinstance(text, str):
+        return text
     text = value_at(record, fields.text_field)
     if isinstance(text, str):
         return text
@@ -233,12 +233,13 @@ def id_of(record: dict[str, Any], fields: Fields) -> str:
     identity = value_at(record, fields.id_field)
     if identity is None:
         return ""
-    if isinstance(identity, dict | list):
+    if isinstance(identity, (dict, list)):
         raise BadRecord(
             f"field {fields.id_field!r} holds a JSON {json_type(identity)}; "
             "use a string or a number, leave it out, or choose another --id-field"
         )
-    identity = scalar_id(identity)
+    if not isinstance(identity, str):
+        identity = scalar_id(identity)
     if not identity.isascii():
         encodable(identity, f"field {fields.id_field!r}")
     return identity
