@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 # Before torch is imported, here and in the processes started below: the tests' tensors are too small to share out.
@@ -51,3 +52,11 @@ def data_set(corpus, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "austen"
     prep(PrepConfig(inputs=(str(corpus),), out=str(out), length=LENGTH, tokenizer="bpe:300", validation_fraction=0.3))
     return out
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Escape lone surrogates of captured texts: a worker of pytest-xdist could not send the report."""
+    report = yield
+    report.sections = [(title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections]
+    return report
