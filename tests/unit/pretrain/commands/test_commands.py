@@ -155,7 +155,7 @@ def test_the_exported_tokenizer_is_the_runs(loop):
 def test_commands_leave_what_they_promise_and_no_more(loop):
     names = {"data", "run", "exported", "imported"} | {f"{name}{end}" for name in loop.done for end in (".out", ".err")}
     assert {path.name for path in loop.folder.iterdir()} == names
-    files = {"config.yaml", "tokenizer.json", "checkpoints"}
+    files = {"config.yaml", "tokenizer.json", "checkpoints", "run_id.json"}
     assert {path.name for path in (loop.folder / "imported").iterdir()} == files
     watched = {"metrics.jsonl", "throughput.jsonl", "curves.png", "versions.txt"}
     watched |= {"events.jsonl", "heartbeat.json", "preflight.json", "logs"}
