@@ -354,7 +354,7 @@ def replace_data(folder: Path) -> None:
 
 def restamp_data(folder: Path) -> None:
     """Sizes and hashes in the manifest made those of the files, so that readers go on to what is in them."""
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         manifest = json.loads((folder / "manifest.json").read_text())
         for name, part in manifest["splits"].items():
             for shard in part["shards"]:
@@ -369,7 +369,7 @@ def restamp_data(folder: Path) -> None:
 def restamp_run(folder: Path) -> None:
     """Sizes and hashes in the checkpoint's list made those of its files."""
     for path in folder.glob("checkpoints/*/complete.json"):
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             listing = json.loads(path.read_text())
             for name, stamp in listing["files"].items():
                 file = path.parent / name
