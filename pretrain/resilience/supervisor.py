@@ -178,7 +178,7 @@ def _reason_without_supervisor(lost: Mapping[str, Any], happened: Sequence[Mappi
     known = exit_reason(exit_codes.FAILED, [], happened)
     if known.kind != "failed":
         return known
-    broken: dict[str, str] = Field(default={})
+    broken: dict[str, str] = {}
     if lost.get("job"):
         try:
             broken = client.broken_nodes(lost.get("nodes", ()))

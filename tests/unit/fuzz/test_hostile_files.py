@@ -20,7 +20,8 @@ from data_prep.verify.check import check
 from pretrain.config.resolve import load_run_config, load_saved
 from pretrain.config.yaml_text import MAX_CHARACTERS
 from pretrain.resilience import heartbeat
-from pretrain.resilience.supervisor import take_bad_nodes
+from pretrain.resilience.slurm_job import SlurmJob
+from pretrain.resilience.supervisor import reason_not_to_start, take_bad_nodes
 from pretrain.run_folder import events
 from tests.unit.fuzz.sandbox import outcome
 from tests.unit.fuzz.targets import OLD, make_run, make_shards, read_config, read_data, read_status
@@ -168,6 +169,12 @@ def test_status_of_files_that_are_none(run, name, kind):
     assert outcome(lambda: read_status(run)) is None
     assert take_bad_nodes(run, 1) is None or name != "suspects.json"
     assert heartbeat.read(run) is None or name != "heartbeat.json"
+
+
+def test_a_start_without_slurm_whose_supervisor_was_killed(run):
+    events.record(run, "attempt", job="", restart=0, nodes=[], step=0, lineage="a 1")
+    assert reason_not_to_start(run, SlurmJob.from_environ({}), 3) is None
+    assert events.read(run)[-1]["cause"] == "ended from outside: a node failure, preemption or a kill"
 
 
 @pytest.mark.parametrize("timeout", ["0", "-1", "NaN", "1e300", '"x"', "null"])
