@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from bd3_common.text import shorten
 from data_prep.build import pool
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
@@ -147,8 +148,8 @@ class _Walk:
                     seen.add(info.name)
                     intact &= self._part(stream, info, *names[info.name])
                     pool.count(info.size)
-        except tarfile.TarError as error:
-            found.reasons.add(f"not a tar ({error})")
+        except (tarfile.TarError, ValueError, OverflowError) as error:  # sizes beyond any file are ValueErrors
+            found.reasons.add(f"not a tar ({shorten(str(error), 100)})")
         missing = [name for name in names if name not in seen]
         if missing:
             found.reasons.add(f"{missing[0]} is missing" + (f", and {len(missing) - 1} more" if missing[1:] else ""))

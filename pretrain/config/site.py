@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from bd3_common.errors import ConfigError
 from bd3_common.schema import read_bytes
 from bd3_common.text import shorten
-from pretrain.config.command_line import option_values
+from pretrain.config.command_line import container, option_values
 from pretrain.config.values import Layer, did_you_mean, leaves, show
 from pretrain.config.yaml_text import MAX_CHARACTERS, load_yaml
 
@@ -49,4 +49,6 @@ def _words(path: str, cls: type[BaseModel], key: str, value: Any) -> list[str] |
     words = [word for pair in value.items() for word in pair] if isinstance(value, Mapping) else list(value)
     if not all(isinstance(word, str) for word in words):
         raise ConfigError(f"site={path}: {key}: a list in a list; write plain values")
+    if container(leaves(cls)[key]) is None and len(words) != 1:
+        raise ConfigError(f"site={path}: {key}: {len(words)} values; write one")
     return words
