@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import copy
 import gzip
 import io
 import json
@@ -142,9 +143,11 @@ class Mutator:
         if kind == 0:
             del value[key]
         elif kind == 1 and isinstance(value, dict):
-            value[rng.choice(["", "x\0", "\x1b[1m", "__class__", "self", "model_config", "a" * 500])] = value[key]
+            value[rng.choice(["", "x\0", "\x1b[1m", "__class__", "self", "model_config", "a" * 500])] = copy.deepcopy(
+                value[key]
+            )
         elif kind == 1:
-            value.append(value[key])
+            value.append(copy.deepcopy(value[key]))
         elif kind == 2:
             other = rng.choice(keys)
             value[key], value[other] = value[other], value[key]
@@ -161,7 +164,7 @@ class Mutator:
         if isinstance(value, str) and rng.random() < 0.4:
             paths = [f"{self.outside}/secret.tar", f"../../outside/{value}", value + "\0", value[:-1], value.upper()]
             return rng.choice(paths)
-        return rng.choice(VALUES)
+        return copy.deepcopy(rng.choice(VALUES))
 
     def _text(self, value: Any) -> bytes:
         text = json.dumps(value, ensure_ascii=self.random.random() < 0.8)
