@@ -181,6 +181,9 @@ def read_listing(path: Path) -> dict[str, Any] | str:
     index, suffix = (layout.INDEX, layout.TENSORS) if found.format > 1 else (layout.OLD_INDEX, layout.OLD_TENSORS)
     if index not in found.files:
         return f"{index} is not listed in {COMPLETE}"
+    foreign = sorted(name for name in found.files if name != index and not name.endswith(suffix))
+    if foreign:
+        return f"{COMPLETE} lists {foreign[0]}, which is no file of its format"
     # An upgrade that was killed may leave files of the other format, which are not read.
     unlisted = sorted(name for name in there - set(found.files) if name == index or name.endswith(suffix))
     if unlisted:
