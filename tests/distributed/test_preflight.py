@@ -198,7 +198,7 @@ def test_data_that_one_node_lacks_or_has_otherwise(tmp_path, data_set):
     done = preflight(tmp_path, "--data.path", data_set, faults={1: other_data})
     assert codes(done) == [2, 2]
     (line,) = messages(done)
-    assert re.match(r"data set \(digest of its shards\): \w{12} on node1, \w{12} on node2; give all", line), line
+    assert re.match(r"data set \(digest of its shards\): [\w:]{12} on node1, [\w:]{12} on node2; give all", line), line
 
 
 def test_a_rank_that_fails_alone_ends_all(tmp_path):
