@@ -165,7 +165,7 @@ def open_append(path: Path, mode: int = 0o666) -> int:
 
 
 def no_follow(path: str | os.PathLike[str], flags: int) -> int:
-    """``opener`` for :func:`open` that does not follow a link at the end of ``path``."""
+    """Descriptor of a file, not following a link at the end of ``path``; an ``opener`` for :func:`open`."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 

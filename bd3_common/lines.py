@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bd3_common.atomic import write_all
+from bd3_common.atomic import no_follow, write_all
 
 _BLOCK = 1 << 16
 _LOCK_TRIES, _LOCK_WAIT = 100, 0.01  # seconds
@@ -54,8 +54,7 @@ def locked_lines(path: Path) -> Iterator[int]:
     Raises:
         OSError: it cannot be opened.
     """
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-    file = os.open(path, flags, 0o666)
+    file = no_follow(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
     try:
         _lock(file)
         yield file

@@ -109,6 +109,15 @@ def _is_hidden(character: str) -> bool:
     return unicodedata.category(character) in _HIDDEN and character not in _JOINERS
 
 
+def is_unicode(text: str) -> bool:
+    """False for a text with lone surrogates, such as a file name or a command-line word whose bytes are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def shorten(value: object, length: int = 60) -> str:
     """``value`` as one printable line of at most ``length`` characters, for an error message."""
     text = printable(value[: length + 1] if isinstance(value, str) else _bounded_repr(value, length))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import stat
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -22,7 +23,8 @@ WIDTHS = {
 }
 """bytes of an element by the format's names of types"""
 MAX_HEADER = 100_000_000
-_METADATA = "__metadata__"
+METADATA = "__metadata__"
+"""key of the header that is no tensor"""
 
 
 class TensorPlace(Record):
@@ -50,31 +52,51 @@ class _Header(Record):
     metadata: dict[str, str] = Field(default={})
 
 
-def read_header(path: Path, error: type[UserError] = UserError) -> tuple[dict[str, TensorPlace], dict[str, str]]:
-    """Tensors by name, and the metadata.
+class TensorHeader(NamedTuple):
+    """Tensors by name, the file's metadata, and the byte at which tensors begin."""
+
+    tensors: dict[str, TensorPlace]
+    metadata: dict[str, str]
+    begin: int
+
+
+def open_tensors(path: Path) -> BinaryIO:
+    """Open a file for :func:`read_header`; a pipe in its place is not waited for.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
+def read_header(file: BinaryIO, path: Path, error: type[UserError] = UserError, remedy: str = "") -> TensorHeader:
+    """Header of an open file, at its start.
+
+    Args:
+        path, remedy: name the file and end the line in errors.
 
     Raises:
         UserError: of class ``error``: not a regular file, or no safetensors file whose tensors fill it without overlap.
         OSError: it cannot be read.
     """
-    found = path.stat()
+    ending = f"; {remedy}" if remedy else ""
+    found = os.fstat(file.fileno())
     if not stat.S_ISREG(found.st_mode):
-        raise error(f"{path}: is not a regular file")
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if not 2 <= size <= min(MAX_HEADER, found.st_size - 8):
-            raise error(
-                f"{path}: not a readable safetensors file: a header of {size} bytes in a file of {found.st_size}"
-            )
-        text = file.read(size)
-    content = schema.parse(text, dict[str, object], path, error=error)
-    metadata = content.pop(_METADATA, {})
-    header = schema.check({"tensors": content, "metadata": metadata}, _Header, path, error=error)
+        raise error(f"{path}: is not a regular file{ending}")
+    size = int.from_bytes(file.read(8), "little")
+    if not 2 <= size <= min(MAX_HEADER, found.st_size - 8):
+        raise error(
+            f"{path}: not a readable safetensors file: a header of {size} bytes in a file of {found.st_size}{ending}"
+        )
+    content = schema.parse(file.read(size), dict[str, object], path, remedy, error)
+    metadata = content.pop(METADATA, {})
+    header = schema.check({"tensors": content, "metadata": metadata}, _Header, path, remedy, error)
     end = 0
     for name, place in sorted(header.tensors.items(), key=lambda pair: pair[1].data_offsets):
-        if place.data_offsets[0] != end:
-            raise error(f"{path}: {shorten(name)}: begins at byte {place.data_offsets[0]}, where {end} is expected")
+        begin = place.data_offsets[0]
+        if begin != end:
+            raise error(f"{path}: {shorten(name)}: begins at byte {begin}, where {end} is expected{ending}")
         end = place.data_offsets[1]
     if end != found.st_size - 8 - size:
-        raise error(f"{path}: has {found.st_size - 8 - size} bytes of tensors, its header says {end}")
-    return header.tensors, header.metadata
+        raise error(f"{path}: has {found.st_size - 8 - size} bytes of tensors, its header says {end}{ending}")
+    return TensorHeader(header.tensors, header.metadata, 8 + size)

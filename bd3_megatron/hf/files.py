@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bd3_common import schema
 from bd3_common.errors import ConfigError
-from bd3_common.formats.tensor_header import read_header
+from bd3_common.formats.tensor_header import open_tensors, read_header
 from bd3_common.machine import memory_limit
 from bd3_common.schema import InnerPath, OpenRecord
 from bd3_common.text import shorten
@@ -108,8 +108,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _safetensors(path: Path) -> Iterator[Any]:
     """An open safetensors file, whose header is checked and whose tensors fit the memory."""
     try:
-        header, _ = read_header(path, ConfigError)
-        size = max((place.data_offsets[1] for place in header.values()), default=0)
+        with open_tensors(path) as opened:
+            header = read_header(opened, path, ConfigError)
+        size = max((place.data_offsets[1] for place in header.tensors.values()), default=0)
         if size > memory_limit():
             raise ConfigError(f"{path}: its tensors have {size} bytes, more than the memory of {memory_limit()} bytes")
         with safe_open(path, "pt") as file:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.build import pool
 from data_prep.build.encode import SAMPLED, excerpt, in_validation, lost_line
-from data_prep.build.plan import PrepConfig
-from data_prep.build.prep import one_thread, parts_of, workers_of
+from data_prep.build.plan import PrepConfig, parts_of, workers_of
 from data_prep.build.progress import duration
 from data_prep.errors import DataError
 from data_prep.format.manifest import SPLITS, SplitName
@@ -106,7 +106,7 @@ def estimate(config: PrepConfig) -> Estimate:
     warnings = remarks(config.tokenizer, special, config.mask) if entries is None else []
     encoder = TextEncoder(tokenizer, control_ids(special))
     form = config.rows(special)
-    with one_thread():
+    with pool.one_thread():
         encoder.encode(texts[:1])  # the first call sets up
         began = time.process_time()
         encoded = iter(encoder.encode(texts))

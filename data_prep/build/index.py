@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bd3_common.atomic import atomic_file, write_bytes
+from bd3_common.text import is_unicode
 from data_prep.build import pool
 from data_prep.build.outcome import package_version, vocabulary
 from data_prep.build.progress import Progress, Report
@@ -91,7 +92,7 @@ def find_tars(folder: Path) -> list[str]:
         for name in files:
             if name.startswith("."):
                 continue
-            if not _is_utf8(name):
+            if not is_unicode(name):
                 shown = os.fsencode(Path(path) / name).decode(errors="backslashreplace")
                 raise DataError(f"{shown}: the name is not UTF-8, and a manifest cannot hold it; rename the file")
             if name.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
@@ -103,14 +104,6 @@ def find_tars(folder: Path) -> list[str]:
     if not names:
         raise DataError(f"{folder}: no .tar file in it; give the folder of the tars to --index")
     return sorted(names)
-
-
-def _is_utf8(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def scan(

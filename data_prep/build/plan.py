@@ -1,9 +1,11 @@
-"""Options of ``bd3 prep``, and the recipe: the options that determine the rows."""
+"""Plan of a prep: its options, the recipe (those that determine the rows), parts, shares and processes."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
@@ -13,7 +15,9 @@ from data_prep.format.manifest import Recipe
 from data_prep.format.pack import Packing, RowFormat
 from data_prep.format.remote import is_remote
 from data_prep.format.tokenizer import SpecialIds
-from data_prep.sources import Fields
+from data_prep.sources import Fields, Part, Source, split
+
+SMALLEST_PART, LARGEST_PART = 1 << 20, 64 << 20  # stored bytes that one job reads, if the file can be split
 
 
 class PrepConfig(Fields):
@@ -123,3 +127,47 @@ def check_rows_options(options: PrepConfig | Recipe) -> None:
     if options.packing == "wrap" and not (options.add_bos and options.add_eos):
         key = "add_eos" if options.add_bos else "add_bos"
         raise ValueError(f"{key}=false: rows of packing=wrap begin with BOS and end with EOS; use packing=stream")
+
+
+def workers_of(config: PrepConfig) -> int:
+    """Number of processes: ``config.workers``, or one for each core that this process may run on."""
+    return config.workers or len(os.sched_getaffinity(0))
+
+
+def parts_of(sources: Sequence[Source]) -> list[Part]:
+    """The parts of all sources in order, one job each.
+
+    Parts of a file depend on the file alone, so finished ones stay valid when other files change. A remote file is one
+    part, because it is fetched whole.
+    """
+    sizes = [
+        source.bytes + 1 if source.remote else min(max(source.bytes // 16, SMALLEST_PART), LARGEST_PART)
+        for source in sources
+    ]
+    return [part for source, size in zip(sources, sizes) for part in split(source, size)]
+
+
+def share_of(part: str) -> tuple[int, int]:
+    """(K, N) of ``part``, which is ``K/N`` or ``slurm``.
+
+    Raises:
+        DataError: ``slurm`` outside of an array job.
+    """
+    if part != "slurm":
+        mine, of = part.split("/")
+        return int(mine), int(of)
+    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_STEP")
+    try:
+        task, first, count = (int(os.environ[name]) for name in names[:3])
+        step = int(os.environ.get(names[3], 1))
+        last = int(os.environ.get("SLURM_ARRAY_TASK_MAX", first + (count - 1) * step))
+    except (KeyError, ValueError):
+        raise DataError(
+            f"part=slurm: not in an array job ({names[0]} is not set); use sbatch --array, or K/N"
+        ) from None
+    if last - first != (count - 1) * step:
+        raise DataError(
+            f"part=slurm: an array of {count} tasks from {first} to {last} leaves some out, so their shares are not "
+            "known; to repeat single shares, use --part K/N with the N of the first array"
+        )
+    return (task - first) // step, count

@@ -7,7 +7,6 @@ interruptions.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +39,7 @@ from data_prep.build.outcome import (
     make_manifest,
     summary_lines,
 )
-from data_prep.build.plan import PrepConfig
+from data_prep.build.plan import PrepConfig, parts_of, share_of, workers_of
 from data_prep.build.progress import Progress, Report
 from data_prep.build.work_folder import recipe_difference
 from data_prep.errors import DataError
@@ -74,7 +73,6 @@ from data_prep.sources import (
     holds_tokens,
     read_part,
     sha256_source,
-    split,
 )
 
 if TYPE_CHECKING:
@@ -82,7 +80,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PrepConfig", "in_validation", "prep"]
 
-SMALLEST_PART, LARGEST_PART = 1 << 20, 64 << 20  # stored bytes that one job reads, if the file can be split
 _SAMPLE = 1  # seed of the tokenizer's training sample, not the default seed of the split
 
 
@@ -140,50 +137,6 @@ def reuse(place: Destination, manifest: Manifest, difference: str | None, report
     place.tidy(manifest)
 
 
-def workers_of(config: PrepConfig) -> int:
-    """Number of processes: ``config.workers``, or one for each core that this process may run on."""
-    return config.workers or len(os.sched_getaffinity(0))
-
-
-def parts_of(sources: Sequence[Source]) -> list[Part]:
-    """The parts of all sources in order, one job each.
-
-    Parts of a file depend on the file alone, so finished ones stay valid when other files change. A remote file is one
-    part, because it is fetched whole.
-    """
-    sizes = [
-        source.bytes + 1 if source.remote else min(max(source.bytes // 16, SMALLEST_PART), LARGEST_PART)
-        for source in sources
-    ]
-    return [part for source, size in zip(sources, sizes) for part in split(source, size)]
-
-
-def share_of(part: str) -> tuple[int, int]:
-    """(K, N) of ``part``, which is ``K/N`` or ``slurm``.
-
-    Raises:
-        DataError: ``slurm`` outside of an array job.
-    """
-    if part != "slurm":
-        mine, of = part.split("/")
-        return int(mine), int(of)
-    names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_STEP")
-    try:
-        task, first, count = (int(os.environ[name]) for name in names[:3])
-        step = int(os.environ.get(names[3], 1))
-        last = int(os.environ.get("SLURM_ARRAY_TASK_MAX", first + (count - 1) * step))
-    except (KeyError, ValueError):
-        raise DataError(
-            f"part=slurm: not in an array job ({names[0]} is not set); use sbatch --array, or K/N"
-        ) from None
-    if last - first != (count - 1) * step:
-        raise DataError(
-            f"part=slurm: an array of {count} tasks from {first} to {last} leaves some out, so their shares are not "
-            "known; to repeat single shares, use --part K/N with the N of the first array"
-        )
-    return (task - first) // step, count
-
-
 class _Prep:
     """One run of prep in its work folder."""
 
@@ -238,7 +191,7 @@ class _Prep:
             self.report(f"continuing: {len(parts) - len(jobs)} of {len(parts)} parts are done already")
         progress = Progress(self.report, "tokenized", sum(job.part.weight for job in jobs))
         failed = []
-        with one_thread():
+        with pool.one_thread():
             for job, result in pool.run(encode_part, jobs, self.workers, progress.tick):
                 if isinstance(result, DataError):
                     failed.append(result)
@@ -411,16 +364,3 @@ def _same_sources(sources: Sequence[Source], recorded: Sequence[SourceFile]) -> 
     if [(source.name, source.bytes) for source in sources] != [(file.name, file.bytes) for file in recorded]:
         return False
     return all(s.remote or sha256_source(s, Path(s.path)) == file.sha256 for s, file in zip(sources, recorded))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep ``tokenizers`` from starting threads, so that one process uses one core."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        del os.environ["TOKENIZERS_PARALLELISM"]
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before

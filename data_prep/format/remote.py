@@ -6,8 +6,8 @@ import hashlib
 import random
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,11 +70,7 @@ def fetch(
                 time.sleep(backoff(number))
             try:
                 found, digest = _copy(url, partial, most)
-            except FileNotFoundError:
-                raise DataError(f"{url}: no such file; check the address") from None
-            except PermissionError as error:
-                raise DataError(f"{url}: access denied ({error}); check the credentials") from None
-            except _SourceError as error:
+            except StoreError as error:
                 problem, remedy = f"{type(error.cause).__name__}: {error.cause}", "try later"
                 continue
             remedy = "it was changed or damaged there: copy it again"
@@ -111,8 +107,8 @@ def sha256_remote(url: str) -> str:
     return digest.hexdigest()
 
 
-class _SourceError(Exception):
-    """Reading the remote file failed; other errors are those of the local disk."""
+class StoreError(Exception):
+    """The store failed, perhaps for this time only; other errors are those of the local disk."""
 
     def __init__(self, cause: Exception):
         super().__init__(str(cause))
@@ -133,14 +129,9 @@ def _copy(url: str, to: Path, most: int | None) -> tuple[int, str]:
 
 
 def _chunks(url: str) -> Iterator[bytes]:
-    try:
-        with open_remote(url) as source:
-            while chunk := source.read(CHUNK):
-                yield chunk
-    except (DataError, FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # each protocol has its own exceptions
-        raise _SourceError(error) from error
+    with store_errors(url, "no such file; check the address", StoreError), open_remote(url) as source:
+        while chunk := source.read(CHUNK):
+            yield chunk
 
 
 class RemoteFile(NamedTuple):
@@ -193,29 +184,35 @@ def tree_remote(url: str) -> dict[str, RemoteFile]:
 
 
 @contextmanager
-def final_errors(url: str, missing: str) -> Iterator[None]:
-    """Context that turns errors which no repetition mends into DataError; ``missing`` is that for a missing file."""
+def store_errors(url: str, missing: str, other: Callable[[Exception], Exception]) -> Iterator[None]:
+    """Context that turns errors of the store which no repetition mends into DataError.
+
+    Args:
+        missing: reason and remedy for a file that is not there.
+        other: gives the error to raise for another one; each protocol has exceptions of its own.
+    """
     try:
         yield
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"{url}: {missing}") from None
     except PermissionError as error:
         raise DataError(f"{url}: access denied ({line_of(error)}); check the credentials") from None
     except ImportError as error:
         raise DataError(f"{url}: cannot be opened ({line_of(error)}); pip install 'bd3-megatron[data]'") from None
+    except Exception as error:
+        raise other(error) from error
 
 
-@contextmanager
-def _listing(url: str) -> Iterator[None]:
+def _listing(url: str) -> AbstractContextManager[None]:
     """Context that turns the errors of every protocol into DataError."""
-    try:
-        with final_errors(url, "no such file or folder; check the address"):
-            yield
-    except DataError:
-        raise
-    except Exception as error:  # each protocol has its own exceptions
+
+    def other(error: Exception) -> DataError:
         reason = f"{type(error).__name__}: {line_of(error)}"
-        raise DataError(f"{url}: cannot be listed ({reason}); check address and credentials") from None
+        return DataError(f"{url}: cannot be listed ({reason}); check address and credentials")
+
+    return store_errors(url, "no such file or folder; check the address", other)
 
 
 def _list_remote(url: str) -> RemoteListing:

@@ -7,14 +7,14 @@ import hashlib
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from bd3_common.atomic import unique_suffix
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
-from data_prep.format.remote import TRIES, backoff, final_errors, line_of, sha256_remote, stamp_of
+from data_prep.format.remote import TRIES, StoreError, backoff, line_of, sha256_remote, stamp_of, store_errors
 
 PART = 64 << 20
 """bytes of one part of an upload to S3; files of less than two parts go whole"""
@@ -46,7 +46,7 @@ def upload(path: Path, url: str, tries: int = TRIES) -> str:
                 if stamp is not None:
                     return stamp
                 problem = "the copy differs from the file"
-        except _StoreError as error:
+        except StoreError as error:
             problem = f"{type(error.cause).__name__}: {line_of(error.cause)}"
     raise DataError(f"{url}: cannot be written after {tries} tries ({problem}); try later: what is finished is kept")
 
@@ -62,30 +62,19 @@ def remove(url: str) -> None:
             files, place = _located(url)
             if files.exists(place):
                 files.rm_file(place)
-    except _StoreError as error:
+    except StoreError as error:
         raise DataError(f"{url}: cannot be removed ({line_of(error.cause)}); try later") from None
 
 
-@contextmanager
-def writing(url: str) -> Iterator[None]:
-    """Context that turns errors which no repetition mends into DataError, and others of the store into _StoreError."""
-    try:
-        with final_errors(url, "no such bucket or folder; create it, or correct the address"):
-            yield
-    except DataError:
-        raise
-    except NotImplementedError:
-        raise DataError(f"{url}: cannot be written with this protocol; use s3://, gs:// or a folder") from None
-    except Exception as error:  # each protocol has its own exceptions
-        raise _StoreError(error) from error
+def writing(url: str) -> AbstractContextManager[None]:
+    """Context that turns errors which no repetition mends into DataError, and others of the store into StoreError."""
 
+    def other(error: Exception) -> Exception:
+        if isinstance(error, NotImplementedError):
+            return DataError(f"{url}: cannot be written with this protocol; use s3://, gs:// or a folder")
+        return StoreError(error)
 
-class _StoreError(Exception):
-    """The store failed, perhaps for this time only."""
-
-    def __init__(self, cause: Exception):
-        super().__init__(str(cause))
-        self.cause = cause
+    return store_errors(url, "no such bucket or folder; create it, or correct the address", other)
 
 
 def _located(url: str) -> tuple[Any, str]:

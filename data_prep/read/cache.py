@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from bd3_common.atomic import refuse_link
+from bd3_common.atomic import no_follow, refuse_link
 from data_prep.errors import DataError
 from data_prep.format.files import lies_at, sha256_file
 from data_prep.format.remote import PARTIAL, fetch
@@ -213,7 +213,7 @@ class ShardCache:
     def _is_abandoned(claim: Path) -> bool:
         """True if no process holds the claim any more; the claim is then removed."""
         try:
-            handle = os.open(claim, os.O_RDWR | os.O_NOFOLLOW)
+            handle = no_follow(claim, os.O_RDWR)
         except FileNotFoundError:
             return True
         try:
@@ -253,7 +253,7 @@ def _opened(path: Path, size: int) -> ShardFile:
 def _locked(path: Path, remove: bool = False) -> Iterator[int]:
     """Hold the lock of a file, which is created if missing; with ``remove`` the file is deleted on release."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        handle = no_follow(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             if lies_at(handle, path):

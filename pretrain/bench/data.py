@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from bd3_common.errors import ConfigError
-from data_prep.build.prep import PrepConfig, one_thread, prep
+from data_prep.build import pool
+from data_prep.build.prep import PrepConfig, prep
 from data_prep.format.manifest import Manifest, Split, save_manifest
 from data_prep.format.pack import Rows
 from data_prep.format.shards import write_shard
@@ -148,7 +149,7 @@ def _single(
             plain.encode_batch_fast(texts, add_special_tokens=False)
             bare[-1].append(time.process_time() - begin)
 
-    with one_thread(), _replaced(TextEncoder, "encode", watched):
+    with pool.one_thread(), _replaced(TextEncoder, "encode", watched):
         _turns([ours, tokenizers_alone], options.repeats)
     seconds = np.min(inside, axis=0).sum() + min(outside), np.min(bare, axis=0).sum()
     rows = [

@@ -10,33 +10,19 @@ import itertools
 import json
 import math
 import os
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from bd3_common import schema
 from bd3_common.errors import ConfigError
-from bd3_common.text import shorten
-from pretrain.checkpoint.index import DTYPES, REMEDY, Size, StoredChunk, nbytes
+from bd3_common.formats.tensor_header import METADATA, open_tensors, read_header
+from pretrain.checkpoint.index import DTYPES, REMEDY, StoredChunk, nbytes
 
-_HEADER = 100 << 20
-"""bytes of the largest header that the safetensors library reads"""
 _BUFFER = 16 << 20
 """bytes that are read at a time"""
-_METADATA = "__metadata__"
-
-
-class _Entry(schema.Record):
-    """A tensor in the header; ``data_offsets`` count from the header's end."""
-
-    dtype: Literal["F32", "F16", "BF16"]
-    shape: Annotated[list[Size], Field(max_length=8)]
-    data_offsets: Annotated[list[schema.Count], Field(min_length=2, max_length=2)]
 
 
 class ChunkEntry(NamedTuple):
@@ -82,7 +68,7 @@ def write_chunks(path: Path, chunks: Sequence[ChunkEntry], tensors: Iterable[Ten
 
 def _write_tensors(path: Path, chunks: Sequence[ChunkEntry], tensors: Iterable[Tensor]) -> dict[str, Any]:
     """Write a safetensors file; returns its stamp."""
-    header: dict[str, Any] = {_METADATA: {"format": "pt"}}
+    header: dict[str, Any] = {METADATA: {"format": "pt"}}
     begin = 0
     for chunk in chunks:
         end = begin + nbytes(chunk.shape, chunk.dtype)
@@ -115,21 +101,18 @@ class TensorFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._file = open_tensors(path)
         try:
-            status = os.fstat(self._file)
-            if not stat.S_ISREG(status.st_mode):
-                raise self._damaged("is not a regular file")
-            self._entries, self._begin = self._read_header(status.st_size)
+            self._tensors, _, self._begin = read_header(self._file, path, ConfigError, REMEDY)
         except BaseException:
-            os.close(self._file)
+            self._file.close()
             raise
 
     def __enter__(self) -> TensorFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._file)
+        self._file.close()
 
     def read(self, chunk: StoredChunk, dtype: str, low: Sequence[int], target: Tensor) -> None:
         """Copy the region of a chunk that begins at ``low`` and has ``target``'s shape into ``target``.
@@ -137,7 +120,7 @@ class TensorFile:
         Raises:
             ConfigError: the file has no such tensor, or one of another shape or dtype.
         """
-        entry = self._entries.get(chunk.key)
+        entry = self._tensors.get(chunk.key)
         if entry is None or (entry.dtype, tuple(entry.shape)) != (dtype, chunk.shape):
             raise self._damaged(f"has no {chunk.key} of shape {list(chunk.shape)} and dtype {dtype}")
         for at, part in _parts(tuple(low), target):
@@ -150,32 +133,9 @@ class TensorFile:
             if not direct:
                 part.copy_(buffer)
 
-    def _read_header(self, size: int) -> tuple[dict[str, _Entry], int]:
-        length = bytearray(8)
-        if size < len(length):
-            raise self._damaged("is no safetensors file")
-        self._pread(memoryview(length), 0)
-        count = int.from_bytes(length, "little")
-        if count > min(_HEADER, size - len(length)):
-            raise self._damaged(f"has a header of {count} bytes, more than the file or the format allows")
-        text = bytearray(count)
-        self._pread(memoryview(text), len(length))
-        found = schema.parse(bytes(text), dict[str, Any], self.path, REMEDY, ConfigError)
-        found.pop(_METADATA, None)
-        entries = schema.check(found, dict[str, _Entry], self.path, REMEDY, ConfigError)
-        end = 0
-        for key, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets[0]):
-            begin, last = entry.data_offsets
-            if begin != end or last - begin != nbytes(entry.shape, entry.dtype):
-                raise self._damaged(f"places {shorten(key)} at {begin} to {last}, which does not fit")
-            end = last
-        if len(length) + count + end != size:
-            raise self._damaged(f"has {size} bytes, its header describes {len(length) + count + end}")
-        return entries, len(length) + count
-
     def _pread(self, view: memoryview, place: int) -> None:
         while len(view):
-            count = os.preadv(self._file, [view], place)
+            count = os.preadv(self._file.fileno(), [view], place)
             if count == 0:
                 raise self._damaged("has become shorter")
             view, place = view[count:], place + count

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from bd3_common.errors import ConfigError
+from bd3_common.machine import installed_memory
 from bd3_common.registry import Choice
 from bd3_common.schema import MAX_COUNT
-from bd3_common.text import json_line, shorten, show
+from bd3_common.text import is_unicode, json_line, shorten, show
 from bd3_megatron.config import ModelConfig, Seed
 from bd3_megatron.sampling.algorithms import DECODING_ALGORITHMS
 from pretrain.config.checkpoint_options import CheckpointOptions
-from pretrain.config.command_line import is_utf8, parse_options
+from pretrain.config.command_line import parse_options
 from pretrain.config.values import validate
 from pretrain.run_folder import layout
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 class SampleOptions(CheckpointOptions):
@@ -46,13 +49,13 @@ class SampleOptions(CheckpointOptions):
 def main(args: list[str]) -> None:
     """`bd3 sample RUN`."""
     options = parse_options(SampleOptions, args, "bd3 sample")
-    if not is_utf8(options.prompt):
+    if not is_unicode(options.prompt):
         raise ConfigError(f"--prompt={shorten(options.prompt)}: is not UTF-8; write it in UTF-8")
     own = validate(DECODING_ALGORITHMS.load(options.method).Options, options.options)
     # Not for --help, nor for a mistyped flag.
     import torch
 
-    from bd3_common.formats.tokenizer_file import LibraryError, library_errors, read_tokenizer
+    from bd3_common.formats.tokenizer_file import read_tokenizer
     from bd3_megatron.sampling.block import Sampling
     from bd3_megatron.sampling.sampler import sample
     from pretrain.checkpoint.loaded_run import load_chosen
@@ -68,20 +71,7 @@ def main(args: list[str]) -> None:
     tokenizer = file.load()
     for line in file.remarks:
         show(line, sys.stderr)
-    try:
-        with library_errors():
-            prompt = [model.bos_id, *tokenizer.encode(options.prompt, add_special_tokens=False).ids]
-    except LibraryError as error:
-        raise ConfigError(f"--prompt: {run / layout.TOKENIZER} cannot encode it ({error}); use other text") from None
-    if model.vocab_size is not None and max(prompt) >= model.vocab_size:
-        raise ConfigError(
-            f"{run / layout.TOKENIZER}: gives the id {max(prompt)}, and model.vocab_size={model.vocab_size}; "
-            "copy the one the model was trained with into the run folder"
-        )
-    if model.mask_id in prompt:
-        raise ConfigError(
-            f"--prompt: holds the mask token (id {model.mask_id}); leave it out, a prompt has real tokens only"
-        )
+    prompt = [model.bos_id, *_prompt_ids(options.prompt, tokenizer, model, run / layout.TOKENIZER)]
     space = model.length - len(prompt)
     if space < 1 or (options.tokens or 0) > space:
         raise ConfigError(
@@ -111,6 +101,31 @@ def main(args: list[str]) -> None:
     print(f"{new} new tokens in {result.nfe} calls (step {loaded.checkpoint.step})", file=sys.stderr)
 
 
+def _prompt_ids(text: str, tokenizer: Tokenizer, model: ModelConfig, file: Path) -> list[int]:
+    """Ids of the prompt, without BOS.
+
+    Raises:
+        ConfigError: the tokenizer cannot encode it, or gives the mask or an id that the model does not have.
+    """
+    from bd3_common.formats.tokenizer_file import LibraryError, library_errors
+
+    try:
+        with library_errors():
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    except LibraryError as error:
+        raise ConfigError(f"--prompt: {file} cannot encode it ({error}); use other text") from None
+    if model.vocab_size is not None and max(ids, default=0) >= model.vocab_size:
+        raise ConfigError(
+            f"{file}: gives the id {max(ids)}, and model.vocab_size={model.vocab_size}; "
+            "copy the one the model was trained with into the run folder"
+        )
+    if model.mask_id in ids:
+        raise ConfigError(
+            f"--prompt: holds the mask token (id {model.mask_id}); leave it out, a prompt has real tokens only"
+        )
+    return ids
+
+
 def check_memory(count: int, model: ModelConfig, block_size: int) -> None:
     """Check that ``count`` rows can be sampled at once in this machine's memory.
 
@@ -121,7 +136,7 @@ def check_memory(count: int, model: ModelConfig, block_size: int) -> None:
     """
     vocabulary = model.vocab_size or 0
     row = 8 * model.length * model.layers * model.hidden + block_size * (16 * model.hidden + 40 * vocabulary)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = installed_memory()
     if count > 1 and count * row > memory:
         raise ConfigError(
             f"--count {count}: takes about {count * row / 1e9:.0f} GB, this machine has {memory / 1e9:.0f}; "

@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import is_unicode
 from pretrain.config.values import Layer, Model, build, did_you_mean, flag, leaves, put, show
 
 T = TypeVar("T")
@@ -130,15 +131,6 @@ def container(field: FieldInfo) -> Any:
     return origin if origin in (list, tuple, dict, set, frozenset) else None
 
 
-def is_utf8(word: str) -> bool:
-    """False for a word of the command line whose bytes are not UTF-8: Python then has surrogates in it."""
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def takes_null(field: FieldInfo) -> bool:
     """True if the field may be null."""
     return get_origin(field.annotation) is not typing.Literal and type(None) in get_args(field.annotation)
@@ -185,7 +177,7 @@ def _value(path: str, field: FieldInfo, words: list[str]) -> Any:
     if "" in words and (kind is None or is_positional(field)) and field.default != "":
         raise ConfigError(f"{name}: empty; give a value" + (", or null" if takes_null(field) else ""))
     for word in words:
-        if not (is_utf8(word) or os.path.lexists(word)):  # names of files may be in another encoding
+        if not (is_unicode(word) or os.path.lexists(word)):  # names of files may be in another encoding
             raise ConfigError(f"{name}={show(word)}: is not UTF-8; write it in UTF-8")
     if kind is dict:
         if len(words) % 2:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from bd3_common import schema
 from bd3_common.errors import ConfigError, UserError
-from bd3_common.text import shorten
+from bd3_common.text import is_unicode, shorten
 from data_prep.errors import DataError
 from pretrain.distributed.wire_types import RECORDS, full_name
 
@@ -111,7 +111,7 @@ def _tree(value: object, arrays: list[NDArray[Any]]) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"float": str(float(value))}
     if isinstance(value, str):
-        return str(value) if value.isascii() or _is_unicode(value) else {"text": _hex(value)}
+        return str(value) if value.isascii() or is_unicode(value) else {"text": _hex(value)}
     each = functools.partial(_tree, arrays=arrays)
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
@@ -171,15 +171,6 @@ _KINDS: dict[str, Callable[[Any, _Arrays], Any]] = {
 def _fields(value: Any) -> Iterator[tuple[str, Any]]:
     names = [field.name for field in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else value._fields
     return ((name, getattr(value, name)) for name in names)
-
-
-def _is_unicode(text: str) -> bool:
-    """False for a text with lone surrogates, such as the name of a file that is not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _hex(text: str) -> str:

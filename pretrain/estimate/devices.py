@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from dataclasses import dataclass
+
+from bd3_common.machine import installed_memory
 
 _SIDE = 1024
 
@@ -161,5 +162,4 @@ def this_cpu() -> Device:
         target.copy_(source)
         best = min(best, time.perf_counter() - start)
     copied = 2 * source.nbytes / best
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Device("CPU", flops, None, flops, memory, copied, copied / 2, copied / 2)
+    return Device("CPU", flops, None, flops, installed_memory(), copied, copied / 2, copied / 2)

@@ -20,7 +20,7 @@ from bd3_common import atomic
 from bd3_common.atomic import atomic_file
 from data_prep import sources as sources_module
 from data_prep.build import encode as encode_module
-from data_prep.build import pool, work_folder
+from data_prep.build import plan, pool, work_folder
 from data_prep.build import prep as prep_module
 from data_prep.build.estimate import estimate
 from data_prep.build.prep import PrepConfig, in_validation, prep
@@ -366,7 +366,7 @@ def test_neither_parts_nor_processes_nor_shares_change_a_byte(tmp_path, monkeypa
     inputs = {"inputs": [str(path), str(packed)], "tokenizer": trained(tmp_path)}
     prep(prep_config(tmp_path, **inputs, workers=1))
     expected = contents(tmp_path / "data")
-    monkeypatch.setattr(prep_module, "SMALLEST_PART", 700)
+    monkeypatch.setattr(plan, "SMALLEST_PART", 700)
     prep(prep_config(tmp_path, **inputs, out=str(tmp_path / "two"), workers=2))
     assert contents(tmp_path / "two") == expected
 
@@ -382,15 +382,15 @@ def test_neither_parts_nor_processes_nor_shares_change_a_byte(tmp_path, monkeypa
 def test_shares_of_a_slurm_array(monkeypatch):
     for name, value in (("ID", 7), ("MIN", 3), ("COUNT", 4), ("STEP", 2)):
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-    assert prep_module.share_of("slurm") == (2, 4)
+    assert plan.share_of("slurm") == (2, 4)
     monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "9")
-    assert prep_module.share_of("slurm") == (2, 4)
+    assert plan.share_of("slurm") == (2, 4)
     monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "19")  # --array=3,7,9,19, as failed tasks are submitted again
     with pytest.raises(DataError, match=r"an array of 4 tasks from 3 to 19 leaves some out.*use --part K/N"):
-        prep_module.share_of("slurm")
+        plan.share_of("slurm")
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
     with pytest.raises(DataError, match="part=slurm: not in an array job"):
-        prep_module.share_of("slurm")
+        plan.share_of("slurm")
 
 
 def test_sharing_tasks_at_once(tmp_path):
@@ -432,7 +432,7 @@ def test_a_killed_prep_goes_on_to_the_same_bytes(tmp_path, workers, moments):
 
 
 def small_parts() -> None:
-    prep_module.SMALLEST_PART, pool.LITTLE = 8000, 0
+    plan.SMALLEST_PART, pool.LITTLE = 8000, 0
     atomic.sync = work_folder.sync = lambda path: None  # a killed process loses nothing that it has written
 
 
@@ -654,9 +654,9 @@ def test_lost_characters_are_told_whatever_the_parts(tmp_path, monkeypatch):
     path.write_text(path.read_text().replace("truth", "tr\u00fcth"))
     tokenizer = word_level(tmp_path)
     told, found = [], []
-    for out, size in (("one", prep_module.SMALLEST_PART), ("two", 4000)):
-        monkeypatch.setattr(prep_module, "SMALLEST_PART", size)
-        monkeypatch.setattr(prep_module, "LARGEST_PART", size)
+    for out, size in (("one", plan.SMALLEST_PART), ("two", 4000)):
+        monkeypatch.setattr(plan, "SMALLEST_PART", size)
+        monkeypatch.setattr(plan, "LARGEST_PART", size)
         config = prep_config(tmp_path, tokenizer=tokenizer, out=str(tmp_path / out), workers=1)
         found.append(prep(config, told.append).lost_characters)
     assert found[0] == found[1] == load_manifest(tmp_path / "one").lost_characters
