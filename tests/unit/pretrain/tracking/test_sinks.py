@@ -83,9 +83,7 @@ def test_wandb_offline_goes_on_under_the_same_id(tmp_path: Path, monkeypatch) ->
     folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert folders
     # two starts within one second: W&B numbers the second folder (…-ID-1); its log has the id
-    assert [path.name for folder in folders for path in folder.glob("*.wandb")] == [
-        f"run-{name}.wandb"
-    ] * len(folders)
+    assert [path.name for folder in folders for path in folder.glob("*.wandb")] == [f"run-{name}.wandb"] * len(folders)
     found = [record for folder in folders for record in offline_records(folder)]
     steps = [(float(row["step"]), float(row["train/loss"])) for row in found if "train/loss" in row]
     assert steps == [(1, 1), (2, 1 / 2), (3, 1 / 3), (3, 1 / 3), (4, 1 / 4)]
