@@ -24,6 +24,8 @@ MAX_SPLIT = 1024
 """most ranks of one kind of parallelism, data parallelism aside"""
 MAX_ROWS = 2**22
 """most rows of a batch"""
+ABSENT = "absent"
+"""key of a field's extra: the value that a configuration means which was written before the field existed"""
 # The range that Philox, torch's generators and JSON share.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -158,6 +160,10 @@ class ModelConfig(Section):
         return sum(math.prod(parameter.shape) for parameter in self.family.parameters(self, vocab_size))
 
 
+LOWEST_LEVEL = 1e-3
+"""the lowest noise level of the whole interval: at 0 the weight of most schedules is infinite"""
+
+
 class DiffusionConfig(Section):
     """Training objective (arXiv 2503.09573). ``block_size = 1`` with ``beta = omega = 1`` is AR with an exact
     likelihood, ``block_size = model.length`` is MDLM, and ``objective = causal`` is the plain causal LM."""
@@ -167,6 +173,11 @@ class DiffusionConfig(Section):
         description="diffusion: predict masked tokens block by block; causal: predict the next token",
     )
     block_size: int = Field(default=16, ge=1, le=MAX_LENGTH, description="tokens per block, B'")
+    masking: Literal["levels", "counts"] = Field(
+        default="levels",
+        description="levels: draw a noise level per block, then each token's mask; counts: draw how many tokens of "
+        "the block are masked",
+    )
     schedule: Annotated[str, Choice(SCHEDULES)] = Field(
         default="loglinear", description="noise schedule: mask probability as a function of the noise level t"
     )
@@ -183,6 +194,59 @@ class DiffusionConfig(Section):
         default="independent",
         description="pairs of draws: antithetic mirrors the noise level of the second, complementary also its mask",
     )
+
+    count_probabilities: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+        default=None,
+        description="with masking=counts: probability of each count 0..B'; null: the same for 1..B'",
+    )
+    count_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+        default=None,
+        description="with masking=counts: loss weight of each count 0..B'; null: those of the likelihood bound",
+    )
+    noise_version: Literal[1, 2] = Field(
+        default=2,
+        description="1: as in runs before there was a version: neighbouring blocks have similar levels; "
+        "2: every row spans the interval",
+        json_schema_extra={ABSENT: 1},
+    )
+
+    @model_validator(mode="after")
+    def _counts(self) -> DiffusionConfig:
+        given = {"count_probabilities": self.count_probabilities, "count_weights": self.count_weights}
+        named = [name for name, value in given.items() if value is not None]
+        if self.masking == "levels":
+            for name in named:
+                raise ValueError(f"diffusion.{name}: only with diffusion.masking=counts; set it to null")
+            return self
+        if self.objective == "causal":
+            raise ValueError("diffusion.masking=counts: diffusion.objective=causal masks nothing; use levels")
+        for name, default in (("schedule", "loglinear"), ("beta", LOWEST_LEVEL), ("omega", 1.0), ("resample", False)):
+            value = getattr(self, name)
+            if value != default and not (name == "beta" and value == self.omega == 1):
+                raise ValueError(
+                    f"diffusion.{name}={value}: diffusion.masking=counts draws no noise levels; use {default}, or "
+                    f"diffusion.masking=levels"
+                )
+        for name in named:
+            values = given[name] or ()
+            if len(values) != self.block_size + 1:
+                raise ValueError(
+                    f"diffusion.{name}: {len(values)} numbers for the counts 0 to {self.block_size}; "
+                    f"give {self.block_size + 1}"
+                )
+        q = self.count_probabilities
+        if named and self.coupling == "complementary":
+            raise ValueError(
+                f"diffusion.{named[0]}: diffusion.coupling=complementary has counts of its own; use antithetic"
+            )
+        if q is not None and abs(sum(q) - 1) > 1e-6:
+            raise ValueError(f"diffusion.count_probabilities: the sum is {sum(q):g}; it must be 1")
+        if q is not None and self.count_weights is None and min(q[1:]) == 0:
+            raise ValueError(
+                f"diffusion.count_probabilities: never masks {q.index(0, 1)} tokens, so that no weights give the "
+                f"likelihood bound; give diffusion.count_weights too"
+            )
+        return self
 
     @model_validator(mode="after")
     def _interval(self) -> DiffusionConfig:
@@ -230,9 +294,19 @@ class DiffusionConfig(Section):
         return SCHEDULES.instance(self.schedule).linear and abs(self.beta + self.omega - 1) < 1e-9
 
     @property
+    def mean_masked_fraction(self) -> float:
+        """Expected fraction of a block's tokens that is masked, BOS counted as another token."""
+        size = self.block_size
+        if self.masking == "levels":
+            return SCHEDULES.instance(self.schedule).mean_mask_probability(self.beta, self.omega)
+        if self.count_probabilities is not None:
+            return sum(k * q for k, q in enumerate(self.count_probabilities)) / size
+        return 0.5 if self.coupling == "complementary" else (size + 1) / (2 * size)
+
+    @property
     def full_interval(self) -> bool:
         """True for the unclipped schedule, whose draws are never redrawn (objective, step 7)."""
-        return self.beta <= 1e-3 and self.omega >= 1
+        return self.beta <= LOWEST_LEVEL and self.omega >= 1
 
 
 class KernelConfig(Section):

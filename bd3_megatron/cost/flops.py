@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bd3_megatron.config import DiffusionConfig, ModelConfig
-from bd3_megatron.diffusion.schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,10 @@ def forward_flops(model: ModelConfig, diffusion: DiffusionConfig, mask_rate: flo
     masked positions only. The last block of the clean stream is counted although no block attends to it.
 
     Args:
-        mask_rate: fraction of tokens masked; None takes the mean of the configured schedule and interval.
+        mask_rate: fraction of tokens masked; None takes the mean of the configured objective.
     """
     if mask_rate is None:
-        mask_rate = SCHEDULES.instance(diffusion.schedule).mean_mask_probability(diffusion.beta, diffusion.omega)
+        mask_rate = diffusion.mean_masked_fraction
     weights = layer_parameters(model)
     per_stream = 2 * sum(weights.values())
     pair = 4 * model.heads * model.width_per_head  # two products per admitted pair, over all heads

@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.config import DiffusionConfig
+from bd3_megatron.config import LOWEST_LEVEL, DiffusionConfig
+from bd3_megatron.diffusion.counts import CountLaw
 from bd3_megatron.diffusion.schedules import SCHEDULES
+from bd3_megatron.diffusion.strata import Strata
 
 # Without a limit, a clip interval that blocks almost never fall into would be redrawn forever.
 _MAX_REDRAWS = 10_000
@@ -56,7 +58,8 @@ class Noise:
     """Noise for ``n`` samples and K draws each.
 
     Attributes:
-        t: noise level per block, float64 ``[K, n, L / B']``.
+        t: noise level per block, float64 ``[K, n, L / B']``; with ``diffusion.masking=counts`` the fraction of the
+            block's maskable tokens that is masked.
         masked: bool ``[K, n, L]``; position 0 (BOS) is never masked.
         weight: loss weight per position, float32 ``[K, n, L]``, zero where nothing is masked.
     """
@@ -80,18 +83,17 @@ class _Uniforms:
 def draw_noise(
     diffusion: DiffusionConfig, length: int, seed: int, keys: SampleKeys, purpose: Purpose = Purpose.TRAIN
 ) -> Noise:
-    """Draw noise levels and masks (objective, steps 1 to 3 and 7).
+    """Draw masks and their loss weights (objective, steps 1 to 3 and 7), by noise levels or by counts.
 
-    With ``stratify``, the levels of a global batch of G rows fill the ``G K L / B'`` strata of the unit interval,
-    one each. Strata are assigned in order from a random start per batch, which makes every single level exactly
-    uniform. (Otherwise block j of a small batch would always see the same part of the interval.)
+    One uniform per block decides its level or its count of masked tokens. With ``stratify`` the uniforms of a global
+    batch fill its strata of the unit interval, one each (:class:`Strata`).
 
-    With a coupling, draws 2j and 2j + 1 are a pair at levels t and ``beta + omega - t``: where the weight ``w(t)`` of
+    With a coupling, draws 2j and 2j + 1 are a pair. Levels are t and ``beta + omega - t``: where the weight ``w(t)`` of
     one is high, that of the other is low. ``antithetic`` draws the mask bits of the two independently.
     ``complementary`` draws one uniform r per position and masks the first where ``r <= p(t)``, the second where
     ``1 - r <= p(beta + omega - t)``: if the two probabilities add up to 1, exactly one of the two masks the position.
     Each draw by itself has the distribution of a single draw, so the mean of the loss is the same. First draws fill
-    ``G K / 2 L / B'`` strata, one each, and so do second draws.
+    their strata once, and so do second draws. Pairs of counts: :class:`CountLaw`.
 
     Args:
         length: L.
@@ -102,29 +104,32 @@ def draw_noise(
     """
     blocks, count, draws = length // diffusion.block_size, len(keys.rows), diffusion.draws
     levels = np.empty((draws, count, blocks))
+    weight = np.empty((draws, count, blocks))
     masked = np.empty((draws, count, length), dtype=bool)
-    coupled = 1 if diffusion.coupling == "independent" else 2  # draws per group; a group shares one level
-    groups = draws // coupled
-    strata = keys.batch_rows * groups * blocks
-    start = int(_Uniforms(seed, Purpose.STRATA, int(purpose), 0, keys.batch)(1)[0] * strata)
-    for group in range(groups):
+    coupled = 1 if diffusion.coupling == "independent" else 2  # draws per group; a group shares one uniform per block
+    start = _Uniforms(seed, Purpose.STRATA, int(purpose), 0, keys.batch)(1)[0]
+    strata = Strata(diffusion.noise_version, keys.batch_rows, draws // coupled, blocks, coupled, float(start))
+    law = CountLaw(diffusion, blocks) if diffusion.masking == "counts" else None
+    schedule = SCHEDULES.instance(diffusion.schedule)
+    for group in range(draws // coupled):
         members = range(coupled * group, coupled * (group + 1))
         place = slice(members.start, members.stop)
         for n in range(count):
             streams = [_Uniforms(seed, purpose, draw, int(keys.epochs[n]), int(keys.rows[n])) for draw in members]
-            u = streams[0](blocks)
             if diffusion.stratify:
-                slot = int(keys.slots[n])
-                # Pairs of a row get distant strata; independent draws keep adjacent ones: old runs must resume bitwise.
-                first = slot * groups + group if coupled == 1 else group * keys.batch_rows + slot
-                u = ((start + first * blocks + np.arange(blocks)) % strata + u) / strata
+                u = strata.uniforms(int(keys.slots[n]), group, streams[0])
+            else:
+                u = streams[0](blocks)
             mirrored = np.stack([u, 1 - u][:coupled])
-            levels[place, n] = diffusion.beta + mirrored * (diffusion.omega - diffusion.beta)
-            masked[place, n] = _draw_masks(diffusion, levels[place, n], streams)
+            if law is None:
+                levels[place, n] = t = diffusion.beta + mirrored * (diffusion.omega - diffusion.beta)
+                masked[place, n] = _draw_masks(diffusion, t, streams)
+                weight[place, n] = schedule.loss_weight(t)
+            else:
+                levels[place, n], weight[place, n], masked[place, n] = law.draw(mirrored, streams)
     masked[:, :, 0] = False
-    weight = SCHEDULES.instance(diffusion.schedule).loss_weight(levels)
-    weight = np.repeat(weight, diffusion.block_size, axis=-1).astype(np.float32)
-    return Noise(levels, masked, np.where(masked, weight, np.float32(0)))
+    by_position = np.repeat(weight, diffusion.block_size, axis=-1).astype(np.float32)
+    return Noise(levels, masked, np.where(masked, by_position, np.float32(0)))
 
 
 def _draw_masks(diffusion: DiffusionConfig, t: NDArray[np.float64], streams: list[_Uniforms]) -> NDArray[np.bool_]:
@@ -181,7 +186,11 @@ def _redrawn(diffusion: DiffusionConfig) -> bool:
 def _missed(diffusion: DiffusionConfig, bits: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """True ``[..., L / B']`` for blocks of bits ``[..., L / B', B']`` whose masked fraction is outside the interval."""
     fraction = bits.mean(axis=-1)
-    outside: NDArray[np.bool_] = (fraction < diffusion.beta - 1e-9) | (fraction > diffusion.omega + 1e-9)
+    low, high = diffusion.beta, diffusion.omega
+    if diffusion.noise_version > 1:
+        # An end of the whole interval excludes nothing: a block without a mask, or all masks, is one of its draws.
+        low, high = (0.0 if low <= LOWEST_LEVEL else low), (1.0 if high >= 1 else high)
+    outside: NDArray[np.bool_] = (fraction < low - 1e-9) | (fraction > high + 1e-9)
     return outside
 
 

@@ -15,10 +15,12 @@ from bd3_common.atomic import write_bytes
 from bd3_common.errors import ConfigError
 from bd3_common.schema import read_bytes
 from bd3_common.text import shorten
+from bd3_megatron.config import ABSENT
 from data_prep.format.remote import is_remote
+from pretrain.config import CONFIG_FILE
 from pretrain.config.command_line import Below, parse_options
 from pretrain.config.schema import RunConfig, check_batches, check_run
-from pretrain.config.values import Layer, as_section, build, did_you_mean, leaves, show
+from pretrain.config.values import Layer, as_section, build, did_you_mean, leaves, put, show
 from pretrain.config.yaml_text import MAX_CHARACTERS, load_yaml
 
 
@@ -92,7 +94,39 @@ def load_saved(path: Path) -> RunConfig:
     Raises:
         ConfigError: the file is missing, or one of its keys or values is wrong.
     """
-    return build(RunConfig, [read_layer(path.name, _read_text(path))])
+    return build(RunConfig, [Layer(absent_values(RunConfig)), read_layer(path.name, _read_text(path))])
+
+
+def absent_values(cls: type[BaseModel]) -> dict[str, Any]:
+    """Values, nested, of the keys that were added since configurations are saved: those that a file without them means.
+
+    A saved configuration has every key of its time. So its meaning does not change with later defaults, if each new
+    key tells how runs were before it.
+    """
+    values: dict[str, Any] = {}
+    for path, field in leaves(cls).items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and ABSENT in extra:
+            put(values, path, extra[ABSENT])
+    return values
+
+
+def _absent_in(run: Path) -> Iterator[Layer]:
+    """The values of keys that did not exist yet when the run in the folder was begun."""
+    path = run / CONFIG_FILE
+    if path.is_file():
+        written = read_layer(path.name, _read_text(path)).values
+        yield Layer(_without(absent_values(RunConfig), written), f"{path} (written before this key existed)")
+
+
+def _without(values: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str, Any]:
+    left: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in written:
+            left[key] = value
+        elif isinstance(value, dict):
+            left[key] = _without(value, written[key])
+    return left
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -120,11 +154,17 @@ def resolve(cls: type[Options], args: list[str], prog: str, below: Below | None 
     """
 
     def layers(flags: Mapping[str, Any]) -> Iterator[Layer]:
+        preset = file = Layer({})
         if flags.get("preset") is not None:
-            yield read_layer(*_preset(flags["preset"]))
+            preset = read_layer(*_preset(flags["preset"]))
         if flags.get("config") is not None:
             path = Path(flags["config"])
-            yield read_layer(str(path), _read_text(path))
+            file = read_layer(str(path), _read_text(path))
+        yield preset
+        runs = (found.get("run") for found in (flags, file.values, preset.values))
+        run = next((run for run in runs if isinstance(run, str) and run), RunConfig.model_fields["run"].default)
+        yield from _absent_in(Path(run))
+        yield file
         if below is not None:
             yield from below(flags)
 

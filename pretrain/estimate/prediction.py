@@ -10,7 +10,6 @@ from bd3_megatron.cost import flops, memory, traffic
 from bd3_megatron.cost.activations import Activations, Counter
 from bd3_megatron.cost.memory import State, heaviest
 from bd3_megatron.cost.partition import Chunk, parameter_count, stage_chunks
-from bd3_megatron.diffusion.schedules import SCHEDULES
 from pretrain.config.schema import RunConfig
 from pretrain.estimate.devices import Device
 
@@ -109,8 +108,7 @@ class Prediction:
 
     @property
     def mask_rate(self) -> float:
-        diffusion = self.config.diffusion
-        return SCHEDULES.instance(diffusion.schedule).mean_mask_probability(diffusion.beta, diffusion.omega)
+        return self.config.diffusion.mean_masked_fraction
 
     @property
     def peak_flops(self) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-CONFIG = "config.yaml"
+from pretrain.config import CONFIG_FILE
+
+CONFIG = CONFIG_FILE
 """the resolved configuration"""
 SWEEP = "sweep.yaml"
 """the configuration of a folder of runs that `bd3 launch --sweep` made"""

@@ -14,8 +14,9 @@ from data_prep.read.stream import RowStream
 from pretrain.checkpoint.folder import Checkpoint, folders
 from pretrain.checkpoint.owner import identity_of
 from pretrain.checkpoint.reader import newest_on_all_ranks
-from pretrain.config.resolve import load_saved
+from pretrain.config.resolve import absent_values, load_saved
 from pretrain.config.schema import RESUMABLE, RunConfig
+from pretrain.config.values import Layer, build
 from pretrain.distributed.collective_errors import mark_collective
 from pretrain.distributed.collectives import on_rank_0
 from pretrain.run_folder import layout
@@ -90,7 +91,7 @@ def check_same_run(run: Path, config: RunConfig, recorded: Mapping[str, Any] | N
         return
     before = settings(load_saved(run / layout.CONFIG)) if recorded is None else recorded
     constant = config.train.decay == "constant"  # then the rate does not depend on train.steps
-    for path, old, new in _differences(before, settings(config), settings(RunConfig())):
+    for path, old, new in _differences(before, settings(config), settings(_before_new_keys())):
         if path in config.resume.allow or (path == "train.steps" and constant):
             continue
         problem = f"{path}={shorten(new)}: the run in {run} was started with {shorten(old)}"
@@ -101,10 +102,15 @@ def check_same_run(run: Path, config: RunConfig, recorded: Mapping[str, Any] | N
         raise ConfigError(f"{problem}; use that, another --run, or --resume.allow {path.replace('_', '-')}")
 
 
+def _before_new_keys() -> RunConfig:
+    """The configuration that a file without any key means."""
+    return build(RunConfig, [Layer(absent_values(RunConfig))])
+
+
 def _differences(
     before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Path and both values of each key that differs; a key that did not exist yet had its default."""
+    """Path and both values of each key that differs; a key that did not exist yet had its value of then."""
     for key, new in now.items():
         default = defaults.get(key)
         old = before.get(key, default)
