@@ -30,6 +30,7 @@ COMMANDS = {
         "check nodes, links, folders and data before a run, and start nothing",
     ),
     "eval": ("pretrain.commands.eval:main", "evaluate a run's checkpoint on the validation split"),
+    "compare": ("pretrain.commands.compare:main", "compare runs on the same rows and noise"),
     "sample": ("pretrain.commands.sample:main", "generate text block by block"),
     "convert": ("pretrain.commands.convert:main", "to and from Hugging Face folders; upgrade old checkpoints"),
     "config": ("pretrain.commands.config:main", "print the resolved configuration as YAML"),

@@ -53,7 +53,7 @@ class CountLaw:
         n = self.maskable
         if self.given:
             found = np.searchsorted(self.cumulative, u * self.cumulative[-1], side="right")
-            return np.minimum(found, np.flatnonzero(np.diff(self.cumulative, prepend=0.0))[-1])
+            return np.asarray(np.minimum(found, np.flatnonzero(np.diff(self.cumulative, prepend=0.0))[-1]))
         if self.coupling == "complementary":
             first = np.minimum((u[0] * (n + 1)).astype(np.int64), n)
             return np.stack([first, n - first])
@@ -68,7 +68,7 @@ class CountLaw:
         return np.where(counts > 0, total / np.maximum(counts, 1), 0.0)
 
     def draw(self, u: Floats, streams: Sequence[Callable[[int], Floats]]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-        """Masked fractions ``[D, L / B']``, weights ``[D, L / B']`` and masks ``[D, L]`` of a group of D draws of a row.
+        """Masked fractions ``[D, L / B']``, weights ``[D, L / B']`` and masks ``[D, L]`` of D coupled draws of a row.
 
         Args:
             u: mirrored uniforms ``[D, L / B']``.

@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     TRAIN = 0
     EVALUATE = 1
     STRATA = 2
+    SEARCH = 3
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,12 @@ class RowStream:
         return int(self._first[-1])
 
     @property
+    def documents_started(self) -> int:
+        """Number of documents that start in the rows; 0 if a data set has no document starts."""
+        counts = [reader.documents_started for reader in self.readers]
+        return sum(counts) if all(counts) else 0
+
+    @property
     def manifests(self) -> list[Manifest]:
         """The manifest of each data set."""
         return [reader.manifest for reader in self.readers]

@@ -22,8 +22,8 @@ from data_prep.read.stream import RowStream
 from pretrain.bench.options import SCATTER_GROUPS, DrawsOptions
 from pretrain.checkpoint.loaded_run import LoadedRun, load_chosen
 from pretrain.config.values import validate
+from pretrain.evaluation.rows import make_batch
 from pretrain.run_folder.data import open_stream, order_seed
-from pretrain.trainer.batches import make_batch
 
 Over = Literal["noise", "rows and noise"]
 

@@ -32,9 +32,13 @@ class LoadedRun:
     weights: dict[str, Tensor]
 
     @contextmanager
-    def engine(self) -> Iterator[MegatronEngine]:
-        """The model with these weights, ready to evaluate or sample, in a world of 1; leaving the context ends it."""
-        config = self.config.engine()
+    def engine(self, changed: RunConfig | None = None) -> Iterator[MegatronEngine]:
+        """The model with these weights, ready to evaluate or sample, in a world of 1; leaving the context ends it.
+
+        Args:
+            changed: configuration to use instead of the run's, with the same shapes.
+        """
+        config = (changed or self.config).engine()
         # This machine may have no GPU, though the run was trained on one. FP8 is for training: here it is bf16.
         attention = portable(config.kernels.attention)
         kernels = config.kernels.model_copy(update={"layers": "auto", "attention": attention})

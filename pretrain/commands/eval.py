@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -16,7 +17,13 @@ from pretrain.config.schema import EvalConfig
 class EvalOptions(CheckpointOptions):
     """Evaluate a run's checkpoint on the validation split of its data."""
 
-    data: str | None = Field(default=None, description="data set; null means the one the run was trained on")
+    data: list[str] = Field(default=[], description="data sets; none means the one the run was trained on")
+    block_sizes: list[int] = Field(default=[], description="block sizes B'; none means the run's")
+    estimator: Literal["counts", "levels", "exact"] = Field(
+        default="counts",
+        description="counts: draw how many tokens of a block are masked; levels: draw noise levels, which is many "
+        "times noisier; exact: every mask of a block once, for small blocks",
+    )
     rows: int | None = Field(
         default=None, ge=2, description="rows used, at random or (--per-document) the first; null: all"
     )
@@ -31,7 +38,7 @@ class EvalOptions(CheckpointOptions):
     documents_file: str | None = Field(
         default=None, description="file for one line of JSON per document: its number in the split, tokens, nats"
     )
-    json_: bool = Field(default=False, description="print one line of JSON")
+    json_: bool = Field(default=False, description="print one line of JSON, or one for each data set and block size")
 
 
 def main(args: list[str]) -> None:
@@ -39,17 +46,19 @@ def main(args: list[str]) -> None:
     options = parse_options(EvalOptions, args, "bd3 eval")
     # These import torch: not for --help, nor for a mistyped flag.
     from pretrain.checkpoint.loaded_run import load_chosen
-    from pretrain.trainer.evaluation_report import evaluate_run
+    from pretrain.evaluation.report import evaluate_run
 
-    report = evaluate_run(
+    reports = evaluate_run(
         load_chosen(options),
         options.weights,
-        EvalConfig(rows=options.rows, draws=options.draws, seed=options.seed, micro_batch=options.micro_batch),
-        options.data,
+        EvalConfig(**{name: getattr(options, name) for name in ("estimator", "rows", "draws", "seed", "micro_batch")}),
+        tuple(options.data),
+        tuple(options.block_sizes),
         options.per_document,
         None if options.documents_file is None else Path(options.documents_file),
     )
-    if options.json_:
-        print(json_line(report.record()))
-    else:
-        show(report.text())
+    for number, report in enumerate(reports):
+        if options.json_:
+            print(json_line(report.record()))
+        else:
+            show(("\n" if number else "") + report.text())

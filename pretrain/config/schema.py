@@ -12,6 +12,7 @@ from bd3_common.registry import Choice
 from bd3_common.text import has_token, redacted
 from bd3_megatron.attention.backends import Demand, check_backend
 from bd3_megatron.config import (
+    ABSENT,
     MAX_ROWS,
     DiffusionConfig,
     EngineConfig,
@@ -148,12 +149,51 @@ class EvalConfig(Section):
     """Evaluation of the NELBO on the validation split, on the full interval of noise levels."""
 
     every: int = Field(default=1000, ge=0, description="steps between evaluations; 0: only at the start and the end")
+    estimator: Literal["counts", "levels", "exact"] = Field(
+        default="counts",
+        description="counts: draw how many tokens of a block are masked; levels: draw noise levels, which is many "
+        "times noisier; exact: every mask of a block once, for small blocks",
+        json_schema_extra={ABSENT: "levels"},
+    )
     rows: int | None = Field(default=None, ge=2, description="number of validation rows; null means all")
-    draws: int = Field(default=1, ge=1, le=10_000, description="noise draws per row")
+    draws: int = Field(default=1, ge=1, le=10_000, description="noise draws per row, of counts and levels")
     micro_batch: int | None = Field(
         default=None, ge=1, le=MAX_ROWS, description="rows per forward pass; null means train.micro_batch"
     )
     seed: Seed = Field(default=0, description="seed of the noise, the same at every evaluation")
+
+
+class ClipSearchConfig(Section):
+    """Search for the clip interval of noise levels with the least variance of the loss, while the run trains.
+
+    The interval that it finds replaces diffusion.beta and diffusion.omega from then on, and is in the checkpoints.
+    """
+
+    every: int = Field(default=0, ge=0, description="steps between searches; 0: none (the paper: 5000)")
+    rows: int = Field(default=256, ge=16, le=MAX_ROWS, description="validation rows of a search")
+    estimator: Literal["counts", "direct"] = Field(
+        default="counts",
+        description="counts: one pass for all intervals; direct: one pass for each, as the paper does, for checking",
+    )
+    grid: tuple[tuple[float, float], ...] | None = Field(
+        default=None,
+        min_length=1,
+        description="intervals, lowest and highest level of each; null: [0.001, 1] and widths .5 to .9 in steps of .05",
+    )
+    significance: float = Field(
+        default=2.0, ge=0, description="standard errors by which an interval must be better to replace the present one"
+    )
+    seed: Seed = Field(default=0, description="seed of the noise")
+
+    @field_validator("grid")
+    @classmethod
+    def _intervals(cls, grid: tuple[tuple[float, float], ...] | None) -> tuple[tuple[float, float], ...] | None:
+        for low, high in grid or ():
+            if not 0 < low <= high <= 1:
+                raise ValueError(
+                    f"clip_search.grid: [{low:g}, {high:g}] is no interval of levels in (0, 1]; correct it"
+                )
+        return grid
 
 
 class CheckpointConfig(Section):
@@ -283,6 +323,7 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     resume: ResumeConfig = ResumeConfig()
     eval: EvalConfig = EvalConfig()
+    clip_search: ClipSearchConfig = ClipSearchConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
@@ -311,7 +352,17 @@ def check_run(config: RunConfig, world_size: int) -> int:
     check_backend(config.kernels.attention, Demand.of(engine))
     check_fp8(engine)
     _check_guard(config.guard, config.checkpoint)
+    _check_search(config.clip_search, config.diffusion)
     return data_size
+
+
+def _check_search(search: ClipSearchConfig, diffusion: DiffusionConfig) -> None:
+    if search.every and (diffusion.masking == "counts" or diffusion.objective == "causal"):
+        key = "masking=counts" if diffusion.masking == "counts" else "objective=causal"
+        raise ConfigError(
+            f"clip_search.every={search.every}: diffusion.{key} draws no noise levels, so no interval to search for; "
+            f"use 0, or diffusion.masking=levels"
+        )
 
 
 def _check_guard(guard: GuardConfig, checkpoint: CheckpointConfig) -> None:

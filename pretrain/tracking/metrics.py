@@ -85,6 +85,10 @@ class MetricsWriter:
         """Record an evaluation after ``step``: nelbo and nelbo_stderr (nats per token), perplexity, ..."""
         self._record("validation", step, fields)
 
+    def clip_search(self, step: int, fields: Mapping[str, Any]) -> None:
+        """Record a search for the clip interval: beta, omega, variance of the block loss there and before, ..."""
+        self._record("clip_search", step, fields)
+
     def throughput(self, step: int, fields: Mapping[str, Any]) -> None:
         """Record the speed of a step by the clock: seconds_per_step, tokens_per_second, mfu, ..."""
         self._record("throughput", step, fields)

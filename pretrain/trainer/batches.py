@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from bd3_megatron.attention.mask import Streams
 from bd3_megatron.config import DiffusionConfig, ModelConfig
-from bd3_megatron.diffusion.batches import Batch, causal_batch, diffusion_batch
-from bd3_megatron.diffusion.noise import Purpose, SampleKeys, draw_noise
-from data_prep.read.reader import RowReader
+from bd3_megatron.diffusion.batches import Batch
+from bd3_megatron.diffusion.noise import SampleKeys
 from data_prep.read.stream import RowStream
+from pretrain.evaluation.rows import make_batch
 
 _AHEAD = 4  # steps ahead for which shards of remote data sets are fetched
 
@@ -70,21 +67,3 @@ class Batches:
         slots = self.stream.slots(step, self.global_batch, self.rank, self.size)
         epochs, rows = self.stream.at(step * self.global_batch + slots)
         return SampleKeys(epochs, rows, slots, batch=step, batch_rows=self.global_batch)
-
-
-def make_batch(
-    reader: RowReader | RowStream,
-    model: ModelConfig,
-    diffusion: DiffusionConfig,
-    keys: SampleKeys,
-    noise_seed: int,
-    purpose: Purpose = Purpose.TRAIN,
-    document_mask: bool = False,
-) -> Batch:
-    """Read the rows of ``keys`` (with ``document_mask`` also their document numbers) and draw their noise."""
-    tokens = reader.rows(keys.rows).astype(np.int64)
-    documents = reader.documents(keys.rows) if document_mask else None
-    if diffusion.objective == "causal":
-        return causal_batch(tokens, documents)
-    noise = draw_noise(diffusion, model.length, noise_seed, keys, purpose)
-    return diffusion_batch(tokens, noise, model.mask_id, Streams.of(diffusion, model.length), documents)

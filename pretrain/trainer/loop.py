@@ -20,6 +20,7 @@ from pretrain.distributed.collective_errors import collective_errors
 from pretrain.distributed.collectives import max_over_ranks, on_rank_0, raise_on_all_ranks
 from pretrain.distributed.ranks import Ranks, read_ranks
 from pretrain.estimate.devices import peak_flops
+from pretrain.evaluation.likelihood import Evaluation, evaluate
 from pretrain.preflight.run import Preflight
 from pretrain.preflight.startup import start_ranks
 from pretrain.resilience import signals
@@ -33,8 +34,8 @@ from pretrain.tracking.console import Progress, Throughput
 from pretrain.tracking.metrics import MetricsWriter, read_metrics, series
 from pretrain.tracking.plots import ascii_curve, plot_curves
 from pretrain.trainer.batches import Batches
+from pretrain.trainer.clip_interval import ClipInterval
 from pretrain.trainer.learning_rate import learning_rate
-from pretrain.trainer.likelihood import Evaluation, evaluate
 from pretrain.trainer.profiler import Profiler, out_of_memory, record_allocations
 from pretrain.trainer.resume import Beginning, find_beginning, position, settings
 from pretrain.trainer.stability import StabilityMonitor
@@ -122,10 +123,11 @@ class Trainer:
             self._record_checkpoint,
             check=lambda: check_folder(run, self.run_id),
         )
+        self.clip = ClipInterval(config, begin.meta)
         self.batches = Batches(
             stream,
             config.model,
-            config.diffusion,
+            self.clip.diffusion,
             global_batch=train.global_batch,
             micro_batch=train.micro_batch,
             rank=engine.world.data_rank,
@@ -194,6 +196,8 @@ class Trainer:
                 continue
             if self._evaluation_due():
                 self._evaluate()
+            if _due(self.step, self.config.clip_search.every):
+                self._search_interval()
             if self.step == steps or _due(self.step, self.config.checkpoint.every):
                 self._save()
         self.watchdog.tick("in the last checkpoint", may_take_long=True)
@@ -253,6 +257,8 @@ class Trainer:
             found = self.stability.go_back()
             restore(found, self.engine)
             self.step = self.saved = found.step
+            self.clip = ClipInterval(self.config, found.meta)
+            self.batches.diffusion = self.clip.diffusion
             if self.first:
                 self.metrics.close()
             on_rank_0(lambda: self._open_metrics(found.meta))
@@ -278,7 +284,7 @@ class Trainer:
                 micro,
                 progress=progress,
                 document_mask=config.data.document_mask,
-            )
+            ).summarize()
         self.watchdog.tick(f"after step {self.step}")
         if self.first:
             self.metrics.validation(self.step, result.record())
@@ -289,17 +295,35 @@ class Trainer:
             )
         return result
 
+    def _search_interval(self) -> None:
+        """Search for the clip interval of least loss variance, and train on it from now on."""
+        phase = f"in the search for a clip interval after step {self.step}"
+        self.watchdog.tick(phase, may_take_long=True)
+        with self.throughput.paused(), self.engine.averaged():
+            fields = self.clip.search(
+                self.step, self.engine, self.validation, progress=lambda: self.watchdog.tick(phase)
+            )
+        self.batches.diffusion = self.clip.diffusion
+        self.watchdog.tick(f"after step {self.step}")
+        if self.first:
+            self.metrics.clip_search(self.step, fields)
+            _LOG.info(f"step {self.step} | {self.clip.describe()}")
+
     def _save(self) -> None:
         records = on_rank_0(lambda: self.metrics.sync())  # only rank 0 has metrics
-        meta = position(self.config, self.step, self.stream) | {
-            META_KEY: self.run_id,
-            "settings": settings(self.config),
-            "tokens": self._tokens(self.step),
-            "data": self.data,
-            "updates": self.engine.updates,
-            "skips": len(self.stability.ranges),
-            **records,
-        }
+        meta = (
+            position(self.config, self.step, self.stream)
+            | self.clip.state()
+            | {
+                META_KEY: self.run_id,
+                "settings": settings(self.config),
+                "tokens": self._tokens(self.step),
+                "data": self.data,
+                "updates": self.engine.updates,
+                "skips": len(self.stability.ranges),
+                **records,
+            }
+        )
         self.watchdog.tick(f"in the checkpoint of step {self.step}", may_take_long=True)
         with self.throughput.paused():
             self.writer.save(self.step, meta)

@@ -18,8 +18,8 @@ from pretrain.bench.parity import Layout, Outcome, Task, batches, make_engine
 from pretrain.checkpoint.reader import newest_on_all_ranks, restore
 from pretrain.checkpoint.writer import CheckpointWriter
 from pretrain.config.schema import EvalConfig
-from pretrain.trainer.document_likelihood import Documents, DocumentTally
-from pretrain.trainer.likelihood import Evaluation, evaluate
+from pretrain.evaluation.document_likelihood import Documents
+from pretrain.evaluation.likelihood import Evaluation, evaluate
 from tests.unit import fake_te
 
 
@@ -75,12 +75,11 @@ def evaluate_each(
         world = parallel.start(layout.parallel, rank, size, rank, dist.PrefixStore(str(n), store))
         try:
             engine, reader = make_engine(world, layout, task), RowReader(data, "validation")
-            tally, options = DocumentTally(reader), EvalConfig(rows=rows)
-            micro = task.micro_batch
+            options, micro = EvalConfig(rows=rows), task.micro_batch
             result = evaluate(
-                engine, reader, task.model, task.diffusion, options, micro, document_mask=True, tally=tally
+                engine, reader, task.model, task.diffusion, options, micro, document_mask=True, whole_documents=True
             )
-            found.append((result, tally.gather()))
+            found.append((result.summarize(), result.documents))
         finally:
             parallel.stop()
     return found

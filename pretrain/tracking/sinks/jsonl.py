@@ -92,7 +92,7 @@ class Jsonl(MetricSink):
     def __init__(self, folder: Path, resume_step: int = 0, config: Mapping[str, Any] | None = None) -> None:
         super().__init__(folder, resume_step, config)
         self.metrics, self.throughput = (RecordFile(folder / name, resume_step) for name in (METRICS, THROUGHPUT))
-        self._newest = self.metrics.kept[-2:]  # a step has one of training and one of validation
+        self._newest = self.metrics.kept[-3:]  # a step has one of training, of validation and of a clip search
 
     def has(self, split: str, step: int) -> bool:
         """True if the run had a record of this split and step when it was opened."""

@@ -104,7 +104,7 @@ def test_given_probabilities_alone_keep_the_bound():
 
 
 @pytest.mark.parametrize("batch", range(3))
-@pytest.mark.parametrize("rows,groups", [(8, 1), (7, 1), (4, 3), (16, 2)])
+@pytest.mark.parametrize(("rows", "groups"), [(8, 1), (7, 1), (4, 3), (16, 2)])
 def test_every_stratum_is_filled_once(rows, groups, batch):
     config = DiffusionConfig(block_size=4, draws=groups, beta=1e-3)
     noise = draw_noise(config, 32, 5, keys(range(rows), batch))
@@ -128,7 +128,7 @@ def test_places_are_a_permutation_in_mirrored_pairs(count):
     assert (places[0:even:2] + places[1:even:2] == count - 1).all()
 
 
-@pytest.mark.parametrize("size,within", [(1, 0.05), (4, 0.05), (16, 0.05), (128, 0.07), (1024, 0.07)])
+@pytest.mark.parametrize(("size", "within"), [(1, 0.05), (4, 0.05), (16, 0.05), (128, 0.07), (1024, 0.07)])
 @pytest.mark.parametrize("masking", ["levels", "counts"])
 def test_every_rank_masks_about_the_same(size, within, masking):
     options = {} if masking == "counts" else {"beta": 0.3, "omega": 0.8}
@@ -162,7 +162,7 @@ def test_resampling_at_an_end_of_the_interval(version):
 
 
 @pytest.mark.parametrize(
-    "options,line",
+    ("options", "line"),
     [
         ({"beta": 0.3}, "diffusion.beta=0.3: diffusion.masking=counts draws no noise levels; use 0.001"),
         ({"schedule": "cosine"}, "diffusion.schedule=cosine: diffusion.masking=counts draws no noise levels"),

@@ -19,14 +19,14 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForMaskedLM, AutoTokenizer, dynamic_module_utils
 
 from bd3_megatron.config import DiffusionConfig, ModelConfig
+from bd3_megatron.diffusion.estimators import likelihood_objective
 from bd3_megatron.diffusion.noise import Purpose, SampleKeys
 from data_prep.read.order import RowOrder
 from data_prep.read.reader import RowReader
 from pretrain.checkpoint.loaded_run import load_run
 from pretrain.config.resolve import load_saved
+from pretrain.evaluation.rows import make_batch
 from pretrain.tracking.metrics import read_metrics
-from pretrain.trainer.batches import make_batch
-from pretrain.trainer.likelihood import likelihood_bound
 from tests.conftest import LENGTH
 from tests.unit.commands import Done, bd3
 
@@ -112,7 +112,7 @@ def noised_rows(loop: Loop, model: ModelConfig, diffusion: DiffusionConfig):
 def test_the_export_loads_in_transformers_with_the_loss_of_the_run(loop):
     exported = AutoModelForMaskedLM.from_pretrained(loop.exported, trust_remote_code=True)
     config = load_saved(loop.run / "config.yaml")
-    diffusion = likelihood_bound(config.diffusion)
+    diffusion = likelihood_objective(config.diffusion)
     batch = noised_rows(loop, config.model, diffusion)
     nelbo = json.loads(loop.done["eval"].out)["nelbo"]
     tokens = 8 * (LENGTH - 1)

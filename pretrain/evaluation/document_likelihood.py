@@ -57,37 +57,48 @@ class DocumentEvaluation(JsonRecord):
 
 @dataclass(frozen=True)
 class Documents:
-    """Whole documents of the evaluated rows.
+    """Documents of the evaluated rows that have a token that counts.
 
     Attributes:
         numbers: in the split, ``[n]``.
-        nats: sums of the weighted nll, ``[n]``.
+        nats: sums of the weighted nll over the evaluated rows, ``[n]``.
         tokens: ``[n]``.
-        cut: number of other documents, which go on in other rows.
+        whole: False for those that go on in other rows, ``[n]``.
     """
 
     numbers: NDArray[np.int64]
     nats: NDArray[np.float64]
     tokens: NDArray[np.int64]
-    cut: int
+    whole: NDArray[np.bool_]
+
+    @property
+    def cut(self) -> int:
+        """Number of documents that go on in other rows."""
+        return int((~self.whole).sum())
+
+    def only_whole(self) -> Documents:
+        """The documents that lie wholly in the evaluated rows."""
+        return Documents(*(column[self.whole] for column in (self.numbers, self.nats, self.tokens, self.whole)))
 
     def summarize(self) -> DocumentEvaluation:
-        """Statistics over the documents.
+        """Statistics over the whole documents.
 
         Raises:
             ConfigError: there is none.
         """
-        if not len(self.numbers):
+        whole = self.only_whole()
+        if not len(whole.numbers):
             raise ConfigError("rows: no document lies wholly in the rows evaluated; use more of them, or all")
-        nelbo, error = ratio(self.nats, self.tokens)
+        nelbo, error = ratio(whole.nats, whole.tokens)
         perplexity = math.exp(min(nelbo, 700.0))
-        mean, mean_error = ratio(self.nats / self.tokens, 1)
-        counts = len(self.numbers), self.cut, int(self.tokens.sum())
+        mean, mean_error = ratio(whole.nats / whole.tokens, 1)
+        counts = len(whole.numbers), self.cut, int(whole.tokens.sum())
         return DocumentEvaluation(*counts, nelbo, error, perplexity, perplexity * error, mean, mean_error)
 
     def write(self, path: Path) -> None:
-        """Write one line of JSON per document, in the order of their numbers, atomically."""
-        columns = self.numbers.tolist(), self.tokens.tolist(), self.nats.tolist()
+        """Write one line of JSON per whole document, in the order of their numbers, atomically."""
+        whole = self.only_whole()
+        columns = whole.numbers.tolist(), whole.tokens.tolist(), whole.nats.tolist()
         lines = [json.dumps({"document": d, "tokens": t, "nats": x}) + "\n" for d, t, x in zip(*columns)]
         write_bytes(path, "".join(lines).encode())
 
@@ -109,7 +120,7 @@ class DocumentTally:
         self._parts.append((numbers, np.bincount(place, nats.ravel(), len(numbers)), tokens))
 
     def gather(self) -> Documents:
-        """All-gather the whole documents of all data-parallel ranks' rows."""
+        """All-gather the documents of all data-parallel ranks' rows."""
         mine = [np.concatenate(column) for column in (self._rows, *zip(*self._parts))]
         gathered = all_gather_values(mine, parallel_state.get_data_parallel_group())
         rows, numbers, nats, tokens = (np.concatenate(column) for column in zip(*gathered))
@@ -118,9 +129,8 @@ class DocumentTally:
         nats, tokens = (np.bincount(place, x, len(numbers)) for x in (nats, tokens))
         # The only token of a document may be at position 0 of a row.
         present = tokens > 0
-        cut = np.isin(numbers, cut_documents(self.reader, rows))
-        whole = present & ~cut
-        return Documents(numbers[whole], nats[whole], tokens[whole].astype(np.int64), int((present & cut).sum()))
+        whole = ~np.isin(numbers, cut_documents(self.reader, rows))
+        return Documents(numbers[present], nats[present], tokens[present].astype(np.int64), whole[present])
 
 
 def cut_documents(reader: RowReader | RowStream, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -146,12 +156,18 @@ def ratio(sums: NDArray[np.float64], counts: NDArray[np.int64] | int) -> tuple[f
     The n pairs are independent samples. The error is that of a ratio estimator (Cochran, Sampling Techniques, 2.11);
     for equal counts it is that of the mean. For a single sample it is NaN.
     """
-    count, mean_count = len(sums), np.mean(counts)
-    scaled = sums / mean_count
-    mean = float(scaled.mean())
-    # Equal to ``scaled`` for equal counts. Their mean is the ratio itself, which std subtracts.
-    residuals = scaled - mean * (counts / mean_count - 1)
+    count = len(sums)
+    mean = float((sums / np.mean(counts)).mean())
+    residuals = ratio_residuals(sums, counts)
     return mean, float(residuals.std(ddof=1) / math.sqrt(count)) if count > 1 else math.nan
+
+
+def ratio_residuals(sums: NDArray[np.float64], counts: NDArray[np.int64] | int) -> NDArray[np.float64]:
+    """Values ``[n]`` with the mean of :func:`ratio`; their spread gives its standard error."""
+    mean_count = np.mean(counts)
+    scaled = sums / mean_count
+    # Equal to ``scaled`` for equal counts. Their mean is the ratio itself, which std subtracts.
+    return np.asarray(scaled - scaled.mean() * (counts / mean_count - 1))
 
 
 def _chunks(numbers: np.ndarray) -> Iterator[np.ndarray]:

@@ -18,15 +18,16 @@ from hypothesis import strategies as st
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import DiffusionConfig, ModelConfig
+from bd3_megatron.diffusion.estimators import likelihood_objective
 from bd3_megatron.diffusion.noise import Purpose, SampleKeys
 from data_prep.build.prep import PrepConfig, prep
 from data_prep.read.reader import RowReader
 from pretrain.config.schema import EvalConfig
+from pretrain.evaluation.document_likelihood import Documents, cut_documents, ratio
+from pretrain.evaluation.likelihood import evaluate
+from pretrain.evaluation.rows import make_batch
 from pretrain.run_folder.data import resolve_model
 from pretrain.tracking.metrics import read_metrics
-from pretrain.trainer.batches import make_batch
-from pretrain.trainer.document_likelihood import Documents, DocumentTally, cut_documents, ratio
-from pretrain.trainer.likelihood import evaluate, likelihood_bound
 from tests.unit import tiny
 from tests.unit.commands import bd3, die_at
 from tests.unit.pretrain.trainer.test_loop import Recipe
@@ -64,11 +65,11 @@ def of_data(reader: RowReader) -> ModelConfig:
 
 def by_document(world, reader: RowReader, diffusion: DiffusionConfig, masked: bool, micro: int = 8, **options):
     """The evaluation of a small model, and its documents."""
-    model, tally = of_data(reader), DocumentTally(reader)
+    model = of_data(reader)
     engine = tiny.engine(world, model, diffusion)
     settings = EvalConfig(**options)
-    result = evaluate(engine, reader, model, diffusion, settings, micro, document_mask=masked, tally=tally)
-    return result, tally.gather()
+    found = evaluate(engine, reader, model, diffusion, settings, micro, document_mask=masked, whole_documents=True)
+    return found.summarize(), found.documents.only_whole(), found.documents.cut
 
 
 # ---- sums ----
@@ -76,7 +77,7 @@ def by_document(world, reader: RowReader, diffusion: DiffusionConfig, masked: bo
 
 def one_by_one(world, reader: RowReader, trained: DiffusionConfig, masked: bool, rows: int, draws: int):
     """{document: (nats, tokens)} of documents that lie in the rows, every token added by itself."""
-    model, diffusion = of_data(reader), likelihood_bound(trained)
+    model, diffusion = of_data(reader), likelihood_objective(trained)
     engine = tiny.engine(world, model, diffusion)
     chosen = np.arange(rows)  # the first ones, which hold whole documents
     lies_in, nats, tokens = defaultdict(set), defaultdict(float), defaultdict(int)
@@ -106,24 +107,24 @@ def one_by_one(world, reader: RowReader, trained: DiffusionConfig, masked: bool,
 def test_sums_are_those_of_every_token_by_itself(world, reader, objective, masked, rows, draws):
     diffusion = OBJECTIVES[objective]
     draws = 1 if objective == "causal" else draws
-    result, found = by_document(world, reader, diffusion, masked, rows=rows, draws=draws)
+    result, found, cut = by_document(world, reader, diffusion, masked, rows=rows, draws=draws)
     expected = one_by_one(world, reader, diffusion, masked, rows or len(reader), draws)
     assert found.numbers.tolist() == list(expected)
     assert found.tokens.tolist() == [tokens for _, tokens in expected.values()]
     assert found.nats == pytest.approx([nats for nats, _ in expected.values()], rel=1e-5)
     if rows is None:
         # All but the last document, which may go on in the tokens that filled no row.
-        assert found.cut == len(reader.unfinished) == 1
+        assert cut == len(reader.unfinished) == 1
         last = (reader.documents(np.arange(len(reader)))[:, 1:] == reader.unfinished).sum()
         assert result.tokens - found.tokens.sum() in (last, last - (objective == "causal" and masked))
     else:
-        assert found.cut > 0
+        assert cut > 0
         assert 0 < len(found.numbers) < reader.manifest.splits["validation"].documents
 
 
 def test_the_size_of_micro_batches_does_not_matter(world, reader):
-    _, whole = by_document(world, reader, OBJECTIVES["two draws"], True, micro=64, draws=2)
-    _, split = by_document(world, reader, OBJECTIVES["two draws"], True, micro=5, draws=2)
+    _, whole, _ = by_document(world, reader, OBJECTIVES["two draws"], True, micro=64, draws=2)
+    _, split, _ = by_document(world, reader, OBJECTIVES["two draws"], True, micro=5, draws=2)
     assert (split.numbers.tolist(), split.tokens.tolist()) == (whole.numbers.tolist(), whole.tokens.tolist())
     assert split.nats == pytest.approx(whole.nats, rel=1e-5)
 
@@ -177,9 +178,9 @@ def test_what_a_document_is_worth_does_not_depend_on_its_neighbours(world, reade
     numbers, counts = np.unique(reader.documents(np.arange(len(reader))), return_counts=True)
     some = numbers[(counts > 4) & (counts < 24)][1:4]  # each in a row with others
     for masked in (True, False):
-        _, before = by_document(world, reader, diffusion, masked)
+        _, before, _ = by_document(world, reader, diffusion, masked)
         for number in some:
-            _, after = by_document(world, Elsewhere(reader, number), diffusion, masked)
+            _, after, _ = by_document(world, Elsewhere(reader, number), diffusion, masked)
             here = before.numbers == number
             assert np.array_equal(before.nats[here], after.nats[here]) == masked
             assert not np.allclose(before.nats[~here], after.nats[~here], rtol=1e-3)
@@ -194,11 +195,11 @@ PAIRS = st.lists(st.tuples(st.floats(0, 1e4), st.integers(1, 3000)), min_size=2,
 @given(pairs=PAIRS)
 def test_means_and_standard_errors_over_documents(pairs):
     nats, tokens = (np.array(x) for x in zip(*pairs))
-    result = Documents(np.arange(len(pairs)), nats.astype(float), tokens, cut=3).summarize()
+    result = Documents(np.arange(len(pairs)), nats.astype(float), tokens, np.ones(len(pairs), bool)).summarize()
     n, total = len(pairs), int(tokens.sum())
     nelbo = math.fsum(nats) / total
     variance = math.fsum((x - nelbo * t) ** 2 for x, t in pairs) / (n - 1)
-    assert (result.documents, result.documents_cut, result.document_tokens) == (n, 3, total)
+    assert (result.documents, result.documents_cut, result.document_tokens) == (n, 0, total)
     assert result.document_nelbo == pytest.approx(nelbo, rel=1e-9)
     assert result.document_nelbo_stderr == pytest.approx(math.sqrt(n * variance) / total, rel=1e-6, abs=1e-9 * nelbo)
     assert result.document_perplexity == math.exp(min(result.document_nelbo, 700))
@@ -219,7 +220,7 @@ def test_the_error_of_a_ratio_is_what_repeated_samples_show():
 
 
 def test_a_single_document_has_no_standard_error():
-    result = Documents(np.array([4]), np.array([6.0]), np.array([3]), cut=0).summarize()
+    result = Documents(np.array([4]), np.array([6.0]), np.array([3]), np.array([True])).summarize()
     assert (result.document_nelbo, result.document_mean) == (2.0, 2.0)
     record = result.record()
     assert record["document_nelbo_stderr"] is record["document_mean_stderr"] is None
@@ -228,7 +229,7 @@ def test_a_single_document_has_no_standard_error():
 
 def test_rows_without_a_whole_document_are_refused():
     with pytest.raises(ConfigError, match="no document lies wholly in the rows evaluated"):
-        Documents(*(np.empty(0, np.int64),) * 3, cut=4).summarize()
+        Documents(*(np.arange(1, 5),) * 3, np.zeros(4, bool)).summarize()
 
 
 # ---- runs and commands ----

@@ -1,0 +1,74 @@
+"""Loss inside blocks: mean nll by the number of masked tokens, and the bound by position."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from pretrain.distributed.messages import all_gather_values
+
+_GROUPS = 16  # at most so many groups of counts, and of positions
+
+
+class BlockLoss:
+    """Sums over blocks by count of masked tokens and by position in the block, each in at most 16 groups.
+
+    Args:
+        size: B'.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+        groups = min(size, _GROUPS)
+        self.edges = np.round(np.arange(1, groups + 1) * size / groups).astype(np.int64)
+        """highest count, or number of the last position (from 1), of each group"""
+        self.nll = np.zeros(groups)
+        self.masked = np.zeros(groups)
+        self.nats = np.zeros(groups)
+
+    def add(
+        self,
+        weighted: NDArray[np.float32],
+        weight: NDArray[np.float32],
+        rows: NDArray[np.bool_] | None = None,
+        share: float = 1.0,
+    ) -> None:
+        """Add predictions: their weighted nll ``[R, L]`` and their weights ``[R, L]``, zero where nothing is masked.
+
+        Args:
+            rows: those that count, ``[R]``; None: all.
+            share: factor of the weights by which these draws count.
+        """
+        if rows is not None:
+            weighted, weight = weighted[rows], weight[rows]
+        blocks = weighted.reshape(-1, self.size).astype(np.float64)  # [blocks, B']
+        weights = weight.reshape(-1, self.size).astype(np.float64)
+        count = (weights > 0).sum(1)
+        nll = np.divide(blocks, weights, out=np.zeros_like(blocks), where=weights > 0).sum(1)
+        some = count > 0
+        group = np.searchsorted(self.edges, count[some])
+        self.nll += np.bincount(group, nll[some], len(self.edges))
+        self.masked += np.bincount(group, count[some], len(self.edges))
+        position = np.searchsorted(self.edges, np.arange(1, self.size + 1))
+        self.nats += np.bincount(position, blocks.sum(0) * share, len(self.edges))
+
+    def over_ranks(self, group: dist.ProcessGroup) -> BlockLoss:
+        """Sum over the data-parallel ranks."""
+        total = BlockLoss(self.size)
+        for nll, masked, nats in all_gather_values((self.nll, self.masked, self.nats), group):
+            total.nll, total.masked, total.nats = total.nll + nll, total.masked + masked, total.nats + nats
+        return total
+
+    def labels(self) -> list[str]:
+        """Name of each group: ``3``, or ``65-128``."""
+        first = np.concatenate([[1], self.edges[:-1] + 1])
+        return [str(b) if a == b else f"{a}-{b}" for a, b in zip(first, self.edges)]
+
+    def by_count(self) -> dict[str, float]:
+        """Mean nll of a masked token, nats, by the number of masked tokens of its block; groups that have any."""
+        return {name: float(x / n) for name, x, n in zip(self.labels(), self.nll, self.masked) if n}
+
+    def by_position(self) -> dict[str, float]:
+        """Share of the bound, nats, of each position in the block (from 1); they add up to the whole."""
+        return dict(zip(self.labels(), map(float, self.nats)))
