@@ -8,7 +8,7 @@ A mistake is one line with the dotted key, its value and the remedy, for example
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,7 +25,16 @@ MAX_SPLIT = 1024
 MAX_ROWS = 2**22
 """most rows of a batch"""
 ABSENT = "absent"
-"""key of a field's extra: the value that a configuration means which was written before the field existed"""
+
+
+def absent(value: Any) -> dict[str, Any]:
+    """Extra of a field that was added after the first release: the value that a configuration means without it.
+
+    It says how runs were before the field existed, whatever its default is now.
+    """
+    return {ABSENT: value}
+
+
 # The range that Philox, torch's generators and JSON share.
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -81,7 +90,10 @@ class ModelConfig(Section):
         default=None, ge=0, description="id of the token that ends a document; null: the data set's"
     )
     pad_id: int | None = Field(
-        default=None, ge=0, description="id of the token that exports pad with; null: the data set's, else EOS"
+        default=None,
+        ge=0,
+        description="id of the token that exports pad with; null: the data set's, else EOS",
+        json_schema_extra=absent(None),
     )
     rope_theta: float = Field(default=10_000.0, gt=0, description="base of the rotary position frequencies")
     norm_eps: float | None = Field(default=None, gt=0, description="epsilon of the norms; null: the backbone's default")
@@ -177,6 +189,7 @@ class DiffusionConfig(Section):
         default="levels",
         description="levels: draw a noise level per block, then each token's mask; counts: draw how many tokens of "
         "the block are masked",
+        json_schema_extra=absent("levels"),
     )
     schedule: Annotated[str, Choice(SCHEDULES)] = Field(
         default="loglinear", description="noise schedule: mask probability as a function of the noise level t"
@@ -198,16 +211,18 @@ class DiffusionConfig(Section):
     count_probabilities: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
         default=None,
         description="with masking=counts: probability of each count 0..B'; null: the same for 1..B'",
+        json_schema_extra=absent(None),
     )
     count_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
         default=None,
         description="with masking=counts: loss weight of each count 0..B'; null: those of the likelihood bound",
+        json_schema_extra=absent(None),
     )
     noise_version: Literal[1, 2] = Field(
         default=2,
         description="1: as in runs before there was a version: neighbouring blocks have similar levels; "
         "2: every row spans the interval",
-        json_schema_extra={ABSENT: 1},
+        json_schema_extra=absent(1),
     )
 
     @model_validator(mode="after")

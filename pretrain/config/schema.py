@@ -12,7 +12,6 @@ from bd3_common.registry import Choice
 from bd3_common.text import has_token, redacted
 from bd3_megatron.attention.backends import Demand, check_backend
 from bd3_megatron.config import (
-    ABSENT,
     MAX_ROWS,
     DiffusionConfig,
     EngineConfig,
@@ -24,6 +23,7 @@ from bd3_megatron.config import (
     Section,
     Seed,
     ZeroConfig,
+    absent,
     divisors,
 )
 from bd3_megatron.layers.fp8 import check_fp8
@@ -133,6 +133,7 @@ class ResumeConfig(Section):
         default=(),
         description=f"keys that may differ from the run in the folder: any of {' '.join(RESUMABLE)}; "
         "train.steps may always if the learning rate does not decay",
+        json_schema_extra=absent(()),
     )
 
     @field_validator("allow")
@@ -153,7 +154,7 @@ class EvalConfig(Section):
         default="counts",
         description="counts: draw how many tokens of a block are masked; levels: draw noise levels, which is many "
         "times noisier; exact: every mask of a block once, for small blocks",
-        json_schema_extra={ABSENT: "levels"},
+        json_schema_extra=absent("levels"),
     )
     rows: int | None = Field(default=None, ge=2, description="number of validation rows; null means all")
     draws: int = Field(default=1, ge=1, le=10_000, description="noise draws per row, of counts and levels")
@@ -169,21 +170,30 @@ class ClipSearchConfig(Section):
     The interval that it finds replaces diffusion.beta and diffusion.omega from then on, and is in the checkpoints.
     """
 
-    every: int = Field(default=0, ge=0, description="steps between searches; 0: none (the paper: 5000)")
-    rows: int = Field(default=256, ge=16, le=MAX_ROWS, description="validation rows of a search")
+    every: int = Field(
+        default=0, ge=0, description="steps between searches; 0: none (the paper: 5000)", json_schema_extra=absent(0)
+    )
+    rows: int = Field(
+        default=256, ge=16, le=MAX_ROWS, description="validation rows of a search", json_schema_extra=absent(256)
+    )
     estimator: Literal["counts", "direct"] = Field(
         default="counts",
         description="counts: one pass for all intervals; direct: one pass for each, as the paper does, for checking",
+        json_schema_extra=absent("counts"),
     )
     grid: tuple[tuple[float, float], ...] | None = Field(
         default=None,
         min_length=1,
         description="intervals, lowest and highest level of each; null: [0.001, 1] and widths .5 to .9 in steps of .05",
+        json_schema_extra=absent(None),
     )
     significance: float = Field(
-        default=2.0, ge=0, description="standard errors by which an interval must be better to replace the present one"
+        default=2.0,
+        ge=0,
+        description="standard errors by which an interval must be better to replace the present one",
+        json_schema_extra=absent(2.0),
     )
-    seed: Seed = Field(default=0, description="seed of the noise")
+    seed: Seed = Field(default=0, description="seed of the noise", json_schema_extra=absent(0))
 
     @field_validator("grid")
     @classmethod
@@ -253,7 +263,9 @@ class LogConfig(Section):
     every: int = Field(default=10, ge=1, description="steps between progress lines when the output is not a terminal")
     tensorboard: bool = Field(default=True, description="TensorBoard scalars in the run folder")
     sinks: tuple[Annotated[str, Choice("pretrain.tracking.sinks:METRIC_SINKS")], ...] = Field(
-        default=(), description="further places for metrics; jsonl, the record of the run, is always written"
+        default=(),
+        description="further places for metrics; jsonl, the record of the run, is always written",
+        json_schema_extra=absent(()),
     )
     peak_tflops: float | None = Field(
         default=None,

@@ -36,15 +36,12 @@ class Evaluation(JsonRecord):
     Attributes:
         nelbo: negative evidence lower bound, nats per token: an upper bound on the negative log-likelihood.
         nelbo_stderr: its standard error over rows; rows are independent samples, tokens of one row are not.
-        nelbo_stderr_documents: its standard error over documents, whose rows are alike: that for new documents. NaN for
-            data sets without document starts.
         perplexity, perplexity_stderr: exp(nelbo), and its standard error over rows to first order.
         rows, tokens: numbers of rows and tokens in the mean.
     """
 
     nelbo: float
     nelbo_stderr: float
-    nelbo_stderr_documents: float
     perplexity: float
     perplexity_stderr: float
     rows: int
@@ -58,7 +55,8 @@ class Likelihood:
     Attributes:
         nats: sums of the weighted nll, ``[n]``.
         tokens: ``[n]``.
-        documents: of the rows, those that rows cut included; None for data sets without document starts.
+        documents: of the rows, those that rows cut included; None without ``by_document``, and for data sets without
+            document starts.
         blocks: mean nll by count of masked tokens and by position; None for the causal objective.
     """
 
@@ -70,12 +68,14 @@ class Likelihood:
     def summarize(self) -> Evaluation:
         """Mean and standard errors."""
         mean, error = ratio(self.nats, self.tokens)
-        documents = self.documents
-        by_document = math.nan if documents is None else ratio(documents.nats, documents.tokens)[1]
         perplexity = math.exp(min(mean, 700.0))
-        return Evaluation(
-            mean, error, by_document, perplexity, perplexity * error, len(self.nats), int(self.tokens.sum())
-        )
+        return Evaluation(mean, error, perplexity, perplexity * error, len(self.nats), int(self.tokens.sum()))
+
+    @property
+    def document_stderr(self) -> float:
+        """Standard error of the bound over documents: that for new documents, as rows of one document are alike. NaN
+        without documents."""
+        return math.nan if self.documents is None else ratio(self.documents.nats, self.documents.tokens)[1]
 
 
 def evaluate(
@@ -87,6 +87,7 @@ def evaluate(
     micro: int,
     progress: Callable[[], None] = lambda: None,
     document_mask: bool = False,
+    by_document: bool = False,
     whole_documents: bool = False,
 ) -> Likelihood:
     """Bound of the engine's current weights over ``options.rows`` rows.
@@ -98,6 +99,7 @@ def evaluate(
         micro: rows per micro-batch.
         progress: called after every group of micro-batches.
         document_mask: as in training.
+        by_document: also sum by document, where the data set has document starts.
         whole_documents: take the first rows: documents go on from row to row, and among random rows only short ones
             would be whole.
 
@@ -111,7 +113,7 @@ def evaluate(
     if not whole_documents:  # the same rows for every seed, which is that of the noise
         _, rows = RowOrder(len(reader), 0).epoch_and_row(rows)
     sums, tokens = np.zeros(count), np.zeros(count, np.int64)
-    tally = DocumentTally(reader) if reader.documents_started else None
+    tally = DocumentTally(reader) if by_document and reader.documents_started else None
     blocks = None if diffusion.objective == "causal" else BlockLoss(diffusion.block_size)
     for number in range(estimator.passes):
 

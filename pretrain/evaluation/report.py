@@ -51,7 +51,9 @@ class EvaluationReport:
 
     def record(self) -> dict[str, Any]:
         """All values, for JSON."""
+        error = self.likelihood.document_stderr
         values = self.result.record() | {
+            "nelbo_stderr_documents": None if math.isnan(error) else error,
             "step": self.step,
             "weights": self.weights,
             "estimator": self.estimator,
@@ -77,7 +79,7 @@ class EvaluationReport:
             f"validation rows     {result.rows} of {self.split_rows} of {self.data}, {result.tokens} tokens",
             f"estimator           {self.estimator}, blocks of {self.block_size}{passes}",
             f"NELBO               {result.nelbo:.4f} +- {result.nelbo_stderr:.4f} nats per token (over rows)"
-            + _over_documents(result),
+            + _over_documents(self.likelihood.document_stderr),
             f"perplexity          {result.perplexity:.2f} +- {result.perplexity_stderr:.2f}",
             f"unigram perplexity  {self.unigram_perplexity:.2f} (whole split, train counts)",
         ]
@@ -99,8 +101,7 @@ class EvaluationReport:
         return "\n".join(lines)
 
 
-def _over_documents(result: Evaluation) -> str:
-    error = result.nelbo_stderr_documents
+def _over_documents(error: float) -> str:
     return "" if math.isnan(error) else f", +- {error:.4f} (over documents)"
 
 
@@ -147,6 +148,7 @@ def evaluate_run(
                     options,
                     options.micro_batch or config.eval.micro_batch or config.train.micro_batch,
                     document_mask=config.data.document_mask,
+                    by_document=True,
                     whole_documents=per_document,
                 )
                 statistics = None

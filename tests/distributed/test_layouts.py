@@ -33,6 +33,12 @@ TASKS = {
     "documents draws": Task(MODEL, DiffusionConfig(block_size=4, draws=2), steps=2, documents=True),
     "documents mdlm": Task(MODEL, DiffusionConfig(block_size=32), steps=2, documents=True),
     "ar": Task(MODEL, DiffusionConfig(block_size=1, beta=1, omega=1), steps=2),
+    "counts": Task(MODEL, DiffusionConfig(block_size=4, masking="counts"), steps=2),
+    "counts pairs": Task(
+        MODEL, DiffusionConfig(block_size=4, masking="counts", draws=2, coupling="complementary"), steps=2
+    ),
+    "counts ar": Task(MODEL, DiffusionConfig(block_size=1, masking="counts"), steps=2),
+    "counts mdlm": Task(MODEL, DiffusionConfig(block_size=32, masking="counts"), steps=2),
 }
 # Each objective under layouts that treat it in their own way; the plain one under all.
 MORE = {
@@ -43,6 +49,10 @@ MORE = {
     "mdlm": ["CP2", "CP2xPP2"],
     "dropout": ["TP2", "selective"],  # where every rank drops out of whole activations
     "ar": ["CP2", "TP2+SP"],
+    "counts": ["TP2+SP", "PP2", "CP2", "DP2+distopt", "ZeRO-2"],
+    "counts pairs": ["CP2", "PP2-interleaved"],
+    "counts ar": ["TP2"],
+    "counts mdlm": ["CP2"],
     "documents": ["TP2", "TP2+SP-full", "PP2", "PP2-interleaved", "CP2", "CP2xPP2", "selective"],
     "documents draws": ["CP2"],
     "documents mdlm": ["CP2", "CP2xPP2"],

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from bd3_megatron import parallel
+from bd3_megatron.diffusion.clips import ClipChoice
 from bd3_megatron.engine.base import Engine, StepResult
 from bd3_megatron.shards import ShardedTensor
 from data_prep.read.reader import RowReader
@@ -17,7 +18,8 @@ from pretrain.bench import parity
 from pretrain.bench.parity import Layout, Outcome, Task, batches, make_engine
 from pretrain.checkpoint.reader import newest_on_all_ranks, restore
 from pretrain.checkpoint.writer import CheckpointWriter
-from pretrain.config.schema import EvalConfig
+from pretrain.config.schema import ClipSearchConfig, EvalConfig
+from pretrain.evaluation.clip_search import search
 from pretrain.evaluation.document_likelihood import Documents
 from pretrain.evaluation.likelihood import Evaluation, evaluate
 from tests.unit import fake_te
@@ -77,9 +79,32 @@ def evaluate_each(
             engine, reader = make_engine(world, layout, task), RowReader(data, "validation")
             options, micro = EvalConfig(rows=rows), task.micro_batch
             result = evaluate(
-                engine, reader, task.model, task.diffusion, options, micro, document_mask=True, whole_documents=True
+                engine,
+                reader,
+                task.model,
+                task.diffusion,
+                options,
+                micro,
+                document_mask=True,
+                by_document=True,
+                whole_documents=True,
             )
             found.append((result.summarize(), result.documents))
+        finally:
+            parallel.stop()
+    return found
+
+
+def search_each(
+    rank: int, size: int, store: dist.Store, data: Path, layouts: list[Layout], task: Task, options: ClipSearchConfig
+) -> list[ClipChoice]:
+    """A search for the clip interval by layout."""
+    found = []
+    for n, layout in enumerate(layouts):
+        world = parallel.start(layout.parallel, rank, size, rank, dist.PrefixStore(str(n), store))
+        try:
+            engine, reader = make_engine(world, layout, task), RowReader(data, "validation")
+            found.append(search(engine, reader, task.model, task.diffusion, options, 1, task.micro_batch))
         finally:
             parallel.stop()
     return found

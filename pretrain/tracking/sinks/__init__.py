@@ -41,7 +41,8 @@ class MetricSink(ABC):
 
         Args:
             split: ``train`` (loss, grad_norm, lr, tokens), ``validation`` (nelbo in nats per token, perplexity),
-                ``clip_search`` (beta, omega, variance), ``throughput`` (tokens_per_second, mfu, seconds_per_step) or ``checkpoint`` (stall_seconds, bytes).
+                ``clip_search`` (beta, omega, variance), ``throughput`` (tokens_per_second, mfu, seconds_per_step) or
+                ``checkpoint`` (stall_seconds, bytes).
             step: optimizer steps done, from 1.
             values: numbers by name; None: no value.
         """

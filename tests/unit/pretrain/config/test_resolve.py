@@ -16,8 +16,9 @@ from bd3_megatron.config import ModelConfig
 from bd3_megatron.layout import check_layout
 from pretrain.commands import config as config_command
 from pretrain.config import resolve as load
-from pretrain.config.resolve import load_run_config, load_saved, presets, save_config
+from pretrain.config.resolve import absent_values, load_run_config, load_saved, presets, save_config
 from pretrain.config.schema import DataConfig, RunConfig
+from pretrain.config.values import leaves
 
 GPT2_AND_MASK = 50_258
 SIZES = {"tiny-cpu": None, "dit-small": 169_627_218, "125m": 125e6, "1b": 1.3e9, "7b": 7e9}
@@ -200,3 +201,39 @@ def test_load_saved_checks_the_whole(file: Path) -> None:
     file.write_text("model: {hidden: 100}")
     with pytest.raises(ConfigError, match=r"^model.heads=12: "):
         load_saved(file)
+
+
+# ---- keys that did not exist yet ----
+
+BEFORE = Path(__file__).parents[3] / "data" / "before_rooms" / "run" / "config.yaml"
+
+
+def dotted(values, prefix: str = "") -> set[str]:
+    nested = [dotted(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}"} for k, v in values.items()]
+    return set().union(*nested)
+
+
+def test_every_newer_key_says_what_runs_without_it_did():
+    known = dotted(yaml.safe_load(BEFORE.read_text())) | {"data.mix"}
+    newer = set(leaves(RunConfig)) - known
+    assert newer >= {"diffusion.masking", "diffusion.noise_version", "eval.estimator", "clip_search.every"}
+    assert newer == dotted(absent_values(RunConfig))
+
+
+def test_an_old_configuration_means_what_it_meant():
+    config = load_saved(BEFORE)
+    assert (config.diffusion.noise_version, config.diffusion.masking) == (1, "levels")
+    assert config.eval.estimator == "levels"
+    assert RunConfig().diffusion.noise_version == 2
+
+
+def test_an_old_run_goes_on_as_it_was_whatever_the_preset_says_now(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(BEFORE.read_text())
+    (tmp_path / "new.yaml").write_text("diffusion: {masking: counts}\n")
+    config = load_run_config(["--preset", "tiny-cpu", "--run", str(run)])
+    assert (config.diffusion.noise_version, config.diffusion.masking) == (1, "levels")
+    stated = load_run_config(["--preset", "tiny-cpu", "--run", str(run), "--diffusion.noise-version", "2"])
+    assert stated.diffusion.noise_version == 2  # which the run then refuses by name
+    assert load_run_config(["--preset", "tiny-cpu", "--run", str(tmp_path / "none")]).diffusion.noise_version == 2

@@ -68,7 +68,9 @@ def by_document(world, reader: RowReader, diffusion: DiffusionConfig, masked: bo
     model = of_data(reader)
     engine = tiny.engine(world, model, diffusion)
     settings = EvalConfig(**options)
-    found = evaluate(engine, reader, model, diffusion, settings, micro, document_mask=masked, whole_documents=True)
+    found = evaluate(
+        engine, reader, model, diffusion, settings, micro, document_mask=masked, by_document=True, whole_documents=True
+    )
     return found.summarize(), found.documents.only_whole(), found.documents.cut
 
 
