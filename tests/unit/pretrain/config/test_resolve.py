@@ -163,7 +163,7 @@ def test_bd3_config_comments(capsys: pytest.CaptureFixture[str]) -> None:
 @settings(deadline=None, max_examples=40)
 @given(
     lr=st.floats(1e-9, 1e3),
-    run=st.text(min_size=1),
+    run=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1),
     rows=st.none() | st.integers(2, 2**40),
     board=st.booleans(),
 )
