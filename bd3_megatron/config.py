@@ -218,8 +218,10 @@ class DiffusionConfig(Section):
         description="with masking=counts: loss weight of each count 0..B'; null: those of the likelihood bound",
         json_schema_extra=absent(None),
     )
-    noise_version: Literal[1, 2] = Field(
+    noise_version: int = Field(
         default=2,
+        ge=1,
+        le=2,
         description="1: as in runs before there was a version: neighbouring blocks have similar levels; "
         "2: every row spans the interval",
         json_schema_extra=absent(1),
