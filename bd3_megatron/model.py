@@ -31,6 +31,7 @@ from bd3_megatron.backbones import EMBEDDING
 from bd3_megatron.config import EngineConfig, ModelConfig
 from bd3_megatron.cost.partition import padded_rows
 from bd3_megatron.diffusion.batches import Batch
+from bd3_megatron.diffusion.block_statistics import BlockStatistics
 from bd3_megatron.layers import transformer_engine as te
 from bd3_megatron.layers.head import VocabularyShard, cross_entropy, linear_cross_entropy
 from bd3_megatron.layers.specs import Norm, layer_spec, transformer_config
@@ -70,6 +71,7 @@ class BlockDiffusionModel(LanguageModule):
         self.model, self.kernels = model, kernels
         self.streams = streams_of(config)
         self.pre_process, self.post_process = pre_process, post_process
+        self.statistics: BlockStatistics | None = None  # collects those of training steps, on the last stage
         self.model_type = ModelType.encoder_or_decoder  # read by Megatron's schedules
         self.share_embeddings_and_output_weights = model.tie_embeddings
         self.vocab_size = padded_rows(model.vocab_size, parallel.tensor)
@@ -194,6 +196,9 @@ class BlockDiffusionModel(LanguageModule):
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         if not self.kernels.masked_rows_only:
             nll = self._loss_of_every_row(hidden, batch)
+            if total and self.statistics is not None:
+                every = torch.where(batch.weight != 0, nll.detach() / batch.weight, 0.0)
+                self.statistics.add(every.flatten()[batch.predicted], batch)
             return nll.sum() if total else nll
         rows = self._predicting(hidden, batch)[batch.predicted]  # [P, h]
         labels, factors = (x.flatten()[batch.predicted] for x in (batch.labels, batch.weight))
@@ -202,11 +207,18 @@ class BlockDiffusionModel(LanguageModule):
             weight = self.output_layer.weight if weight is None else weight
             head = (self.final_norm(rows), weight, self.output_layer.bias, labels)
             if total:
-                return linear_cross_entropy(*head, factors, self.vocabulary)
+                if self.statistics is None:
+                    return linear_cross_entropy(*head, factors, self.vocabulary)
+                each = torch.empty_like(factors)
+                loss = linear_cross_entropy(*head, factors, self.vocabulary, each)
+                self.statistics.add(each, batch)
+                return loss
             nll = cross_entropy(*head, self.vocabulary)
         else:
             nll = vocab_parallel_cross_entropy(self.logits(rows).float(), labels)
         weighted = torch.where(factors != 0, nll * factors, 0.0)
+        if total and self.statistics is not None:
+            self.statistics.add(nll, batch)
         if total:
             return weighted.sum()
         return torch.zeros_like(batch.weight).flatten().index_add(0, batch.predicted, weighted).view_as(batch.weight)

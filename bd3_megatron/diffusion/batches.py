@@ -52,6 +52,21 @@ class Batch:
         ids, labels, weight = (context.take(x, 1) for x in (self.input_ids, self.labels, self.weight))
         return Batch(ids, labels, weight, self.tokens, self.documents)
 
+    def part(self, draws: int, rows: slice) -> Batch:
+        """Some of the rows, with all their streams.
+
+        Args:
+            draws: K; 1 for the causal objective.
+        """
+        count = len(self.labels) // draws
+
+        def cut(tensor: Tensor) -> Tensor:  # [S b, L]
+            return tensor.view(-1, count, tensor.shape[1])[:, rows].flatten(0, 1)
+
+        ids, labels, weight = cut(self.input_ids), cut(self.labels), cut(self.weight)
+        documents = None if self.documents is None else self.documents[rows]
+        return Batch(ids, labels, weight, self.tokens * len(labels) // len(self.labels), documents)
+
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -25,12 +25,15 @@ class StepResult:
             EMA and the number of updates keep their bits.
         nonfinite_batches: for a step that was not applied, numbers of this rank's micro-batches with a non-finite
             loss. Only ranks of the last pipeline stage know them.
+        blocks: statistics over the blocks of the global batch, if they were asked for
+            (:meth:`bd3_megatron.diffusion.block_statistics.BlockStatistics.fields`).
     """
 
     loss: float
     grad_norm: float
     applied: bool = True
     nonfinite_batches: tuple[int, ...] = ()
+    blocks: Mapping[str, float | None] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -40,7 +43,7 @@ class Engine(Protocol):
     updates: int
     """number of applied steps; Adam's bias correction and the EMA's warm-up depend on it"""
 
-    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+    def train_step(self, batches: Sequence[Batch], lr: float, statistics: bool = False) -> StepResult:
         """Run one optimizer step over this data-parallel rank's micro-batches, all of one size.
 
         A step with a non-finite loss or gradient norm changes nothing in :meth:`state` except the FP8 histories,
@@ -48,6 +51,14 @@ class Engine(Protocol):
 
         Args:
             lr: learning rate of this step.
+            statistics: also take those over blocks. There are none for the causal objective, nor where
+                context-parallel ranks share blocks.
+        """
+
+    def gradient_norm(self, batches: Sequence[Batch]) -> float | None:
+        """Norm of the mean gradient over these micro-batches, without an update; None if the engine cannot tell.
+
+        State and FP8 histories keep their bits.
         """
 
     def forward(self, batches: Sequence[Batch]) -> list[Tensor]:

@@ -112,14 +112,21 @@ class OwnsMasters:
     masters: MasterWeights
     fp8: Fp8State
 
-    def _finish_step(self, loss: float, norm: float, applied: bool, outputs: Sequence[Tensor]) -> StepResult:
+    def _finish_step(
+        self,
+        loss: float,
+        norm: float,
+        applied: bool,
+        outputs: Sequence[Tensor],
+        blocks: Mapping[str, float | None],
+    ) -> StepResult:
         """Count the update and average the weights, or, without one, forget what non-finite values left behind."""
         if not applied:
             self.fp8.forget_overflow()
             return StepResult(loss, norm, applied=False, nonfinite_batches=nonfinite_batches(outputs))
         self.updates += 1
         self.masters.update_ema(self.updates)
-        return StepResult(loss, norm)
+        return StepResult(loss, norm, blocks=blocks)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         return self.masters.averaged()

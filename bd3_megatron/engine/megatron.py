@@ -25,6 +25,7 @@ from bd3_megatron.engine.stage import (
     build_stage,
     forward_rows,
     global_loss,
+    measured,
     named_parameters,
     parameter_spec,
     run_schedule,
@@ -78,12 +79,9 @@ class MegatronEngine(OwnsMasters):
         self._create_optimizer_state()
         self.masters = MasterWeights(self._masters(), self._publish, self.optimization.ema_decay)
 
-    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        outputs = run_schedule(self.chunks, batches, forward_only=False)
+    def train_step(self, batches: Sequence[Batch], lr: float, statistics: bool = False) -> StepResult:
+        with measured(self.modules[-1], statistics) as blocks:
+            outputs = self._accumulate(batches)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_mult", 1.0)
             group["weight_decay"] = self.optimization.weight_decay * group.get("wd_mult", 1.0)
@@ -94,7 +92,22 @@ class MegatronEngine(OwnsMasters):
             if finite:
                 self._clip(norm)
                 self.optimizer.step_with_ready_grads()
-        return self._finish_step(loss, norm, finite, outputs)
+        return self._finish_step(loss, norm, finite, outputs, blocks())
+
+    def gradient_norm(self, batches: Sequence[Batch]) -> float | None:
+        with self.fp8.untouched():
+            self._accumulate(batches)
+        with cpu_compat.redirected():
+            self.optimizer.prepare_grads()
+            return float(self.optimizer.get_grad_norm())
+
+    def _accumulate(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Gradients of the micro-batches, in place of those before; their losses on the last stage."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return run_schedule(self.chunks, batches, forward_only=False)
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> list[Tensor]:

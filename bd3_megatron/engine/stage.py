@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -20,6 +21,7 @@ from bd3_megatron.attention.context import ContextShard
 from bd3_megatron.backbones import EMBEDDING
 from bd3_megatron.config import EngineConfig
 from bd3_megatron.diffusion.batches import Batch
+from bd3_megatron.diffusion.block_statistics import BlockStatistics
 from bd3_megatron.layers.specs import transformer_config
 from bd3_megatron.model import BlockDiffusionModel, global_name, initialize, vocabulary_rows
 from bd3_megatron.parallel import World
@@ -138,6 +140,38 @@ def global_loss(outputs: Sequence[Tensor], norm: float, world: World) -> tuple[f
     )
     total, overflows = numbers.tolist()
     return total / world.data_size, math.isfinite(total) and overflows == 0
+
+
+@contextlib.contextmanager
+def measured(module: BlockDiffusionModel, wanted: bool) -> Iterator[Callable[[], Mapping[str, float | None]]]:
+    """Collect statistics over blocks while the context is entered.
+
+    Args:
+        module: last model chunk of this rank.
+
+    Yields:
+        function that adds them up over ranks, to be called by all: numbers for metrics, empty if there are none.
+    """
+    size, context = module.streams.block_size, module.context
+    if not wanted or not module.streams.noisy or (context.size > 1 and context.chunk % size):
+        yield dict
+        return
+    statistics = BlockStatistics(size, cpu_compat.device())
+    module.statistics = statistics
+
+    def total() -> Mapping[str, float | None]:
+        dist.all_reduce(statistics.sums, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        dist.broadcast(
+            statistics.sums,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            parallel_state.get_pipeline_model_parallel_group(),
+        )
+        return BlockStatistics.fields(size, statistics.sums)
+
+    try:
+        yield total
+    finally:
+        module.statistics = None
 
 
 def nonfinite_batches(outputs: Sequence[Tensor]) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from bd3_megatron.engine.stage import (
     forward_rows,
     forward_step,
     global_loss,
+    measured,
     named_parameters,
     parameter_spec,
     run_schedule,
@@ -76,11 +77,14 @@ class ZeroEngine(OwnsMasters):
         self.fp8 = Fp8State([self.module])
         self.masters = MasterWeights(self._masters(), self._publish, optimization.ema_decay)
 
-    def train_step(self, batches: Sequence[Batch], lr: float) -> StepResult:
+    def gradient_norm(self, batches: Sequence[Batch]) -> float | None:
+        return None  # DeepSpeed computes norms in its step alone
+
+    def train_step(self, batches: Sequence[Batch], lr: float, statistics: bool = False) -> StepResult:
         self.engine.train()
         for group in self.adam.param_groups:
             group["lr"] = lr
-        with self._local_rank():
+        with self._local_rank(), measured(self.module, statistics) as blocks:
             # Stage 1 reduces nothing before the step, so any schedule may run the module. Stages 2 and 3 reduce during
             # the backward pass of each micro-batch, and DeepSpeed's engine has to run it.
             if self.zero.stage == 1:
@@ -95,7 +99,7 @@ class ZeroEngine(OwnsMasters):
             raise RuntimeError(f"loss {loss}, gradient norm {norm}: DeepSpeed decided otherwise about the update")
         if not finite:
             self._clear_up()
-        return self._finish_step(loss, norm, finite, losses)
+        return self._finish_step(loss, norm, finite, losses, blocks())
 
     @torch.no_grad()
     def forward(self, batches: Sequence[Batch]) -> list[Tensor]:

@@ -59,6 +59,7 @@ def linear_cross_entropy(
     labels: Tensor,
     factors: Tensor,
     shard: VocabularyShard,
+    nll: Tensor | None = None,
 ) -> Tensor:
     """``sum_m factors[m] nll[m]`` of the softmax over ``rows @ weight.T + bias``, fp32 scalar, the same on all ranks.
 
@@ -67,8 +68,9 @@ def linear_cross_entropy(
         weight, bias: ``[V / tensor, h]``, ``[V / tensor]``, this rank's.
         labels: int64 ``[M]``, global ids.
         factors: fp32 ``[M]``; gets no gradient. A row with factor zero counts for nothing, whatever its label.
+        nll: fp32 ``[M]``, filled with the nll of every row.
     """
-    return _LinearCrossEntropy.apply(rows, weight, bias, labels, factors, shard)
+    return _LinearCrossEntropy.apply(rows, weight, bias, labels, factors, shard, nll)
 
 
 def cross_entropy(rows: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, shard: VocabularyShard) -> Tensor:
@@ -104,7 +106,7 @@ def _chunk(
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weight, bias, labels, factors, shard):
+    def forward(ctx, rows, weight, bias, labels, factors, shard, filled):
         size = rows_per_chunk(shard.columns, rows.device)
         needed = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         total = torch.zeros((), device=rows.device)
@@ -114,6 +116,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(rows), size):
             part = slice(start, start + size)
             nll, probability, sums, (column, inside) = _chunk(rows[part], weight, bias, labels[part], shard)
+            if filled is not None:
+                filled[part] = nll
             # A row without a factor may have a label that is never predicted: 0 * inf would spoil the sum.
             total += torch.where(factors[part] != 0, nll * factors[part], 0.0).sum()
             if not needed:
@@ -140,4 +144,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dist.get_world_size(group) > 1:
             dist.all_reduce(by_rows, group=group)
         by_weight, by_bias = (None if x is None else (x * upstream).to(ctx.types[1]) for x in (by_weight, by_bias))
-        return by_rows, by_weight, by_bias, None, None, None
+        return by_rows, by_weight, by_bias, None, None, None, None

@@ -267,6 +267,20 @@ class LogConfig(Section):
         description="further places for metrics; jsonl, the record of the run, is always written",
         json_schema_extra=absent(()),
     )
+    blocks_every: int = Field(
+        default=10,
+        ge=0,
+        description="steps between records of the variance of the block loss, the masked fraction, the nll by number "
+        "of masked tokens and the estimate of the likelihood bound that follows from it; 0: none",
+        json_schema_extra=absent(0),
+    )
+    noise_scale_every: int = Field(
+        default=0,
+        ge=0,
+        description="steps between measurements of the gradient noise scale, each with a gradient of half a batch; "
+        "0: none",
+        json_schema_extra=absent(0),
+    )
     peak_tflops: float | None = Field(
         default=None,
         gt=0,

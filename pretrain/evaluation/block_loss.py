@@ -6,9 +6,8 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from bd3_megatron.diffusion.block_statistics import count_groups, group_names
 from pretrain.distributed.messages import all_gather_values
-
-_GROUPS = 16  # at most so many groups of counts, and of positions
 
 
 class BlockLoss:
@@ -20,9 +19,9 @@ class BlockLoss:
 
     def __init__(self, size: int):
         self.size = size
-        groups = min(size, _GROUPS)
-        self.edges = np.round(np.arange(1, groups + 1) * size / groups).astype(np.int64)
+        self.edges = np.array(count_groups(size))
         """highest count, or number of the last position (from 1), of each group"""
+        groups = len(self.edges)
         self.nll = np.zeros(groups)
         self.masked = np.zeros(groups)
         self.nats = np.zeros(groups)
@@ -60,15 +59,10 @@ class BlockLoss:
             total.nll, total.masked, total.nats = total.nll + nll, total.masked + masked, total.nats + nats
         return total
 
-    def labels(self) -> list[str]:
-        """Name of each group: ``3``, or ``65-128``."""
-        first = np.concatenate([[1], self.edges[:-1] + 1])
-        return [str(b) if a == b else f"{a}-{b}" for a, b in zip(first, self.edges)]
-
     def by_count(self) -> dict[str, float]:
         """Mean nll of a masked token, nats, by the number of masked tokens of its block; groups that have any."""
-        return {name: float(x / n) for name, x, n in zip(self.labels(), self.nll, self.masked) if n}
+        return {name: float(x / n) for name, x, n in zip(group_names(self.edges.tolist()), self.nll, self.masked) if n}
 
     def by_position(self) -> dict[str, float]:
         """Share of the bound, nats, of each position in the block (from 1); they add up to the whole."""
-        return dict(zip(self.labels(), map(float, self.nats)))
+        return dict(zip(group_names(self.edges.tolist()), map(float, self.nats)))

@@ -36,6 +36,7 @@ from pretrain.tracking.plots import ascii_curve, plot_curves
 from pretrain.trainer.batches import Batches
 from pretrain.trainer.clip_interval import ClipInterval
 from pretrain.trainer.learning_rate import learning_rate
+from pretrain.trainer.noise_scale import NoiseScale
 from pretrain.trainer.profiler import Profiler, out_of_memory, record_allocations
 from pretrain.trainer.resume import Beginning, find_beginning, position, settings
 from pretrain.trainer.stability import StabilityMonitor
@@ -135,6 +136,7 @@ class Trainer:
             noise_seed=train.seed,
             document_mask=config.data.document_mask,
         )
+        self.noise_scale = NoiseScale(config)
         self.metrics: MetricsWriter | None = None
         on_rank_0(lambda: self._open_metrics(begin.meta))
         self.stability = StabilityMonitor(config, run, self.batches, engine.world)
@@ -228,23 +230,25 @@ class Trainer:
         train, step = self.config.train, self.step
         # The first step may compile kernels.
         self.watchdog.tick(f"in step {step + 1}", may_take_long=self.computed == 0)
-        lr, result = learning_rate(train, step), None
+        lr, result, half = learning_rate(train, step), None, None
         if not self.stability.skips(step + 1):
             batches = self.batches.at(step)
+            half = self.noise_scale.half_norm(step + 1, self.engine, batches)
             parallel.seed_dropout(train.seed, step)
-            result = self.engine.train_step(batches, lr)
+            result = self.engine.train_step(batches, lr, _due(step + 1, self.config.log.blocks_every))
             self.computed += 1
         self.step = step + 1
         if self.first:
-            self._record(result, lr)
+            self._record(result, lr, self.noise_scale.fields(half, result))
         self.stability.after(self.step, result, lr)
 
-    def _record(self, result: StepResult | None, lr: float) -> None:
+    def _record(self, result: StepResult | None, lr: float, noise: Mapping[str, float | None]) -> None:
         values = self.stability.fields(result)
         skipped = values.pop("skipped", None)
         values |= {"lr": lr, "tokens": self._tokens(self.step)} | ({"skipped": skipped} if skipped else {})
+        details = dict(noise) if result is None or not result.applied else {**result.blocks, **noise}
         speed = self.throughput.mark(self.computed, self._tokens(self.computed)) if result is not None else {}
-        self.metrics.train(self.step, values)
+        self.metrics.train(self.step, values | details)
         if speed:
             self.metrics.throughput(self.step, speed)
         self.progress.update(self.step, values | speed | {"steps_skipped": self.stability.skipped + bool(skipped)})
