@@ -44,20 +44,30 @@ def json_line(value: Any) -> str:
     return "".join(json.dumps(c)[1:-1] if _is_hidden(c) else c for c in text)
 
 
-_USER = re.compile(
-    r"(?P<scheme>[A-Za-z][\w+.-]*://)(?:[^/\s@?#]*:[^/\s@]*|(?<=http://)[^/\s@?#]+|(?<=https://)[^/\s@?#]+)@"
-)
-_QUERY = re.compile(
-    r"(?P<name>[?&](?:[\w.-]*(?:signature|credential|token|secret|password|key)[\w.-]*|sig)=)[^&\s#'\")]+",
-    re.IGNORECASE,
-)
+# Texts may be long and made to be slow: each of these finds its matches in time proportional to the text.
+_USER = re.compile(r"(?<![\w+.-])(?P<scheme>[\w+.-]+://)(?P<user>[^/\s@]*)@")
+_QUERY = re.compile(r"[?&](?P<name>[\w.-]+)=[^&\s#'\")]+")
+_PRIVATE_QUERIES = ("signature", "credential", "token", "secret", "password", "key")
 
 
 def redacted(text: str) -> str:
     """``text`` with ``***`` for the passwords and signatures of URLs in it."""
     if "://" not in text:
         return text
-    return _QUERY.sub(r"\g<name>***", _USER.sub(r"\g<scheme>***@", text))
+    return _QUERY.sub(_without_signature, _USER.sub(_without_user, text))
+
+
+def _without_user(found: re.Match[str]) -> str:
+    scheme, user = found["scheme"], found["user"]
+    before, colon, _ = user.partition(":")
+    private = not {"?", "#"} & set(before) and bool(colon or (user and scheme.endswith(("http://", "https://"))))
+    return f"{scheme}***@" if private else found[0]
+
+
+def _without_signature(found: re.Match[str]) -> str:
+    name = found["name"].lower()
+    private = name == "sig" or any(word in name for word in _PRIVATE_QUERIES)
+    return f"{found[0].partition('=')[0]}=***" if private else found[0]
 
 
 _PRIVATE_WORDS = {"auth", "authorization", "bearer", "cookie", "cred", "creds", "jwt", "pass", "passwd", "pat"}
@@ -69,10 +79,9 @@ _TOKEN = re.compile(
     r"-----BEGIN |(?i:bearer|basic)\s+[\w+/.=-]{16,}"
 )
 """tokens of known services"""
-_UUID = re.compile(r"(?:[A-Za-z]+-)?[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-_RANDOM = re.compile(r"(?=\w*\d)(?=\w*[A-Za-z])[A-Za-z0-9]{32,}")
-"""letters and digits without a separator, as keys have them"""
-_ASSIGNED = re.compile(r"([\w-]+)=(?:\"([^\"]*)\"|'([^']*)'|([^\s,;]*))")
+_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_UNBROKEN = re.compile(r"[A-Za-z0-9]{32,}")
+_ASSIGNED = re.compile(r"(?<![\w-])([\w-]+)=(?:\"([^\"]*)\"|'([^']*)'|([^\s,;]*))")
 
 
 def is_secret(name: str, value: str) -> bool:
@@ -84,8 +93,13 @@ def is_secret(name: str, value: str) -> bool:
         or any(word.endswith(_PRIVATE_ENDS) for word in words)
         or has_token(value)
         # Paths may have hashes in them.
-        or ("/" not in value and not _UUID.search(value) and bool(_RANDOM.search(value)))
+        or ("/" not in value and not _UUID.search(value) and any(map(_is_random, _UNBROKEN.findall(value))))
     )
+
+
+def _is_random(word: str) -> bool:
+    """True for letters and digits, as keys have them."""
+    return not word.isalpha() and not word.isdecimal()
 
 
 def has_token(value: str) -> bool:

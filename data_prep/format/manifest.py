@@ -156,8 +156,8 @@ class Recipe(Record):
     text_documents: Literal["line", "file"]
     min_chars: int
     max_chars: int | None
-    split_seed: int
-    validation_fraction: float
+    split_seed: int = Field(ge=0)
+    validation_fraction: float = Field(gt=0, lt=1)
     rows_per_member: int = Field(ge=1)
     rows_per_shard: int = Field(ge=1)
     mask: str | None = None

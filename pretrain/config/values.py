@@ -69,7 +69,7 @@ def validate(cls: type[Model], values: Mapping[str, Any], sources: Mapping[str, 
         return found
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "value_error":
-        raise ConfigError(str(first["ctx"]["error"]))
+        raise ConfigError(_with_short_values(str(first["ctx"]["error"]), values))
     if first["type"] == "missing":
         raise ConfigError(f"{flag(path)}: required")
     if first["type"] == "extra_forbidden":
@@ -109,6 +109,20 @@ def flag(path: str) -> str:
     """The flag of a field: ``model.kv_heads -> --model.kv-heads``."""
     # A trailing underscore keeps a field's name off pydantic's own methods: json_ is --json.
     return "--" + path.rstrip("_").replace("_", "-")
+
+
+_LONGEST = 1000  # characters of a value that a validator may quote whole, as a path
+
+
+def _with_short_values(text: str, values: Any) -> str:
+    """The message of a validator, in which a long value that was given is cut off."""
+    if isinstance(values, str):
+        return text.replace(values, show(values)) if len(values) > _LONGEST else text
+    inner = [*values, *values.values()] if isinstance(values, Mapping) else values
+    if isinstance(inner, list | tuple | set):
+        for value in inner:
+            text = _with_short_values(text, value)
+    return text
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -59,6 +59,31 @@ def test_passwords_of_urls_are_not_shown(text: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "a" * 300_000,
+        "0" * 300_000,
+        "a-" * 150_000,
+        "://" + "a" * 300_000,
+        "x://" + "a:" * 150_000,
+        "x://h/?" + "key" * 100_000,
+        "x://h/" + "?key" * 75_000,
+        "a=" * 150_000,
+        "a='" * 100_000,
+        "bearer " * 40_000 + " " * 100_000,
+        "sk-" * 100_000,
+    ],
+    ids=lambda text: text[:8],
+)
+def test_long_texts_are_looked_through_at_once(text: str) -> None:
+    """Expressions that look at each character once: one that went back to earlier ones would take many minutes."""
+    assert isinstance(redacted(text), str)
+    assert isinstance(has_token(text), bool)
+    assert isinstance(is_secret("NAME", text), bool)
+    assert secret_in(text) is None or len(text) > 0
+
+
+@pytest.mark.parametrize(
     ("name", "value", "secret"),
     [
         ("SLURM_JWT", "x", True),

@@ -15,8 +15,8 @@ from typing import Any
 from bd3_common.errors import UserError, user_line
 from bd3_common.text import printable
 
-SECONDS = 20
-"""of the clock, after which a call is taken to wait for ever; busy machines are slow"""
+SECONDS = 120
+"""of the clock, after which a call is taken to wait for ever; a busy machine gives a tenth of its time"""
 CPU_SECONDS = 5.0
 MEMORY = 1 << 30
 """bytes of address space that a call may add"""

@@ -331,6 +331,14 @@ def test_a_manifest_that_does_not_fit_its_rows(copy, path, value, text):
     assert text in faults(copy)["manifest.json"]
 
 
+@pytest.mark.parametrize(("key", "value"), [("validation_fraction", 2.0), ("split_seed", -1)])
+def test_a_recipe_that_prep_would_refuse(copy, key, value):
+    content = json.loads((copy / "manifest.json").read_text())
+    content["recipe"][key] = value
+    (copy / "manifest.json").write_text(json.dumps(content))
+    assert f"recipe.Recipe.{key}: value {value}: " in faults(copy)["manifest.json"]
+
+
 def test_offsets_are_compared_with_the_tar(copy):
     content = json.loads((copy / "manifest.json").read_text())
     content["splits"]["train"]["shards"][0]["members"][1][0] += 64

@@ -14,6 +14,7 @@ from bd3_megatron.config import Section
 from pretrain.config.command_line import Positional, parse_options
 from pretrain.config.schema import RunConfig
 from pretrain.config.values import Layer, build, did_you_mean, validate
+from slurm.options import JobOptions
 
 
 class Inner(Section):
@@ -175,6 +176,14 @@ def test_help_lists_every_option_with_its_description(capsys: pytest.CaptureFixt
     text = capsys.readouterr().out
     assert "usage: bd3 example" in text
     assert all(word in text for word in ("--inner.low", "lower end", "100% of the output", "files"))
+
+
+def test_a_long_value_is_cut_off_in_the_message_of_a_validator() -> None:
+    with pytest.raises(ConfigError) as error:
+        validate(JobOptions, {"time": "a" * 100_000})
+    assert str(error.value).startswith("time=aaaa")
+    assert str(error.value).endswith("...: not a time; use minutes (90), H:MM:SS or D-HH:MM:SS")
+    assert len(str(error.value)) < 200
 
 
 @settings(deadline=None)
