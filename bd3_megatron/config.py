@@ -321,6 +321,20 @@ class DiffusionConfig(Section):
         return 0.5 if self.coupling == "complementary" else (size + 1) / (2 * size)
 
     @property
+    def loss_name(self) -> str:
+        """What the training loss is: a bound on the negative log-likelihood, or not."""
+        if self.objective == "causal":
+            return "negative log-likelihood"
+        if self.masking == "counts":
+            return "by counts, likelihood bound" if self.count_weights is None else "by weighted counts, no bound"
+        if not self.full_interval and self.beta < 1:
+            resampled = ", resampled" if self.resample else ""
+            return f"levels in [{self.beta:g}, {self.omega:g}]{resampled}, no bound"
+        if self.schedule in ("loglinear", "log"):
+            return "by levels, likelihood bound"
+        return f"by levels, {self.schedule} schedule, near the likelihood bound"
+
+    @property
     def full_interval(self) -> bool:
         """True for the unclipped schedule, whose draws are never redrawn (objective, step 7)."""
         return self.beta <= LOWEST_LEVEL and self.omega >= 1

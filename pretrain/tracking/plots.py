@@ -20,20 +20,30 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 INK, ACCENT, MUTED = "#1f3b57", "#c4572f", "#8a9097"
 
 
-def plot_curves(run_dir: Path, out: str = CURVES, reference: Mapping[str, float] | None = None) -> Path:
+def plot_curves(
+    run_dir: Path, out: str = CURVES, reference: Mapping[str, float] | None = None, loss_name: str = "NELBO estimate"
+) -> Path:
     """Plot training loss and validation perplexity against the step; returns the path of the PNG.
+
+    Where the records have statistics over blocks, they get two plots more: the nll by number of masked tokens, and the
+    variance of the block loss with the gradient noise scale.
 
     Args:
         run_dir: run folder with ``metrics.jsonl``.
         out: file name in the run folder; written under a temporary name and renamed.
         reference: perplexities drawn as horizontal lines, for example ``{"unigram": 512.3}``.
+        loss_name: what the training loss is; a clipped one is no bound.
     """
     records = read_metrics(run_dir)
-    figure = new_figure(10)
-    left, right = figure.subplots(1, 2)
-    _loss(left, records)
-    _perplexity(right, records, reference or {})
-    for axes in (left, right):
+    details = any("block_variance" in record for record in records)
+    figure = new_figure(10, 8 if details else 4)
+    plots = figure.subplots(2 if details else 1, 2).ravel()
+    _loss(plots[0], records, loss_name)
+    _perplexity(plots[1], records, reference or {})
+    if details:
+        _by_count(plots[2], records)
+        _variance(plots[3], records)
+    for axes in plots:
         axes.set_xlabel("optimizer step")
         finish(axes)
     path = run_dir / out
@@ -41,8 +51,8 @@ def plot_curves(run_dir: Path, out: str = CURVES, reference: Mapping[str, float]
     return path
 
 
-def new_figure(width: float) -> Figure:
-    """An empty figure of ``width`` times 4 inches.
+def new_figure(width: float, height: float = 4) -> Figure:
+    """An empty figure of ``width`` times ``height`` inches.
 
     Settings are matplotlib's defaults: it would take those of a ``matplotlibrc`` in the current folder.
     """
@@ -52,7 +62,7 @@ def new_figure(width: float) -> Figure:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, 4), layout="constrained", dpi=150)
+    return Figure(figsize=(width, height), layout="constrained", dpi=150)
 
 
 def finish(axes: Axes) -> None:
@@ -98,15 +108,45 @@ def ascii_curve(values: Sequence[float], label: str = "", width: int = 48) -> st
     return f"{head}{values[0]:.4g} {row} {values[-1]:.4g}"
 
 
-def _loss(axes: Axes, records: list[dict[str, Any]]) -> None:
+def _loss(axes: Axes, records: list[dict[str, Any]], name: str) -> None:
     steps, losses = series(records, "train", "loss")
     window = len(losses) // 40 * 2 + 1
-    axes.set_title("training loss (NELBO estimate)")
+    axes.set_title(f"training loss ({name})")
     axes.set_ylabel("nats per token")
     if not steps:
         return
     axes.plot(steps, losses, color=INK, alpha=0.3, linewidth=0.8, label="each record")
     axes.plot(steps, smooth(losses, window), color=INK, linewidth=1.8, label=f"mean of {window} records")
+    known, bounds = series(records, "train", "bound")
+    if known:
+        near = len(bounds) // 40 * 2 + 1
+        axes.plot(known, smooth(bounds, near), color=ACCENT, linewidth=1.5, label="likelihood bound, from the counts")
+
+
+def _by_count(axes: Axes, records: list[dict[str, Any]]) -> None:
+    names = [name for name in next(r for r in records if "block_variance" in r) if name.startswith("nll_by_count/")]
+    axes.set_title("nll of a masked token, by masked tokens in its block")
+    axes.set_ylabel("nats")
+    for number, name in enumerate(names):
+        steps, values = series(records, "train", name)
+        shade = 0.25 + 0.75 * number / max(len(names) - 1, 1)
+        label = name.partition("/")[2] if len(names) <= 8 or number in (0, len(names) - 1) else None
+        axes.plot(steps, smooth(values, len(values) // 40 * 2 + 1), color=INK, alpha=shade, linewidth=1.3, label=label)
+
+
+def _variance(axes: Axes, records: list[dict[str, Any]]) -> None:
+    steps, values = series(records, "train", "block_variance")
+    axes.set_title("variance of the block loss")
+    axes.set_ylabel("nats² per token²")
+    axes.set_yscale("log")
+    axes.plot(steps, smooth(values, len(values) // 40 * 2 + 1), color=INK, linewidth=1.5, label="block loss")
+    measured, noise = series(records, "train", "gradient_noise")
+    _, signal = series(records, "train", "gradient_signal")
+    if measured:
+        window = max(5, len(noise) // 10 * 2 + 1)
+        means = zip(smooth(noise, window), smooth(signal, window))
+        scales = [n / s if s > 0 and n > 0 else math.nan for n, s in means]
+        axes.plot(measured, scales, color=ACCENT, linewidth=1.5, label="gradient noise scale, rows")
 
 
 def _perplexity(axes: Axes, records: list[dict[str, Any]], reference: Mapping[str, float]) -> None:

@@ -347,7 +347,7 @@ class Trainer:
     def _finish(self) -> None:
         self.watchdog.tick("at the end", may_take_long=True)
         unigram = self.validation.unigram_perplexity
-        plot = plot_curves(self.folder, reference={"unigram": unigram})
+        plot = plot_curves(self.folder, reference={"unigram": unigram}, loss_name=self.clip.diffusion.loss_name)
         records = read_metrics(self.folder)
         self.progress.close()
         _, losses = series(records, "train", "loss")
