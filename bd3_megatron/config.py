@@ -45,6 +45,12 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
+def before_new_keys(section: type[Section]) -> dict[str, Any]:
+    """Values of the section's newer keys that a file without them means (:func:`absent`)."""
+    extras = {name: field.json_schema_extra for name, field in section.model_fields.items()}
+    return {name: extra[ABSENT] for name, extra in extras.items() if isinstance(extra, dict) and ABSENT in extra}
+
+
 def divisors(n: int, limit: int = 64) -> list[int]:
     """Divisors of ``n`` not above ``limit``, ascending."""
     low = [d for d in range(1, min(math.isqrt(n), limit) + 1) if n % d == 0]

@@ -49,7 +49,7 @@ MORE = {
     "mdlm": ["CP2", "CP2xPP2"],
     "dropout": ["TP2", "selective"],  # where every rank drops out of whole activations
     "ar": ["CP2", "TP2+SP"],
-    "counts": ["TP2+SP", "PP2", "CP2", "DP2+distopt", "ZeRO-2"],
+    "counts": ["TP2+SP", "PP2", "CP2", "DP2+distopt", "ZeRO2"],
     "counts pairs": ["CP2", "PP2-interleaved"],
     "counts ar": ["TP2"],
     "counts mdlm": ["CP2"],

@@ -110,6 +110,23 @@ def search_each(
     return found
 
 
+def measure_each(
+    rank: int, size: int, store: dist.Store, layouts: list[Layout], task: Task
+) -> list[tuple[dict[str, float | None], float | None]]:
+    """Statistics over the blocks of a step, and the norm of its gradient without an update, by layout."""
+    found = []
+    for n, layout in enumerate(layouts):
+        world = parallel.start(layout.parallel, rank, size, rank, dist.PrefixStore(str(n), store))
+        try:
+            engine = make_engine(world, layout, task)
+            made = batches(world, task, 0)
+            norm = engine.gradient_norm(made)
+            found.append((dict(engine.train_step(made, 1e-3, statistics=True).blocks), norm))
+        finally:
+            parallel.stop()
+    return found
+
+
 @dataclass(frozen=True)
 class Skipping:
     """A training in which one micro-batch of one step was spoiled on one rank.

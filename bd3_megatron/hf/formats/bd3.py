@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from bd3_common import schema
 from bd3_common.errors import ConfigError
-from bd3_megatron.config import DiffusionConfig, ModelConfig
+from bd3_megatron.config import DiffusionConfig, ModelConfig, before_new_keys
 from bd3_megatron.hf.files import Loaded, Source, section, write_json
 from bd3_megatron.hf.formats import CheckpointFormat, Contents, TokenIds, check_keys
 from bd3_megatron.hf.mapping import from_hf, to_hf
@@ -68,7 +68,7 @@ class BD3(CheckpointFormat):
             )
         objective = {"objective": config["objective"], "block_size": config["block_size"]}
         noise = schema.check(config.get("noise") or {}, dict[str, Any], f"{where}: noise", error=ConfigError)
-        diffusion = section(DiffusionConfig, {**noise, **objective}, where)
+        diffusion = section(DiffusionConfig, {**before_new_keys(DiffusionConfig), **noise, **objective}, where)
         return model, diffusion, from_hf(source.tensors(), model)
 
     def write(self, folder: Path, contents: Contents) -> None:
