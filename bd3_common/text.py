@@ -46,7 +46,8 @@ def json_line(value: Any) -> str:
 
 # Texts may be long and made to be slow: each of these finds its matches in time proportional to the text.
 _USER = re.compile(r"(?<![\w+.-])(?P<scheme>[\w+.-]+://)(?P<user>[^/\s@]*)@")
-_QUERY = re.compile(r"[?&](?P<name>[\w.-]+)=[^&\s#'\")]+")
+_QUERY = re.compile(r"[?&](?P<name>[\w.-]+)=")
+_VALUE = re.compile(r"[^&\s#'\")]+")
 _PRIVATE_QUERIES = ("signature", "credential", "token", "secret", "password", "key")
 
 
@@ -54,7 +55,7 @@ def redacted(text: str) -> str:
     """``text`` with ``***`` for the passwords and signatures of URLs in it."""
     if "://" not in text:
         return text
-    return _QUERY.sub(_without_signature, _USER.sub(_without_user, text))
+    return _without_signatures(_USER.sub(_without_user, text))
 
 
 def _without_user(found: re.Match[str]) -> str:
@@ -64,10 +65,16 @@ def _without_user(found: re.Match[str]) -> str:
     return f"{scheme}***@" if private else found[0]
 
 
-def _without_signature(found: re.Match[str]) -> str:
-    name = found["name"].lower()
-    private = name == "sig" or any(word in name for word in _PRIVATE_QUERIES)
-    return f"{found[0].partition('=')[0]}=***" if private else found[0]
+def _without_signatures(text: str) -> str:
+    parts, end = [], 0
+    for found in _QUERY.finditer(text):
+        name = found["name"].lower()
+        private = name == "sig" or any(word in name for word in _PRIVATE_QUERIES)
+        # A value may hold a URL with a query of its own: only private ones are passed over.
+        if private and found.start() >= end and (value := _VALUE.match(text, found.end())):
+            parts += [text[end : found.end()], "***"]
+            end = value.end()
+    return "".join(parts) + text[end:]
 
 
 _PRIVATE_WORDS = {"auth", "authorization", "bearer", "cookie", "cred", "creds", "jwt", "pass", "passwd", "pat"}
@@ -80,7 +87,7 @@ _TOKEN = re.compile(
 )
 """tokens of known services"""
 _UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-_UNBROKEN = re.compile(r"[A-Za-z0-9]{32,}")
+_WORD, _UNBROKEN = re.compile(r"\w+"), re.compile(r"[A-Za-z0-9]{32,}")
 _ASSIGNED = re.compile(r"(?<![\w-])([\w-]+)=(?:\"([^\"]*)\"|'([^']*)'|([^\s,;]*))")
 
 
@@ -93,13 +100,15 @@ def is_secret(name: str, value: str) -> bool:
         or any(word.endswith(_PRIVATE_ENDS) for word in words)
         or has_token(value)
         # Paths may have hashes in them.
-        or ("/" not in value and not _UUID.search(value) and any(map(_is_random, _UNBROKEN.findall(value))))
+        or ("/" not in value and not _UUID.search(value) and any(map(_is_random, _WORD.findall(value))))
     )
 
 
 def _is_random(word: str) -> bool:
-    """True for letters and digits, as keys have them."""
-    return not word.isalpha() and not word.isdecimal()
+    """True for letters and digits without a separator, as keys have them, with more of the word after them or not."""
+    found = _UNBROKEN.search(word)
+    rest = word[found.start() :] if found else ""
+    return bool(re.search(r"\d", rest) and re.search(r"[A-Za-z]", rest))
 
 
 def has_token(value: str) -> bool:

@@ -50,6 +50,7 @@ def test_errors_and_messages_show_no_control_characters(capsys: pytest.CaptureFi
         ("https://h/x?X-Amz-Signature=ab12&part=1", "https://h/x?X-Amz-Signature=***&part=1"),
         ("https://h/x?sv=1&sig=a%2Fb#c", "https://h/x?sv=1&sig=***#c"),
         ("https://ghp_x@h/", "https://***@h/"),
+        ("https://h/x?next=https://g/?token=abc", "https://h/x?next=https://g/?token=***"),
         ("memory://copy: a:b@c s3://bucket/key git://git@h/x", "memory://copy: a:b@c s3://bucket/key git://git@h/x"),
     ],
 )
@@ -68,6 +69,7 @@ def test_passwords_of_urls_are_not_shown(text: str, shown: str) -> None:
         "x://" + "a:" * 150_000,
         "x://h/?" + "key" * 100_000,
         "x://h/" + "?key" * 75_000,
+        "x://h/" + "?a=" * 100_000,
         "a=" * 150_000,
         "a='" * 100_000,
         "bearer " * 40_000 + " " * 100_000,
@@ -76,11 +78,11 @@ def test_passwords_of_urls_are_not_shown(text: str, shown: str) -> None:
     ids=lambda text: text[:8],
 )
 def test_long_texts_are_looked_through_at_once(text: str) -> None:
-    """Expressions that look at each character once: one that went back to earlier ones would take many minutes."""
-    assert isinstance(redacted(text), str)
-    assert isinstance(has_token(text), bool)
-    assert isinstance(is_secret("NAME", text), bool)
-    assert secret_in(text) is None or len(text) > 0
+    """None of them holds a secret. An expression that went back to earlier characters would take many minutes."""
+    assert redacted(text) == text
+    assert not has_token(text)
+    assert not is_secret("NAME", text)
+    assert secret_in(text) is None
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,8 @@ def test_long_texts_are_looked_through_at_once(text: str) -> None:
         ("NCCL_DEBUG", "hf_" + "Ab1" * 10, True),
         ("SLURM_JOB_NAME", "eyJhbGciOi", True),
         ("NCCL_NET", "0123456789abcdef0123456789abcdef", True),
+        ("NCCL_NET", "abcdefghabcdefghabcdefghabcdefgh_1", True),
+        ("NCCL_NET", "abcdefghabcdefghabcdefghabcdefgh", False),
         ("TOKENIZERS_PARALLELISM", "false", False),
         ("CUDA_VISIBLE_DEVICES", "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", False),
         ("PATH", "/nix/store/0123456789abcdef0123456789abcdef-x/bin:/bin", False),
