@@ -17,6 +17,7 @@ BENCHMARKS: dict[str, type[Section]] = {
     "checkpoint": o.CheckpointOptions,
     "memory": o.MemoryOptions,
     "draws": o.DrawsOptions,
+    "counts": o.CountsOptions,
     "data": o.DataOptions,
     "parity": o.ParityOptions,
 }

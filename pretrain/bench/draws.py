@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.config import DiffusionConfig
+from bd3_megatron.config import LOWEST_LEVEL, DiffusionConfig
 from bd3_megatron.cost import flops
 from bd3_megatron.diffusion.noise import SampleKeys
 from bd3_megatron.engine.megatron import MegatronEngine
@@ -63,7 +63,11 @@ def bench_draws(options: DrawsOptions) -> None:
     """
     loaded = load_chosen(options)
     config = loaded.config
-    asked = {name: value for name in ("beta", "omega", "stratify") if (value := getattr(options, name)) is not None}
+    names = ("masking", "count_probabilities", "beta", "omega", "stratify")
+    asked = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if asked.get("masking", config.diffusion.masking) != config.diffusion.masking:
+        whole = {"schedule": "loglinear", "beta": LOWEST_LEVEL, "omega": 1.0, "resample": False}
+        asked = whole | {"count_probabilities": None, "count_weights": None} | asked
     single = validate(DiffusionConfig, config.diffusion.model_dump() | {"draws": 1, "coupling": "independent"} | asked)
     if single.objective == "causal" or single.beta == 1:
         raise ConfigError(f"{options.run}: this objective masks all or nothing, so that no noise is drawn; use another")
@@ -85,10 +89,16 @@ def bench_draws(options: DrawsOptions) -> None:
         print(json.dumps({"step": loaded.checkpoint.step, "rows": rows}))
         return
     print(
-        f"step {loaded.checkpoint.step}, {options.weights} weights, B'={single.block_size}, noise levels "
-        f"[{single.beta:g}, {single.omega:g}]; {options.samples} gradients of {options.rows} clean row(s) each"
+        f"step {loaded.checkpoint.step}, {options.weights} weights, B'={single.block_size}, {_objective(single)}; "
+        f"{options.samples} gradients of {options.rows} clean row(s) each"
     )
     _print(rows)
+
+
+def _objective(diffusion: DiffusionConfig) -> str:
+    if diffusion.masking == "counts":
+        return "counts of given probabilities" if diffusion.count_probabilities else "uniform counts"
+    return f"noise levels [{diffusion.beta:g}, {diffusion.omega:g}]"
 
 
 def _estimators(options: DrawsOptions, single: DiffusionConfig) -> list[Estimator]:
@@ -114,14 +124,16 @@ def _measure(
     module, device = engine.module.eval(), engine.world.device
     size = sum(parameter.numel() for parameter in module.parameters())
     whole, groups, group = Scatter(size, device), [], -1
-    seconds = 0.0
+    seconds, losses = 0.0, []
     for sample in range(options.samples):
         if sample * SCATTER_GROUPS // options.samples > group:
             group += 1
             part = Scatter(size, device)
         start = _clock(device)
-        gradient = _gradient(options, run, engine, stream, _keys(options, stream, estimator, over, sample), seed)
+        keys = _keys(options, stream, estimator, over, sample)
+        gradient, loss = _gradient(options, run, engine, stream, keys, seed)
         seconds += _clock(device) - start
+        losses.append(loss)
         whole.add(gradient)
         part.add(gradient)
         if (sample + 1) * SCATTER_GROUPS // options.samples > group:
@@ -135,6 +147,7 @@ def _measure(
         "separate": estimator.diffusion.draws == 1,
         "variance": whole.variance,
         "variance_stderr": float(np.std(groups, ddof=1)) / math.sqrt(SCATTER_GROUPS),
+        "loss_variance": float(np.var(losses, ddof=1)),
         "flops": tokens * flops.training_flops_per_token(model, estimator.diffusion),
         "seconds": seconds / options.samples,
     }
@@ -164,20 +177,23 @@ def _gradient(
     stream: RowStream,
     batches: list[SampleKeys],
     seed: int,
-) -> Tensor:
-    """Gradient of the mean training loss, all parameters in one fp32 vector."""
+) -> tuple[Tensor, float]:
+    """Gradient of the mean training loss, all parameters in one fp32 vector; and that loss."""
     config, module = run.config, engine.module
     micro = options.micro_batch or config.train.micro_batch
     module.zero_grad(set_to_none=True)
+    total = 0.0
     for keys in batches:
         for start in range(0, len(keys.rows), micro):
             part = keys.part(slice(start, start + micro))
             documents = config.data.document_mask
             batch = make_batch(stream, config.model, config.diffusion, part, seed, document_mask=documents)
             share = len(part.rows) / len(keys.rows) / len(batches)
-            (module(batch.to(engine.world.device)).sum() * (share / batch.tokens)).backward()
+            loss = module(batch.to(engine.world.device)).sum() * (share / batch.tokens)
+            loss.backward()
+            total += loss.item()
     gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in module.parameters())
-    return torch.cat([gradient.float().flatten() for gradient in gradients])
+    return torch.cat([gradient.float().flatten() for gradient in gradients]), total
 
 
 def _compared(
@@ -216,8 +232,12 @@ def _print(rows: list[dict[str, Any]]) -> None:
         if row["over"] != over:
             over = row["over"]
             print(f"\nvariance over {over}")
-            print(f"{'':<26}{'variance':>12}{'+-':>10}{'GFLOP':>9}{'seconds':>9}{'var x FLOP':>12}{'+-':>8}")
+            print(
+                f"{'':<26}{'variance':>12}{'+-':>10}{'of the loss':>13}{'GFLOP':>9}{'seconds':>9}"
+                f"{'var x FLOP':>12}{'+-':>8}"
+            )
         print(
-            f"{row['estimator']:<26}{row['variance']:>12.4g}{row['variance_stderr']:>10.2g}{row['flops'] / 1e9:>9.3g}"
+            f"{row['estimator']:<26}{row['variance']:>12.4g}{row['variance_stderr']:>10.2g}"
+            f"{row['loss_variance']:>13.4g}{row['flops'] / 1e9:>9.3g}"
             f"{row['seconds']:>9.3f}{row['relative']:>12.3f}{row['relative_stderr']:>8.3f}"
         )

@@ -140,6 +140,12 @@ class DrawsOptions(checkpoint_options.CheckpointOptions):
         min_length=1,
         description="diffusion.coupling of the draws",
     )
+    masking: Literal["levels", "counts"] | None = Field(
+        default=None, description="diffusion.masking; null: as in training"
+    )
+    count_probabilities: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+        default=None, description="diffusion.count_probabilities; null: as in training"
+    )
     beta: float | None = Field(
         default=None, gt=0, le=1, description="lower end of the noise levels; null: as in training"
     )
@@ -151,6 +157,19 @@ class DrawsOptions(checkpoint_options.CheckpointOptions):
         default=True, description="also with other rows for each gradient: the variance of rows and noise"
     )
     seed: Seed = Field(default=0, description="seed of the noise")
+    threads: int = Field(default=1, ge=1, le=4096, description="CPU threads")
+    json_: bool = Field(default=False, description="print one line of JSON")
+
+
+class CountsOptions(checkpoint_options.CheckpointOptions):
+    """Gradient of one block of a run's training rows, by the number of its masked tokens; the probabilities of counts
+    under which the gradient of the likelihood bound varies least; and by how much the gradient of a block varies under
+    other objectives. Dropout is off."""
+
+    weights: Literal["ema", "raw"] = Field(default="raw", description="EMA weights, or the last step's")
+    data: str | None = Field(default=None, description="data set; null means the one the run was trained on")
+    samples: int = Field(default=256, ge=2 * SCATTER_GROUPS, description="blocks per count, each of another row")
+    seed: Seed = Field(default=0, description="seed of the masks")
     threads: int = Field(default=1, ge=1, le=4096, description="CPU threads")
     json_: bool = Field(default=False, description="print one line of JSON")
 

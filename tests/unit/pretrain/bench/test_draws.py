@@ -62,13 +62,15 @@ def test_the_gradient_is_that_of_a_training_step(run, micro):
     batches = Batches(stream, config.model, config.diffusion, global_batch=8, micro_batch=8)
     options = DrawsOptions(run=str(run), micro_batch=micro)
     with loaded.engine() as engine:
-        found = draws._gradient(options, loaded, engine, stream, [batches.keys(0)], 0)
-        twice = draws._gradient(options, loaded, engine, stream, [batches.keys(0)] * 2, 0)
+        found, loss = draws._gradient(options, loaded, engine, stream, [batches.keys(0)], 0)
+        twice, _ = draws._gradient(options, loaded, engine, stream, [batches.keys(0)] * 2, 0)
     torch.testing.assert_close(twice, found)
     world = parallel.start(ParallelConfig())
     trained = MegatronEngine(config.engine(), world)
     trained.set_weights(loaded.weights)
-    assert found.norm().item() == pytest.approx(trained.train_step(batches.at(0), 1e-3).grad_norm, rel=1e-5)
+    result = trained.train_step(batches.at(0), 1e-3)
+    assert found.norm().item() == pytest.approx(result.grad_norm, rel=1e-5)
+    assert loss == pytest.approx(result.loss, rel=1e-5)
     parallel.stop()
 
 
@@ -106,6 +108,22 @@ def test_the_table_and_its_options(run, capsys):
     assert "rows and noise" not in text
     lines = [line[:26].strip() for line in text.splitlines()[4:]]
     assert lines == ["1 pair", "2 separate pairs", "2 draws, antithetic", "4 separate pairs", "4 draws, antithetic"]
+
+
+def test_another_masking_than_the_run_s_is_compared(run, capsys):
+    """Counts estimate the bound with less variance than the whole interval of levels."""
+    parallel.stop()
+    found = {}
+    for masking in ("levels", "counts"):
+        options = ["--masking", masking, "--samples", "16", "--rows", "4", "--draws", "2", "--couplings", "antithetic"]
+        if masking == "levels":
+            options += ["--beta", "0.001", "--omega", "1"]
+        assert bench.main(["draws", str(run), *options, "--no-fresh-rows", "--json"]) == 0
+        found[masking] = json.loads(capsys.readouterr().out)["rows"][0]
+    assert found["counts"]["loss_variance"] < 0.2 * found["levels"]["loss_variance"]
+    assert found["counts"]["variance"] < found["levels"]["variance"]
+    assert bench.main(["draws", str(run), "--masking", "counts", "--samples", "16", "--rows", "1"]) == 0
+    assert "B'=4, uniform counts; 16 gradients" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
