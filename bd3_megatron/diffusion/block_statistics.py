@@ -42,10 +42,11 @@ class BlockStatistics:
     @torch.no_grad()
     def add(self, nll: Tensor, batch: Batch) -> None:
         """Add a micro-batch: the nll ``[P]`` of ``batch.predicted``; where the weight is zero it counts for nothing."""
-        factors = batch.weight.flatten()
-        nll = torch.where(factors[batch.predicted] != 0, nll.detach().double(), 0.0)
+        factors, predicted = batch.weight.flatten(), batch.predicted
+        assert predicted is not None  # made with the batch
+        nll = torch.where(factors[predicted] != 0, nll.detach().double(), 0.0)
         by_position = torch.zeros(len(factors), dtype=torch.float64, device=nll.device)
-        by_position.index_add_(0, batch.predicted, nll)
+        by_position.index_add_(0, predicted, nll)
         blocks, weights = by_position.view(-1, self.size), factors.view(-1, self.size)  # [blocks, B']
         loss = (blocks * weights).sum(1) / self.size
         count = (weights != 0).sum(1)

@@ -197,7 +197,7 @@ class DirectMoments:
         """Add rows: the weighted nll of each block, ``[b, L / B']``, drawn under the interval of this number."""
         groups = np.repeat(slots % JACKKNIFE, nats.shape[1])
         for power in range(3):
-            np.add.at(self.sums[power], (groups, interval), (nats.ravel() / self.size) ** power)
+            np.add.at(self.sums[power, :, interval], groups, (nats.ravel() / self.size) ** power)
 
     def variances(self, laws: Sequence[CountsOfLevels]) -> tuple[Floats, Floats, Floats]:
         """As :meth:`CountMoments.variances`, for the intervals in their order."""

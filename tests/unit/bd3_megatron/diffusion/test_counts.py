@@ -138,9 +138,10 @@ def test_every_rank_masks_about_the_same(size, within, masking):
         masked = noise.masked[0].reshape(64, -1, 1024 // size, size)
         fractions = masked.mean(axis=(1, 2, 3))
         assert abs(fractions - config.mean_masked_fraction).max() < within
-        if masking == "counts" and size <= 16:
-            counts = masked[:, :, 1:].sum(axis=(1, 2, 3))
-            assert counts.max() - counts.min() <= size * 8
+        if masking == "counts" and size < 1024:
+            # The same up to the first block of each of its 8 rows, which has one maskable token less.
+            counts = masked.sum(axis=(1, 2, 3))
+            assert counts.max() - counts.min() <= 8
 
 
 def test_the_old_version_draws_as_before():
