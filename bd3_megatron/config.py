@@ -180,6 +180,8 @@ class ModelConfig(Section):
 
 LOWEST_LEVEL = 1e-3
 """the lowest noise level of the whole interval: at 0 the weight of most schedules is infinite"""
+MAX_COUNT_WEIGHT = 1e6
+"""largest loss weight of a token in blocks with one count of masked tokens"""
 
 
 class DiffusionConfig(Section):
@@ -219,7 +221,7 @@ class DiffusionConfig(Section):
         description="with masking=counts: probability of each count 0..B'; null: the same for 1..B'",
         json_schema_extra=absent(None),
     )
-    count_weights: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+    count_weights: tuple[Annotated[float, Field(ge=0, le=MAX_COUNT_WEIGHT)], ...] | None = Field(
         default=None,
         description="with masking=counts: loss weight of each count 0..B'; null: those of the likelihood bound",
         json_schema_extra=absent(None),
@@ -243,13 +245,16 @@ class DiffusionConfig(Section):
             return self
         if self.objective == "causal":
             raise ValueError("diffusion.masking=counts: diffusion.objective=causal masks nothing; use levels")
-        for name, default in (("schedule", "loglinear"), ("beta", LOWEST_LEVEL), ("omega", 1.0), ("resample", False)):
-            value = getattr(self, name)
-            if value != default and not (name == "beta" and value == self.omega == 1):
-                raise ValueError(
-                    f"diffusion.{name}={value}: diffusion.masking=counts draws no noise levels; use {default}, or "
-                    f"diffusion.masking=levels"
-                )
+        whole = {"schedule": "loglinear", "beta": LOWEST_LEVEL, "omega": 1.0, "resample": False}
+        if self.beta == self.omega == 1:
+            del whole["beta"]  # every token masked: the same law with blocks of one token
+        other = {name: value for name, value in whole.items() if getattr(self, name) != value}
+        if other:
+            set_to = ", ".join(f"diffusion.{name}={value}" for name, value in other.items())
+            set_now = ", ".join(f"diffusion.{name}={getattr(self, name)}" for name in other)
+            raise ValueError(
+                f"{set_now}: diffusion.masking=counts draws no noise levels; use {set_to}, or diffusion.masking=levels"
+            )
         for name in named:
             values = given[name] or ()
             if len(values) != self.block_size + 1:
@@ -264,11 +269,16 @@ class DiffusionConfig(Section):
             )
         if q is not None and abs(sum(q) - 1) > 1e-6:
             raise ValueError(f"diffusion.count_probabilities: the sum is {sum(q):g}; it must be 1")
-        if q is not None and self.count_weights is None and min(q[1:]) == 0:
-            raise ValueError(
-                f"diffusion.count_probabilities: never masks {q.index(0, 1)} tokens, so that no weights give the "
-                f"likelihood bound; give diffusion.count_weights too"
-            )
+        if q is not None and q[0] == 1:
+            raise ValueError("diffusion.count_probabilities: never masks a token; give a count above 0 a probability")
+        if q is not None and self.count_weights is None:
+            for k, probability in enumerate(q[1:], 1):
+                if k * probability * MAX_COUNT_WEIGHT < 1:
+                    raise ValueError(
+                        f"diffusion.count_probabilities: {probability:g} for {k} masked tokens, so rare that the "
+                        f"likelihood bound needs a weight over {MAX_COUNT_WEIGHT:g}; raise it, or give "
+                        f"diffusion.count_weights too"
+                    )
         return self
 
     @model_validator(mode="after")
@@ -333,7 +343,7 @@ class DiffusionConfig(Section):
             return "negative log-likelihood"
         if self.masking == "counts":
             return "by counts, likelihood bound" if self.count_weights is None else "by weighted counts, no bound"
-        if not self.full_interval and self.beta < 1:
+        if not self.full_interval and not (self.block_size == self.beta == 1):
             resampled = ", resampled" if self.resample else ""
             return f"levels in [{self.beta:g}, {self.omega:g}]{resampled}, no bound"
         if self.schedule in ("loglinear", "log"):

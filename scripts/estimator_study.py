@@ -171,7 +171,15 @@ def main(args: list[str]) -> int:
     parser.add_argument("action", choices=["run", "queue", "table"])
     parser.add_argument("--data", type=Path, default=Path("demo/data"), help="data set that make demo wrote")
     parser.add_argument("--out", type=Path, default=Path("study"), help="folder of the runs")
-    parser.add_argument("--arms", "--arm", nargs="+", default=["full", "clip", "search", "counts"], help=str(ARMS))
+    parser.add_argument(
+        "--arms",
+        "--arm",
+        nargs="+",
+        choices=ARMS,
+        default=["full", "clip", "search", "counts"],
+        metavar="ARM",
+        help=", ".join(ARMS),
+    )
     parser.add_argument("--layers", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--block-sizes", "--block-size", nargs="+", type=int, default=[4, 16])
     parser.add_argument("--seeds", "--seed", nargs="+", type=int, default=[0, 1, 2, 3, 4])

@@ -62,7 +62,8 @@ class BlockStatistics:
 
         ``block_variance``: of the block loss; ``masked_fraction``: of all tokens; ``nll_by_count/K``: mean nll of a
         masked token in blocks of which K are masked; ``bound``: their mean over K, an estimate of the likelihood bound
-        whatever levels or counts were drawn (nats per token); None if the step had no block of some K.
+        whatever levels or counts were drawn (nats per token); None if the step had no block of some K. Blocks of a
+        count whose weight is 0 count as unmasked.
         """
         edges = count_groups(size)
         blocks, first, second, masked, *rest = sums.tolist()

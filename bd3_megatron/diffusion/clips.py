@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from bd3_megatron.config import LOWEST_LEVEL, DiffusionConfig
 from bd3_megatron.diffusion.schedules import SCHEDULES
+from bd3_megatron.diffusion.strata import Strata
 
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -137,6 +138,20 @@ def search_objective(diffusion: DiffusionConfig) -> DiffusionConfig:
     return DiffusionConfig(**diffusion.model_dump() | given)
 
 
+def jackknife_groups(strata: Strata, slots: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Group of each row for standard errors, ``[b]``: rows dealt in the order of their strata, to and fro.
+
+    So the draws of every group, and of all groups but one, are spread evenly over the unit interval, as those of the
+    whole are. Groups of other rows would have levels or counts of their own, and the error would be theirs.
+
+    Args:
+        strata: of one draw per row.
+        slots: indices of the rows in the global batch, ``[b]``.
+    """
+    turn = np.array([strata.place(int(slot)) for slot in slots], np.int64) % (2 * JACKKNIFE)
+    return np.minimum(turn, 2 * JACKKNIFE - 1 - turn)
+
+
 class CountMoments:
     """Sums of S and S^2 over blocks by drawn count k, in groups of rows: all that the search has to know.
 
@@ -151,27 +166,25 @@ class CountMoments:
         self.size = size
         self.sums = np.zeros((3, JACKKNIFE, size + 1)) if sums is None else sums
 
-    def add(self, slots: NDArray[np.int64], counts: NDArray[np.int64], nll: Floats) -> None:
-        """Add rows: the drawn counts ``[b, L / B']`` and the nll of each block, ``[b, L / B']``.
-
-        Args:
-            slots: numbers of the rows, ``[b]``, which decide their groups.
-        """
-        groups = np.repeat(slots % JACKKNIFE, counts.shape[1])
-        at = (groups, counts.ravel())
+    def add(self, groups: NDArray[np.int64], counts: NDArray[np.int64], nll: Floats) -> None:
+        """Add rows: their groups (:func:`jackknife_groups`) ``[b]``, and of their blocks the drawn counts
+        ``[b, L / B']`` and the nll ``[b, L / B']``."""
+        at = (np.repeat(groups, counts.shape[1]), counts.ravel())
         for power in range(3):
             np.add.at(self.sums[power], at, nll.ravel() ** power)
 
     def variances(self, laws: Sequence[CountsOfLevels]) -> tuple[Floats, Floats, Floats]:
         """Of each interval: mean loss ``[n]``, variance of the block loss ``[n]``, its leave-one-out values
         ``[groups, n]``."""
-        whole = self._mean_and_variance(self.sums.sum(1), laws)
-        left = [self._mean_and_variance(self.sums.sum(1) - self.sums[:, group], laws)[1] for group in range(JACKKNIFE)]
-        return whole[0], whole[1], np.array(left)
+        whole, parts = self.sums.sum(1), [self.sums.sum(1) - self.sums[:, group] for group in range(JACKKNIFE)]
+        # Of one form for all, or the error would be that between the forms.
+        by_count = min(part[0, 1:].min() for part in parts) >= JACKKNIFE - 1
+        mean, variance = self._mean_and_variance(whole, laws, by_count)
+        return mean, variance, np.array([self._mean_and_variance(part, laws, by_count)[1] for part in parts])
 
-    def _mean_and_variance(self, sums: Floats, laws: Sequence[CountsOfLevels]) -> tuple[Floats, Floats]:
+    def _mean_and_variance(self, sums: Floats, laws: Sequence[CountsOfLevels], by_count: bool) -> tuple[Floats, Floats]:
         number, first, second = sums
-        if number[1:].min() >= 8:  # moments by count
+        if by_count:
             n = np.maximum(number, 1)
             m1, m2 = first / n / self.size, second / n / self.size**2
         else:  # few blocks for many counts: every draw with its weight 1 / q(k)
@@ -193,11 +206,12 @@ class DirectMoments:
         self.size = size
         self.sums = np.zeros((3, JACKKNIFE, intervals))
 
-    def add(self, interval: int, slots: NDArray[np.int64], nats: Floats) -> None:
-        """Add rows: the weighted nll of each block, ``[b, L / B']``, drawn under the interval of this number."""
-        groups = np.repeat(slots % JACKKNIFE, nats.shape[1])
+    def add(self, interval: int, groups: NDArray[np.int64], nats: Floats) -> None:
+        """Add rows: their groups ``[b]``, and the weighted nll of each block, ``[b, L / B']``, drawn under the interval
+        of this number."""
+        of_blocks = np.repeat(groups, nats.shape[1])
         for power in range(3):
-            np.add.at(self.sums[power, :, interval], groups, (nats.ravel() / self.size) ** power)
+            np.add.at(self.sums[power, :, interval], of_blocks, (nats.ravel() / self.size) ** power)
 
     def variances(self, laws: Sequence[CountsOfLevels]) -> tuple[Floats, Floats, Floats]:
         """As :meth:`CountMoments.variances`, for the intervals in their order."""
@@ -250,6 +264,6 @@ def choose(
     differences = variances[:-1] - variances[-1]
     spread = left[:, :-1] - left[:, -1:]
     errors = np.sqrt((JACKKNIFE - 1) * spread.var(axis=0))
-    best = int(np.argmin(variances[:-1]))
+    best = int(np.argmin(np.where(np.isfinite(variances[:-1]), variances[:-1], np.inf)))
     better = differences[best] < -significance * errors[best]
     return ClipChoice(grid[best] if better else now, best, means[:-1], variances[:-1], differences, errors)

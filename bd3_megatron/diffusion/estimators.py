@@ -25,8 +25,7 @@ class LikelihoodEstimator:
     token all are masked, and each gives the exact value. The causal objective has no noise.
 
     Args:
-        diffusion: objective of the run; of it count the block size and (with ``counts`` and ``levels``) K, the draws
-            in one pass.
+        diffusion: objective of the run; of it count the block size and (with ``levels``) K, the draws in one pass.
         name: ``counts``, ``levels`` or ``exact``.
         draws: passes of ``counts`` and ``levels``.
 
@@ -65,9 +64,8 @@ def likelihood_objective(diffusion: DiffusionConfig, name: str = "counts") -> Di
     if name == "levels":
         full |= {"masking": "levels", "beta": 1.0 if diffusion.block_size == 1 else LOWEST_LEVEL}
     elif diffusion.objective == "diffusion":
-        full |= {"masking": "counts", "noise_version": 2, "coupling": "independent"}
-        if name == "exact":
-            full |= {"draws": 1}
+        # One draw in a pass, so that all runs share the noise of a seed, however many draws they train on.
+        full |= {"masking": "counts", "noise_version": 2, "coupling": "independent", "draws": 1}
     return DiffusionConfig(**diffusion.model_dump() | full | given)
 
 

@@ -104,12 +104,11 @@ def draw_noise(
         ConfigError: resampled blocks almost never fall into the clip interval.
     """
     blocks, count, draws = length // diffusion.block_size, len(keys.rows), diffusion.draws
+    strata = strata_of(diffusion, length, seed, keys, purpose)
     levels = np.empty((draws, count, blocks))
     weight = np.empty((draws, count, blocks))
     masked = np.empty((draws, count, length), dtype=bool)
     coupled = 1 if diffusion.coupling == "independent" else 2  # draws per group; a group shares one uniform per block
-    start = _Uniforms(seed, Purpose.STRATA, int(purpose), 0, keys.batch)(1)[0]
-    strata = Strata(diffusion.noise_version, keys.batch_rows, draws // coupled, blocks, coupled, float(start))
     law = CountLaw(diffusion, blocks) if diffusion.masking == "counts" else None
     schedule = SCHEDULES.instance(diffusion.schedule)
     for group in range(draws // coupled):
@@ -131,6 +130,14 @@ def draw_noise(
     masked[:, :, 0] = False
     by_position = np.repeat(weight, diffusion.block_size, axis=-1).astype(np.float32)
     return Noise(levels, masked, np.where(masked, by_position, np.float32(0)))
+
+
+def strata_of(diffusion: DiffusionConfig, length: int, seed: int, keys: SampleKeys, purpose: Purpose) -> Strata:
+    """Strata of the global batch of these samples; arguments as of :func:`draw_noise`."""
+    coupled = 1 if diffusion.coupling == "independent" else 2
+    start = _Uniforms(seed, Purpose.STRATA, int(purpose), 0, keys.batch)(1)[0]
+    groups, blocks = diffusion.draws // coupled, length // diffusion.block_size
+    return Strata(diffusion.noise_version, keys.batch_rows, groups, blocks, coupled, float(start))
 
 
 def _draw_masks(diffusion: DiffusionConfig, t: NDArray[np.float64], streams: list[_Uniforms]) -> NDArray[np.bool_]:

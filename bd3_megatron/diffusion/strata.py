@@ -54,11 +54,16 @@ class Strata:
         else:
             parts = np.argsort(stream(self.blocks), kind="stable")
             u = stream(self.blocks)
-            strata = parts * (self.batch_rows * self.groups) + self._place(slot * self.groups + group)
+            strata = parts * (self.batch_rows * self.groups) + self.place(slot * self.groups + group)
         return np.asarray((strata % self.count + u) / self.count)
 
-    def _place(self, number: int) -> int:
-        """Place of a row's draw: a permutation of ``range(G D)``, random by batch."""
+    def place(self, number: int) -> int:
+        """Place within the parts of draw ``number`` of the batch: a permutation of ``range(G D)``, random by batch.
+
+        In version 1 the draws lie in their order.
+        """
+        if self.version == 1:
+            return number
         count = self.batch_rows * self.groups
         random = int(self.start * count)
         if count % 2:

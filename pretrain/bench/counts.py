@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from bd3_common.errors import ConfigError
+from bd3_megatron.config import LOWEST_LEVEL
 from bd3_megatron.diffusion.clips import count_law
 from bd3_megatron.diffusion.estimators import likelihood_objective
 from bd3_megatron.diffusion.noise import Noise, SampleKeys
@@ -70,9 +71,8 @@ def bench_counts(options: CountsOptions) -> None:
     print("\nsecond moment of a block's gradient, relative to uniform counts")
     for name, moment in found["second_moments"].items():
         print(f"  {name:<32}{moment:>9.3f}")
-    print(
-        "\n--diffusion.masking counts --diffusion.count-probabilities 0 " + " ".join(f"{x:.6f}" for x in _sums_to_1(q))
-    )
+    whole = f"--diffusion.masking counts --diffusion.beta {LOWEST_LEVEL} --diffusion.omega 1"
+    print(f"\n{whole} --diffusion.count-probabilities 0 " + " ".join(f"{x:.6f}" for x in _sums_to_1(q)))
 
 
 def _sums_to_1(q: Floats) -> Floats:

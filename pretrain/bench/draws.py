@@ -68,8 +68,10 @@ def bench_draws(options: DrawsOptions) -> None:
     if asked.get("masking", config.diffusion.masking) != config.diffusion.masking:
         whole = {"schedule": "loglinear", "beta": LOWEST_LEVEL, "omega": 1.0, "resample": False}
         asked = whole | {"count_probabilities": None, "count_weights": None} | asked
+    if options.count_probabilities is not None:
+        asked |= {"count_weights": None}
     single = validate(DiffusionConfig, config.diffusion.model_dump() | {"draws": 1, "coupling": "independent"} | asked)
-    if single.objective == "causal" or single.beta == 1:
+    if single.objective == "causal" or _masks_all(single):
         raise ConfigError(f"{options.run}: this objective masks all or nothing, so that no noise is drawn; use another")
     estimators = _estimators(options, single)
     data = config.data
@@ -93,6 +95,10 @@ def bench_draws(options: DrawsOptions) -> None:
         f"{options.samples} gradients of {options.rows} clean row(s) each"
     )
     _print(rows)
+
+
+def _masks_all(diffusion: DiffusionConfig) -> bool:
+    return diffusion.block_size == 1 if diffusion.masking == "counts" else diffusion.beta == 1
 
 
 def _objective(diffusion: DiffusionConfig) -> str:

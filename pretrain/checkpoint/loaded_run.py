@@ -15,6 +15,7 @@ from bd3_megatron.attention.backends import portable
 from bd3_megatron.config import Fp8Config, ParallelConfig, ZeroConfig
 from bd3_megatron.engine.megatron import MegatronEngine
 from bd3_megatron.hf.mapping import check_depth, check_shapes, entries
+from pretrain.checkpoint.clip_state import read_clip_state
 from pretrain.checkpoint.folder import Checkpoint
 from pretrain.checkpoint.reader import find_checkpoint, read_weights
 from pretrain.config.checkpoint_options import CheckpointOptions
@@ -62,7 +63,7 @@ def load_chosen(options: CheckpointOptions) -> LoadedRun:
 
 
 def load_run(run: Path, step: int | None = None, averaged: bool = True) -> LoadedRun:
-    """Read a run folder.
+    """Read a run folder; its configuration has the clip interval that was trained on at the checkpoint.
 
     Raises:
         ConfigError: not a run folder, no such checkpoint, or one of another model than the configuration's.
@@ -71,6 +72,8 @@ def load_run(run: Path, step: int | None = None, averaged: bool = True) -> Loade
         raise ConfigError(f"{run}: not a run folder ({CONFIG} is missing); give the folder that bd3 pretrain wrote")
     config = load_saved(run / CONFIG)
     found = find_checkpoint(run, step)
+    diffusion, _ = read_clip_state(config, found.meta)
+    config = config.model_copy(update={"diffusion": diffusion})
     if config.model.mask_id is None:
         raise ConfigError(f"{run / CONFIG}: model.mask_id=null: set it to the id the model was trained with")
     weights = read_weights(found, averaged)

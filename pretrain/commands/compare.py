@@ -11,18 +11,17 @@ from bd3_common.errors import ConfigError
 from bd3_common.text import json_line
 from bd3_megatron.config import MAX_ROWS, Section, Seed
 from pretrain.config.command_line import Positional, parse_options
-from pretrain.config.schema import EvalConfig
+from pretrain.config.schema import ESTIMATORS_HELP, EstimatorName, EvalConfig
 
 
 class CompareOptions(Section):
     """Compare runs: the bound of each, and paired differences to the first."""
 
     runs: Positional[list[str]] = Field(description="run folders, two or more")
+    step: int | None = Field(default=None, ge=0, description="step of the checkpoints; null means each run's newest")
     weights: Literal["ema", "raw"] = Field(default="ema", description="EMA weights, or the last step's")
     data: str | None = Field(default=None, description="data set for all; null means the first run's")
-    estimator: Literal["counts", "levels", "exact"] = Field(
-        default="counts", description="estimator of the bound, as in bd3 eval"
-    )
+    estimator: EstimatorName = Field(default="counts", description=ESTIMATORS_HELP)
     rows: int | None = Field(default=None, ge=2, description="rows used, the same for all; null: all")
     draws: int = Field(default=1, ge=1, le=10_000, description="noise draws per row")
     seed: Seed = Field(default=0, description="seed of the evaluation noise, which all runs share")
@@ -38,18 +37,23 @@ def main(args: list[str]) -> None:
     if len(options.runs) < 2:
         raise ConfigError("bd3 compare: give two or more run folders")
     from pretrain.checkpoint.loaded_run import load_run
+    from pretrain.checkpoint.reader import find_checkpoint
     from pretrain.evaluation.comparison import HEADER, Comparison
     from pretrain.evaluation.report import evaluate_run
 
     chosen = EvalConfig(
         **{name: getattr(options, name) for name in ("estimator", "rows", "draws", "seed", "micro_batch")}
     )
-    reports, data = [], options.data
+    for name in options.runs[1:]:  # before the first takes its time
+        find_checkpoint(Path(name), options.step)
+    reports, data = [], None
     for name in options.runs:
-        loaded = load_run(Path(name), averaged=options.weights == "ema")
+        loaded = load_run(Path(name), options.step, averaged=options.weights == "ema")
         if data is None:
-            (data,) = loaded.config.data.weights() if len(loaded.config.data.weights()) == 1 else (None,)
-        (report,) = evaluate_run(loaded, options.weights, chosen, () if data is None else (data,))
+            data = loaded.config.data
+            if options.data is not None:
+                data = data.model_copy(update={"path": options.data, "mix": None})
+        (report,) = evaluate_run(loaded, options.weights, chosen, (data,))
         reports.append(report)
     compared = Comparison(options.runs, reports)
     if options.json_:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from bd3_common.text import json_line, show
-from bd3_megatron.config import MAX_ROWS, Seed
+from bd3_megatron.config import MAX_LENGTH, MAX_ROWS, Seed
 from pretrain.config.checkpoint_options import CheckpointOptions
 from pretrain.config.command_line import parse_options
-from pretrain.config.schema import EvalConfig
+from pretrain.config.schema import ESTIMATORS_HELP, EstimatorName, EvalConfig
 
 
 class EvalOptions(CheckpointOptions):
     """Evaluate a run's checkpoint on the validation split of its data."""
 
     data: list[str] = Field(default=[], description="data sets; none means the one the run was trained on")
-    block_sizes: list[int] = Field(default=[], description="block sizes B'; none means the run's")
-    estimator: Literal["counts", "levels", "exact"] = Field(
-        default="counts",
-        description="counts: draw how many tokens of a block are masked; levels: draw noise levels, which is many "
-        "times noisier; exact: every mask of a block once, for small blocks",
+    block_sizes: list[Annotated[int, Field(ge=1, le=MAX_LENGTH)]] = Field(
+        default=[], description="block sizes B'; none means the run's"
     )
+    estimator: EstimatorName = Field(default="counts", description=ESTIMATORS_HELP)
     rows: int | None = Field(
         default=None, ge=2, description="rows used, at random or (--per-document) the first; null: all"
     )
@@ -48,11 +46,12 @@ def main(args: list[str]) -> None:
     from pretrain.checkpoint.loaded_run import load_chosen
     from pretrain.evaluation.report import evaluate_run
 
+    loaded = load_chosen(options)
     reports = evaluate_run(
-        load_chosen(options),
+        loaded,
         options.weights,
         EvalConfig(**{name: getattr(options, name) for name in ("estimator", "rows", "draws", "seed", "micro_batch")}),
-        tuple(options.data),
+        tuple(loaded.config.data.model_copy(update={"path": path, "mix": None}) for path in options.data),
         tuple(options.block_sizes),
         options.per_document,
         None if options.documents_file is None else Path(options.documents_file),

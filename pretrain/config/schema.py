@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from bd3_common.errors import ConfigError
 from bd3_common.registry import Choice
@@ -146,22 +146,35 @@ class ResumeConfig(Section):
         return named
 
 
+EstimatorName = Literal["counts", "levels", "exact"]
+ESTIMATORS_HELP = (
+    "counts: draw how many tokens of a block are masked; levels: draw noise levels, which is many times noisier; "
+    "exact: every mask of a block once, for small blocks"
+)
+
+
 class EvalConfig(Section):
     """Evaluation of the NELBO on the validation split, on the full interval of noise levels."""
 
     every: int = Field(default=1000, ge=0, description="steps between evaluations; 0: only at the start and the end")
-    estimator: Literal["counts", "levels", "exact"] = Field(
-        default="counts",
-        description="counts: draw how many tokens of a block are masked; levels: draw noise levels, which is many "
-        "times noisier; exact: every mask of a block once, for small blocks",
-        json_schema_extra=absent("levels"),
-    )
+    estimator: EstimatorName = Field(default="counts", description=ESTIMATORS_HELP, json_schema_extra=absent("levels"))
     rows: int | None = Field(default=None, ge=2, description="number of validation rows; null means all")
     draws: int = Field(default=1, ge=1, le=10_000, description="noise draws per row, of counts and levels")
     micro_batch: int | None = Field(
         default=None, ge=1, le=MAX_ROWS, description="rows per forward pass; null means train.micro_batch"
     )
     seed: Seed = Field(default=0, description="seed of the noise, the same at every evaluation")
+
+
+def _interval(value: object) -> object:
+    """``0.3:0.8`` as a pair of numbers; other values are left to the type."""
+    low, colon, high = value.partition(":") if isinstance(value, str) else ("", "", "")
+    if not colon:
+        return value
+    try:
+        return float(low), float(high)
+    except ValueError:
+        raise ValueError(f"{value}: not an interval; write LOWEST:HIGHEST as in 0.3:0.8") from None
 
 
 class ClipSearchConfig(Section):
@@ -181,10 +194,10 @@ class ClipSearchConfig(Section):
         description="counts: one pass for all intervals; direct: one pass for each, as the paper does, for checking",
         json_schema_extra=absent("counts"),
     )
-    grid: tuple[tuple[float, float], ...] | None = Field(
+    grid: tuple[Annotated[tuple[float, float], BeforeValidator(_interval)], ...] | None = Field(
         default=None,
         min_length=1,
-        description="intervals, lowest and highest level of each; null: [0.001, 1] and widths .5 to .9 in steps of .05",
+        description="intervals of levels, 0.3:0.8 0.5:1; null: [0.001, 1] and widths .5 to .9 in steps of .05",
         json_schema_extra=absent(None),
     )
     significance: float = Field(
@@ -379,6 +392,12 @@ def check_run(config: RunConfig, world_size: int) -> int:
     check_fp8(engine)
     _check_guard(config.guard, config.checkpoint)
     _check_search(config.clip_search, config.diffusion)
+    from bd3_megatron.diffusion.estimators import LikelihoodEstimator  # numpy: not for --help
+
+    try:
+        LikelihoodEstimator(config.diffusion, config.eval.estimator)
+    except ConfigError as error:
+        raise ConfigError(f"eval.{error}") from None
     return data_size
 
 
@@ -389,6 +408,17 @@ def _check_search(search: ClipSearchConfig, diffusion: DiffusionConfig) -> None:
             f"clip_search.every={search.every}: diffusion.{key} draws no noise levels, so no interval to search for; "
             f"use 0, or diffusion.masking=levels"
         )
+    if search.every and diffusion.coupling == "complementary" and diffusion.resample:
+        raise ConfigError(
+            f"clip_search.every={search.every}: diffusion.resample=true with diffusion.coupling=complementary needs an "
+            f"interval whose middle is .5, which a search may leave; use 0, or diffusion.coupling=antithetic"
+        )
+    for low, high in search.grid or () if search.every else ():
+        try:
+            DiffusionConfig.model_validate(diffusion.model_dump() | {"beta": low, "omega": high})
+        except ValidationError as error:
+            reason = str(error.errors()[0]["msg"]).removeprefix("Value error, ").partition(";")[0]
+            raise ConfigError(f"clip_search.grid=[{low:g}, {high:g}]: {reason}; leave it out") from None
 
 
 def _check_guard(guard: GuardConfig, checkpoint: CheckpointConfig) -> None:

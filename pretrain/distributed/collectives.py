@@ -11,14 +11,17 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 
 from pretrain.distributed import codec
 from pretrain.distributed.collective_errors import mark_collective
-from pretrain.distributed.messages import all_gather_messages, broadcast_message
+from pretrain.distributed.messages import all_gather_messages, broadcast_message, device_of
 
 T = TypeVar("T")
+Number = TypeVar("Number", np.int64, np.float64)
 Outcome = tuple[T | None, Exception | None]
 
 _BROKEN = re.compile(r"Connection (closed|reset) by peer|Broken pipe|Timed out waiting \d+ms")
@@ -80,6 +83,13 @@ def raise_on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup | Non
     result, error = _outcome(function)
     gather_from_ranks(lambda: _result((None, error)), group)
     return result
+
+
+def sum_over_ranks(values: NDArray[Number], group: dist.ProcessGroup | None = None) -> NDArray[Number]:
+    """Sum of every element over the ranks of ``group``, on each of them; values of any shape."""
+    total = torch.from_numpy(values).to(device_of(group))
+    dist.all_reduce(total, group=group)
+    return total.cpu().numpy()
 
 
 def max_over_ranks(numbers: Sequence[int], device: torch.device) -> list[int]:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from megatron.core import parallel_state
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bd3_megatron.config import DiffusionConfig, ModelConfig
-from bd3_megatron.diffusion.clips import ClipChoice, CountMoments, DirectMoments, choose, default_grid, search_objective
-from bd3_megatron.diffusion.noise import Purpose, SampleKeys, draw_noise
+from bd3_megatron.diffusion.batches import Batch
+from bd3_megatron.diffusion.clips import (
+    ClipChoice,
+    CountMoments,
+    DirectMoments,
+    choose,
+    default_grid,
+    jackknife_groups,
+    search_objective,
+)
+from bd3_megatron.diffusion.noise import Noise, Purpose, SampleKeys, draw_noise, strata_of
 from bd3_megatron.engine.base import Engine
 from data_prep.read.order import RowOrder
 from data_prep.read.reader import RowReader
@@ -19,6 +29,9 @@ from data_prep.read.stream import RowStream
 from pretrain.config.schema import ClipSearchConfig
 from pretrain.distributed.messages import all_gather_values
 from pretrain.evaluation.rows import forward_pass
+
+Forward = Callable[..., Iterator[tuple[NDArray[np.int64], NDArray[np.bool_], Batch, Tensor]]]
+Grid = Sequence[tuple[float, float]]
 
 
 def search(
@@ -45,38 +58,39 @@ def search(
     grid = options.grid or default_grid(diffusion.block_size)
     count = min(options.rows, len(reader))
     _, rows = RowOrder(len(reader), 0).epoch_and_row(np.arange(count))
-    passed = functools.partial(
+    forward = functools.partial(
         forward_pass, engine, reader, model, rows=rows, micro=micro, document_mask=document_mask, progress=progress
     )
-    if options.estimator == "direct":
-        moments = _direct(passed, model.length, diffusion, options.seed, number, grid)
-    else:
-        moments = _by_counts(passed, model.length, diffusion, options.seed, number)
+    make = _direct if options.estimator == "direct" else _by_counts
+    moments = make(forward, model.length, count, diffusion, options.seed, number, grid)
     group = parallel_state.get_data_parallel_group()
     moments.sums = np.sum(all_gather_values(moments.sums, group), axis=0)
     return choose(moments, diffusion, grid, options.significance)
 
 
-def _by_counts(passed: Callable, length: int, diffusion: DiffusionConfig, seed: int, number: int) -> CountMoments:
+def _by_counts(
+    forward: Forward, length: int, rows: int, diffusion: DiffusionConfig, seed: int, number: int, grid: Grid
+) -> CountMoments:
     drawing = search_objective(diffusion)
     size = drawing.block_size
-    moments, levels = CountMoments(size), {}
+    moments, fractions = CountMoments(size), {}
 
-    def noise(keys: SampleKeys):
+    def noise(keys: SampleKeys) -> Noise:
         drawn = draw_noise(drawing, length, seed, keys, Purpose.SEARCH)
-        levels.update(zip(keys.slots.tolist(), drawn.t[0]))
+        fractions.update(zip(keys.slots.tolist(), drawn.t[0]))  # BOS counted as another token, unlike in the mask
         return drawn
 
-    for slots, own, _, weighted in passed(diffusion=drawing, number=number, noise=noise):
-        some = slots[own]
-        if len(some):
-            counts = np.rint(np.stack([levels.pop(slot) for slot in some.tolist()]) * size).astype(np.int64)
-            moments.add(some, counts, _by_block(weighted.double().numpy()[own], size))
+    for slots, own, _, weighted in forward(diffusion=drawing, number=number, noise=noise):
+        mine = slots[own]
+        if len(mine):
+            counts = np.rint(np.stack([fractions.pop(slot) for slot in mine.tolist()]) * size).astype(np.int64)
+            groups = _groups(drawing, length, rows, seed, number, mine)
+            moments.add(groups, counts, _by_block(weighted.double().numpy()[own], size))
     return moments
 
 
 def _direct(
-    passed: Callable, length: int, diffusion: DiffusionConfig, seed: int, number: int, grid: tuple
+    forward: Forward, length: int, rows: int, diffusion: DiffusionConfig, seed: int, number: int, grid: Grid
 ) -> DirectMoments:
     """The reference's way: the model runs once for every interval."""
     size = diffusion.block_size
@@ -84,12 +98,21 @@ def _direct(
     for place, (beta, omega) in enumerate((*grid, (diffusion.beta, diffusion.omega))):
         clipped = diffusion.model_copy(update={"beta": beta, "omega": omega, "draws": 1, "coupling": "independent"})
 
-        def noise(keys: SampleKeys, clipped: DiffusionConfig = clipped):
+        def noise(keys: SampleKeys, clipped: DiffusionConfig = clipped) -> Noise:
             return draw_noise(clipped, length, seed, keys, Purpose.SEARCH)
 
-        for slots, own, _, weighted in passed(diffusion=clipped, number=number, noise=noise):
-            moments.add(place, slots[own], _by_block(weighted.double().numpy()[own], size))
+        for slots, own, _, weighted in forward(diffusion=clipped, number=number, noise=noise):
+            groups = _groups(clipped, length, rows, seed, number, slots[own])
+            moments.add(place, groups, _by_block(weighted.double().numpy()[own], size))
     return moments
+
+
+def _groups(
+    diffusion: DiffusionConfig, length: int, rows: int, seed: int, number: int, slots: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Groups ``[b]`` of these of the searched ``rows``."""
+    keys = SampleKeys(slots, slots, slots, batch=number, batch_rows=rows)
+    return jackknife_groups(strata_of(diffusion, length, seed, keys, Purpose.SEARCH), slots)
 
 
 def _by_block(weighted: NDArray[np.float64], size: int) -> NDArray[np.float64]:

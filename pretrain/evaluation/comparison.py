@@ -72,8 +72,10 @@ class Comparison:
         """Cells of a table: run, step, B', NELBO, perplexity, difference to the first run."""
         cells = []
         for number, (name, report) in enumerate(zip(self.names, self.reports)):
-            result, d = report.result, self.difference(number)
-            paired = f"{d.nats:+.4f} +- {_known(d.stderr, d.stderr_documents)}" if number else "-"
+            result, paired = report.result, "-"
+            if number:
+                d = self.difference(number)
+                paired = f"{d.nats:+.4f} +- {_known(d.stderr, d.stderr_documents)}"
             nelbo = f"{result.nelbo:.4f} +- {_known(result.nelbo_stderr, report.likelihood.document_stderr)}"
             perplexity = f"{result.perplexity:.2f} +- {result.perplexity_stderr:.2f}"
             cells.append([name, str(report.step), str(report.block_size), nelbo, perplexity, paired])

@@ -20,7 +20,7 @@ from data_prep.read.order import RowOrder
 from data_prep.read.reader import RowReader
 from data_prep.read.stream import RowStream
 from pretrain.config.schema import EvalConfig
-from pretrain.distributed.messages import all_gather_values
+from pretrain.distributed.collectives import sum_over_ranks
 from pretrain.evaluation.block_loss import BlockLoss
 from pretrain.evaluation.document_likelihood import Documents, DocumentTally, JsonRecord, ratio
 from pretrain.evaluation.rows import forward_pass
@@ -77,6 +77,13 @@ class Likelihood:
         without documents."""
         return math.nan if self.documents is None else ratio(self.documents.nats, self.documents.tokens)[1]
 
+    def details(self) -> dict[str, float | None]:
+        """Further numbers for metrics: the error over documents, and the mean nll by count."""
+        error = self.document_stderr
+        values: dict[str, float | None] = {} if math.isnan(error) else {"nelbo_stderr_documents": error}
+        by_count = {} if self.blocks is None else self.blocks.by_count()
+        return values | {f"nll_by_count/{name}": value for name, value in by_count.items()}
+
 
 def evaluate(
     engine: Engine,
@@ -130,10 +137,10 @@ def evaluate(
                 # Tokens count once, in the first pass.
                 tally.add(rows[slots[own]], nats[own], counted[own] & (number == 0))
             if blocks is not None:
-                blocks.add(weighted.numpy(), batch.weight.numpy(), np.tile(own, diffusion.draws), estimator.share)
+                share = estimator.share / diffusion.draws
+                blocks.add(weighted.numpy(), batch.weight.numpy(), np.tile(own, diffusion.draws), share)
     group = parallel_state.get_data_parallel_group()
-    gathered = all_gather_values((sums, tokens), group)  # each rank has zeros for the rows of others
-    sums, tokens = (np.sum(parts, axis=0) for parts in zip(*gathered))
+    sums, tokens = sum_over_ranks(sums, group), sum_over_ranks(tokens, group)  # zeros for the rows of others
     if blocks is not None:
         blocks = blocks.over_ranks(group)
     return Likelihood(sums, tokens, None if tally is None else tally.gather(), blocks)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from bd3_common.errors import ConfigError
+from bd3_megatron.diffusion.estimators import LikelihoodEstimator
 from bd3_megatron.layout import check_layout
 from data_prep.read.stream import RowStream
 from pretrain.checkpoint.loaded_run import LoadedRun
-from pretrain.config.schema import EvalConfig, RunConfig
+from pretrain.config.schema import DataConfig, EvalConfig, RunConfig
 from pretrain.evaluation.document_likelihood import DocumentEvaluation
 from pretrain.evaluation.likelihood import Evaluation, Likelihood, evaluate
 from pretrain.run_folder.data import check_documents, open_stream, verify
@@ -25,7 +26,7 @@ class EvaluationReport:
     Attributes:
         weights: ``ema`` or ``raw``, as chosen.
         estimator: name of the estimator.
-        draws: noise draws per row.
+        draws: noise draws per row; with ``exact`` the number of masks of a block.
         data: the data set, or those of a mix.
         block_size: B'.
         split_rows: rows of the validation split.
@@ -73,11 +74,15 @@ class EvaluationReport:
     def text(self) -> str:
         """Lines for a person."""
         result, documents = self.result, self.documents
-        passes = "" if self.estimator == "exact" else f", {self.draws} draw(s) each"
+        estimator = f"{self.estimator}, blocks of {self.block_size}"
+        if self.likelihood.blocks is None:
+            estimator = "none needed: the likelihood itself"
+        elif self.estimator != "exact":
+            estimator += f", {self.draws} draw(s) each"
         lines = [
             f"checkpoint          step {self.step}, {self.weights} weights",
             f"validation rows     {result.rows} of {self.split_rows} of {self.data}, {result.tokens} tokens",
-            f"estimator           {self.estimator}, blocks of {self.block_size}{passes}",
+            f"estimator           {estimator}",
             f"NELBO               {result.nelbo:.4f} +- {result.nelbo_stderr:.4f} nats per token (over rows)"
             + _over_documents(self.likelihood.document_stderr),
             f"perplexity          {result.perplexity:.2f} +- {result.perplexity_stderr:.2f}",
@@ -113,7 +118,7 @@ def evaluate_run(
     loaded: LoadedRun,
     weights: str,
     options: EvalConfig,
-    data: tuple[str, ...] = (),
+    data: tuple[DataConfig, ...] = (),
     block_sizes: tuple[int, ...] = (),
     per_document: bool = False,
     documents_file: Path | None = None,
@@ -122,7 +127,7 @@ def evaluate_run(
 
     Args:
         weights: ``ema`` or ``raw``, as loaded.
-        data: data sets; none means the run's.
+        data: data sections with other sources; none means the run's.
         block_sizes: none means the run's.
         per_document: also compute statistics over whole documents.
         documents_file: file for one line of JSON per document; implies ``per_document``.
@@ -133,10 +138,12 @@ def evaluate_run(
     per_document = per_document or documents_file is not None
     if documents_file is not None and not documents_file.parent.is_dir():
         raise ConfigError(f"documents_file={documents_file}: there is no folder {documents_file.parent}; make it first")
-    if documents_file is not None and len(data) * len(block_sizes) > 1:
+    if documents_file is not None and max(1, len(data)) * max(1, len(block_sizes)) > 1:
         raise ConfigError(f"documents_file={documents_file}: for one data set and one block size; give one of each")
     configs = [_with_blocks(loaded.config, size) for size in block_sizes or (loaded.config.diffusion.block_size,)]
-    streams = [_open(loaded.config, folder, per_document) for folder in data or (None,)]
+    for config in configs:  # before the first of them takes its time
+        LikelihoodEstimator(config.diffusion, options.estimator)
+    streams = [_open(loaded.config, source, per_document) for source in data or (loaded.config.data,)]
     for config in configs:
         with loaded.engine(config) as engine:
             for name, stream in streams:
@@ -160,7 +167,7 @@ def evaluate_run(
                     loaded.checkpoint.step,
                     weights,
                     options.estimator,
-                    1 if config.diffusion.objective == "causal" else options.draws,
+                    LikelihoodEstimator(config.diffusion, options.estimator, options.draws).passes,
                     name,
                     config.diffusion.block_size,
                     len(stream),
@@ -184,12 +191,14 @@ def _with_blocks(config: RunConfig, size: int) -> RunConfig:
     given = {"count_probabilities": None, "count_weights": None}
     diffusion = trained.model_copy(update={"block_size": size} | given)
     changed = config.model_copy(update={"diffusion": diffusion})
-    check_layout(changed.engine(), config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
+    try:
+        check_layout(changed.engine(), config.parallel.tensor * config.parallel.pipeline * config.parallel.context)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("diffusion.block_size", "block_sizes")) from None
     return changed
 
 
-def _open(config: RunConfig, folder: str | None, per_document: bool) -> tuple[str, RowStream]:
-    data = config.data if folder is None else config.data.model_copy(update={"path": folder, "mix": None})
+def _open(config: RunConfig, data: DataConfig, per_document: bool) -> tuple[str, RowStream]:
     stream = open_stream(data, "validation", config.model)
     verify(stream, data.verify_gb)
     if per_document:

@@ -45,6 +45,10 @@ class Throughput:
         self._idle = 0.0
         self._marks: deque[tuple[float, int, int]] = deque([(self._now(), step, tokens)], maxlen=window + 1)
 
+    def useful_flops(self, per_token: float) -> None:
+        """The objective needs so many FLOPs per data token from now on."""
+        self._flops["mfu"] = per_token
+
     def mark(self, step: int, tokens: int) -> dict[str, float]:
         """Note that ``step`` is done, with ``tokens`` data tokens in all; the speed of the window.
 

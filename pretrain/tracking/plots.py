@@ -35,7 +35,7 @@ def plot_curves(
         loss_name: what the training loss is; a clipped one is no bound.
     """
     records = read_metrics(run_dir)
-    details = any("block_variance" in record for record in records)
+    details = any("block_variance" in record or "gradient_noise" in record for record in records)
     figure = new_figure(10, 8 if details else 4)
     plots = figure.subplots(2 if details else 1, 2).ravel()
     _loss(plots[0], records, loss_name)
@@ -124,22 +124,25 @@ def _loss(axes: Axes, records: list[dict[str, Any]], name: str) -> None:
 
 
 def _by_count(axes: Axes, records: list[dict[str, Any]]) -> None:
-    names = [name for name in next(r for r in records if "block_variance" in r) if name.startswith("nll_by_count/")]
+    with_blocks = next((record for record in records if "block_variance" in record), {})
+    names = [name for name in with_blocks if name.startswith("nll_by_count/")]
     axes.set_title("nll of a masked token, by masked tokens in its block")
     axes.set_ylabel("nats")
     for number, name in enumerate(names):
         steps, values = series(records, "train", name)
         shade = 0.25 + 0.75 * number / max(len(names) - 1, 1)
-        label = name.partition("/")[2] if len(names) <= 8 or number in (0, len(names) - 1) else None
+        few = len(names) <= 8 or number % 5 == 0  # of at most 16
+        label = name.partition("/")[2] if few else None
         axes.plot(steps, smooth(values, len(values) // 40 * 2 + 1), color=INK, alpha=shade, linewidth=1.3, label=label)
 
 
 def _variance(axes: Axes, records: list[dict[str, Any]]) -> None:
     steps, values = series(records, "train", "block_variance")
-    axes.set_title("variance of the block loss")
-    axes.set_ylabel("nats² per token²")
+    axes.set_title("variance of the block loss, and gradient noise scale")
+    axes.set_ylabel("nats² per token²; rows")
     axes.set_yscale("log")
-    axes.plot(steps, smooth(values, len(values) // 40 * 2 + 1), color=INK, linewidth=1.5, label="block loss")
+    if steps:
+        axes.plot(steps, smooth(values, len(values) // 40 * 2 + 1), color=INK, linewidth=1.5, label="block loss")
     measured, noise = series(records, "train", "gradient_noise")
     _, signal = series(records, "train", "gradient_signal")
     if measured:

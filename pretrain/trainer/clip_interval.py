@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from bd3_common.errors import ConfigError
-from bd3_common.text import shorten
+from bd3_megatron.diffusion.clips import default_grid
 from bd3_megatron.engine.base import Engine
 from data_prep.read.stream import RowStream
+from pretrain.checkpoint.clip_state import COLUMNS, read_clip_state
 from pretrain.config.schema import RunConfig
 from pretrain.evaluation.clip_search import search
-
-_COLUMNS = ("step", "beta", "omega", "variance", "variance_before", "difference_stderr")
 
 
 class ClipInterval:
@@ -26,16 +24,14 @@ class ClipInterval:
     """
 
     def __init__(self, config: RunConfig, meta: Mapping[str, Any]):
-        self.config, self.diffusion = config, config.diffusion
-        self.history: list[list[float]] = []
-        """searches so far: step, beta, omega, variance of the block loss there and on the interval before, and the
-        standard error of their difference"""
-        if config.clip_search.every and meta:
-            self.history = [list(map(float, row)) for row in meta.get("clip_history", [])]
-            low, high = meta.get("beta", config.diffusion.beta), meta.get("omega", config.diffusion.omega)
-            if not (isinstance(low, float | int) and isinstance(high, float | int) and 0 < low <= high <= 1):
-                raise ConfigError(f"checkpoint: its clip interval is [{shorten(low)}, {shorten(high)}], not in (0, 1]")
-            self.diffusion = config.diffusion.model_copy(update={"beta": float(low), "omega": float(high)})
+        self.config = config
+        self.diffusion, self.history = read_clip_state(config, meta)
+
+    def due(self, step: int) -> bool:
+        """True if a search belongs after this step and has not been made: none after the last, where nothing trains."""
+        every = self.config.clip_search.every
+        made = bool(self.history) and self.history[-1][0] == step
+        return bool(every) and 0 < step < self.config.train.steps and step % every == 0 and not made
 
     def search(
         self, step: int, engine: Engine, validation: RowStream, progress: Callable[[], None] = lambda: None
@@ -62,7 +58,11 @@ class ClipInterval:
         self.diffusion = self.diffusion.model_copy(update={"beta": low, "omega": high})
         values = (step, low, high, now, before, float(found.errors[best]))
         self.history.append([float(value) for value in values])
-        return dict(zip(_COLUMNS[1:], values[1:])) | {"best_variance": float(found.variances[best])}
+        fields = dict(zip(COLUMNS[1:], values[1:])) | {"best_variance": float(found.variances[best])}
+        grid = options.grid or default_grid(self.diffusion.block_size)
+        for (low, high), variance, error in zip(grid, found.variances, found.errors):
+            fields |= {f"variance/{low:g}-{high:g}": float(variance), f"stderr/{low:g}-{high:g}": float(error)}
+        return fields
 
     def describe(self) -> str:
         """The last search in one line."""

@@ -145,7 +145,7 @@ class Trainer:
         self.progress = Progress(train.steps, self.step, config.log.every) if self.first else None
         self.profiler = Profiler(config.profile, run, engine.world.rank, self.step)
         self.throughput = Throughput(
-            useful_flops=flops.training_flops_per_token(config.model, config.diffusion),
+            useful_flops=flops.training_flops_per_token(config.model, self.clip.diffusion),
             model_flops=flops.six_n(config.model),
             peak_flops=peak_flops(config.log.peak_tflops, train.precision) * engine.world.size,
         )
@@ -188,6 +188,8 @@ class Trainer:
             _LOG.info(f"{self.folder}: going on from step {self.step}" if self.step else self._describe())
         if self._evaluation_due() and not on_rank_0(lambda: self.metrics.has("validation", self.step)):
             self._evaluate()
+        if self.clip.due(self.step):  # a signal in the evaluation kept the run from it
+            self._search_interval()
         while self.step < steps:
             self._check_signals()
             self.writer.poll()
@@ -198,7 +200,7 @@ class Trainer:
                 continue
             if self._evaluation_due():
                 self._evaluate()
-            if _due(self.step, self.config.clip_search.every):
+            if self.clip.due(self.step):
                 self._search_interval()
             if self.step == steps or _due(self.step, self.config.checkpoint.every):
                 self._save()
@@ -262,7 +264,7 @@ class Trainer:
             restore(found, self.engine)
             self.step = self.saved = found.step
             self.clip = ClipInterval(self.config, found.meta)
-            self.batches.diffusion = self.clip.diffusion
+            self._take_interval()
             if self.first:
                 self.metrics.close()
             on_rank_0(lambda: self._open_metrics(found.meta))
@@ -279,7 +281,7 @@ class Trainer:
 
         self.watchdog.tick(phase, may_take_long=self.step == self.first_step)
         with self.throughput.paused(), self.engine.averaged():
-            result = evaluate(
+            found = evaluate(
                 self.engine,
                 self.validation,
                 config.model,
@@ -288,10 +290,13 @@ class Trainer:
                 micro,
                 progress=progress,
                 document_mask=config.data.document_mask,
-            ).summarize()
+                by_document=config.eval.estimator != "levels",
+            )
+            result = found.summarize()
         self.watchdog.tick(f"after step {self.step}")
         if self.first:
-            self.metrics.validation(self.step, result.record())
+            details = found.details() if config.eval.estimator != "levels" else {}  # which old runs have
+            self.metrics.validation(self.step, result.record() | details)
             _LOG.info(
                 f"step {self.step} | validation perplexity {result.perplexity:.2f} +- {result.perplexity_stderr:.2f} "
                 f"(unigram {self.validation.unigram_perplexity:.2f}) | "
@@ -307,11 +312,16 @@ class Trainer:
             fields = self.clip.search(
                 self.step, self.engine, self.validation, progress=lambda: self.watchdog.tick(phase)
             )
-        self.batches.diffusion = self.clip.diffusion
+        self._take_interval()
         self.watchdog.tick(f"after step {self.step}")
         if self.first:
             self.metrics.clip_search(self.step, fields)
             _LOG.info(f"step {self.step} | {self.clip.describe()}")
+
+    def _take_interval(self) -> None:
+        """Train on the noise levels of the clip interval from now on."""
+        self.batches.diffusion = self.clip.diffusion
+        self.throughput.useful_flops(flops.training_flops_per_token(self.config.model, self.clip.diffusion))
 
     def _save(self) -> None:
         records = on_rank_0(lambda: self.metrics.sync())  # only rank 0 has metrics

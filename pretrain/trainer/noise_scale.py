@@ -2,7 +2,8 @@
 
 From the norms of two gradients of the same weights, of B_s and of B rows, follow estimates of the squared norm of the
 mean gradient and of the trace of the covariance of a row's gradient; their ratio is the noise scale (arXiv 1812.06162,
-appendix A.1). Both estimates are noisy: plots and readers average them over steps before they divide.
+appendix A.1). Both estimates are noisy: plots and readers average them over steps before they divide. They take rows as
+independent; strata spread over the batch make the noise of its rows a little less than that.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ class NoiseScale:
             parts = batches[: len(batches) // 2]
             self.rows = train.global_batch * len(parts) // len(batches)
         else:
-            return self._unavailable("each rank has one row a step; raise train.global_batch")
+            reason = "micro-batches of one row, and with parallel.interleave none can be left out; raise "
+            if len(batches) == 1:
+                reason = "each rank has one row a step; raise train.global_batch and "
+            return self._unavailable(f"{reason}train.micro_batch")
         parallel.seed_dropout(train.seed, step - 1)
         norm = engine.gradient_norm(parts)
         return self._unavailable("this engine has no gradient without an update") if norm is None else norm

@@ -96,14 +96,24 @@ def evaluate_each(
 
 
 def search_each(
-    rank: int, size: int, store: dist.Store, data: Path, layouts: list[Layout], task: Task, options: ClipSearchConfig
+    rank: int,
+    size: int,
+    store: dist.Store,
+    data: Path,
+    layouts: list[Layout],
+    task: Task,
+    options: ClipSearchConfig,
+    uniform: bool = False,
 ) -> list[ClipChoice]:
-    """A search for the clip interval by layout."""
+    """A search for the clip interval by layout; with ``uniform`` of a model that predicts all tokens alike."""
     found = []
     for n, layout in enumerate(layouts):
         world = parallel.start(layout.parallel, rank, size, rank, dist.PrefixStore(str(n), store))
         try:
             engine, reader = make_engine(world, layout, task), RowReader(data, "validation")
+            if uniform:
+                weights = parity._weights(task.model)
+                engine.set_weights(weights | {"output_layer.weight": 0 * weights["output_layer.weight"]})
             found.append(search(engine, reader, task.model, task.diffusion, options, 1, task.micro_batch))
         finally:
             parallel.stop()

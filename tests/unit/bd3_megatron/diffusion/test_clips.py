@@ -14,9 +14,10 @@ from bd3_megatron.diffusion.clips import (
     choose,
     count_law,
     default_grid,
+    jackknife_groups,
     search_objective,
 )
-from bd3_megatron.diffusion.noise import SampleKeys, draw_noise
+from bd3_megatron.diffusion.noise import Purpose, SampleKeys, draw_noise, strata_of
 from bd3_megatron.diffusion.schedules import SCHEDULES
 
 
@@ -88,7 +89,7 @@ def test_planted_variances_are_found_from_256_rows(size, resample):
     noise = draw_noise(search_objective(config), length, 0, keys(rows))
     counts = np.rint(noise.t[0] * size).astype(int)
     moments, chance = CountMoments(size), np.random.default_rng(0)
-    moments.add(np.arange(rows), counts, planted(counts, chance))
+    moments.add(np.arange(rows) % 8, counts, planted(counts, chance))
     grid = default_grid(size)
     laws = [count_law(config.model_copy(update={"beta": b, "omega": o})) for b, o in grid]
     exact = np.array([variance_of(law, size) for law in laws])
@@ -106,9 +107,9 @@ def test_rows_in_any_order_and_in_parts_give_the_same_moments():
     size, counts = 4, np.array(list(itertools.islice(itertools.cycle([1, 2, 3, 4]), 64 * 8))).reshape(64, 8)
     nll = planted(counts, np.random.default_rng(1))
     whole, parts = CountMoments(size), [CountMoments(size) for _ in range(2)]
-    whole.add(np.arange(64), counts, nll)
+    whole.add(np.arange(64) % 8, counts, nll)
     for part, some in zip(parts, (slice(0, 40), slice(40, 64))):
-        part.add(np.arange(64)[some], counts[some], nll[some])
+        part.add(np.arange(64)[some] % 8, counts[some], nll[some])
     np.testing.assert_allclose(parts[0].sums + parts[1].sums, whole.sums, rtol=1e-12)
 
 
@@ -118,7 +119,7 @@ def test_a_row_length_of_one_block_needs_no_moment_for_every_count():
     noise = draw_noise(search_objective(config), size, 0, keys(rows))
     counts = np.rint(noise.t[0] * size).astype(int)
     moments = CountMoments(size)
-    moments.add(np.arange(rows), counts, planted(counts, np.random.default_rng(0)))
+    moments.add(np.arange(rows) % 8, counts, planted(counts, np.random.default_rng(0)))
     laws = [count_law(config.model_copy(update={"beta": b, "omega": o})) for b, o in default_grid(size)]
     exact = np.array([variance_of(law, size) for law in laws])
     _, found, _ = moments.variances(laws)
@@ -129,7 +130,7 @@ def test_an_interval_moves_only_where_that_is_significant():
     chance = np.random.default_rng(0)
     counts = chance.integers(1, 5, (64, 8))
     moments = CountMoments(4)
-    moments.add(np.arange(64), counts, planted(counts, chance))
+    moments.add(np.arange(64) % 8, counts, planted(counts, chance))
     config = DiffusionConfig(block_size=4, beta=0.3, omega=0.8)
     grid = ((0.3, 0.8), (0.5, 1.0))
     found = choose(moments, config, grid)
@@ -146,8 +147,37 @@ def test_the_error_of_a_difference_is_what_repeated_draws_show():
     for _ in range(200):
         counts = chance.integers(1, 5, (64, 8))
         moments = CountMoments(4)
-        moments.add(np.arange(64), counts, planted(counts, chance))
+        moments.add(np.arange(64) % 8, counts, planted(counts, chance))
         one = choose(moments, config, ((0.3, 0.8), (0.5, 1.0)))
         found.append((one.differences[1], one.errors[1]))
     differences, errors = np.array(found).T
     assert np.sqrt((errors**2).mean()) == pytest.approx(differences.std(), rel=0.2)
+
+
+@pytest.mark.parametrize(("size", "length"), [(4, 128), (16, 128), (64, 128), (128, 128), (128, 1024)])
+def test_the_error_is_about_that_of_repeated_searches_with_blocks_of_any_size(size, length):
+    """Groups of rows whose counts are spread as those of all rows: else the error is that between low and high."""
+    config = DiffusionConfig(block_size=size, beta=0.3, omega=0.8)
+    drawing, rows, found = search_objective(config), 256, []
+    for number in range(24):
+        of_rows = keys(rows, number)
+        noise = draw_noise(drawing, length, 0, of_rows, Purpose.SEARCH)
+        counts = np.rint(noise.t[0] * size).astype(int)
+        moments = CountMoments(size)
+        groups = jackknife_groups(strata_of(drawing, length, 0, of_rows, Purpose.SEARCH), of_rows.slots)
+        assert (np.bincount(groups) == rows / 8).all()
+        chance = np.random.default_rng(number)
+        moments.add(groups, counts, counts * (2 + 0.5 * chance.standard_normal(counts.shape) / np.sqrt(counts)))
+        one = choose(moments, config, ((0.3, 0.8), (0.5, 1.0)))
+        found.append((one.differences[1], one.errors[1], one.interval))
+        assert one.interval == (0.5, 1.0)
+    differences, errors = np.array([f[:2] for f in found]).T
+    assert 0.6 < np.sqrt((errors**2).mean()) / differences.std() < 3
+
+
+def test_a_variance_that_is_not_finite_moves_nothing():
+    moments = CountMoments(4)
+    counts = np.tile([1, 2, 3, 4], (64, 2))
+    moments.add(np.arange(64) % 8, counts, counts * np.nan)
+    config = DiffusionConfig(block_size=4, beta=0.3, omega=0.8)
+    assert choose(moments, config, ((0.5, 1.0), (0.3, 0.8))).interval == (0.3, 0.8)

@@ -11,6 +11,8 @@ import pytest
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import DiffusionConfig
+from bd3_megatron.diffusion.estimators import LikelihoodEstimator
+from bd3_megatron.diffusion.noise import SampleKeys
 from data_prep.read.reader import RowReader
 from pretrain.config.schema import EvalConfig
 from pretrain.evaluation.likelihood import Likelihood, evaluate
@@ -119,9 +121,46 @@ def test_several_data_sets_and_block_sizes_in_one_call(runs, data_set, tmp_path)
 
 
 def test_a_block_size_that_does_not_fit_is_named(runs, tmp_path):
-    done = bd3("eval", runs[0], "--block-sizes", 5, log=tmp_path / "log")
+    for size, line in (
+        (5, "block_sizes=5: model.length=32 is not divisible by 5"),
+        (0, "block_sizes=0: use 1 or more"),
+    ):
+        done = bd3("eval", runs[0], "--block-sizes", size, log=tmp_path / "log")
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith(line), done.err
+
+
+def test_what_cannot_be_enumerated_is_named_before_anything_is_evaluated(runs, data_set, tmp_path):
+    done = bd3("eval", runs[0], "--estimator", "exact", "--block-sizes", 4, 16, log=tmp_path / "log")
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("diffusion.block_size=5: model.length=32 is not divisible by 5")
+    assert done.err.startswith("estimator=exact: blocks of 16 tokens have 2^16 - 1 masks; use counts")
+    options = ("--data.path", data_set, "--run", tmp_path / "run", "--model.length", 32, "--eval.estimator", "exact")
+    done = bd3("pretrain", *options, "--diffusion.block-size", 16, log=tmp_path / "log")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("eval.estimator=exact: blocks of 16 tokens"), done.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_file_of_documents_for_one_evaluation(runs, data_set, tmp_path):
+    args = ("--documents-file", tmp_path / "documents", "--data", data_set, data_set)
+    done = bd3("eval", runs[0], *args, log=tmp_path / "log")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.endswith("for one data set and one block size; give one of each\n")
+
+
+def test_positions_add_up_to_the_bound_with_several_draws_in_a_pass(world, reader):
+    trained = DiffusionConfig(block_size=4, draws=2)
+    for estimator in ("counts", "levels"):
+        model = of_data(reader)
+        engine = tiny.engine(world, model, trained)
+        found = evaluate(engine, reader, model, trained, EvalConfig(rows=6, draws=3, estimator=estimator), 2)
+        assert sum(found.blocks.by_position().values()) == pytest.approx(found.nats.sum(), rel=1e-6)
+
+
+def test_runs_with_different_draws_are_evaluated_with_one_noise():
+    keys = SampleKeys(np.zeros(6, int), np.arange(6), np.arange(6), 0, 6)
+    one, other = (LikelihoodEstimator(DiffusionConfig(block_size=16, draws=draws)) for draws in (1, 4))
+    np.testing.assert_array_equal(one.noise(64, 3, keys, 0).masked, other.noise(64, 3, keys, 0).masked)
 
 
 def test_compare_pairs_rows_and_noise(runs, tmp_path):
