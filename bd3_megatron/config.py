@@ -275,7 +275,7 @@ class DiffusionConfig(Section):
             for k, probability in enumerate(q[1:], 1):
                 if k * probability * MAX_COUNT_WEIGHT < 1:
                     raise ValueError(
-                        f"diffusion.count_probabilities: {probability:g} for {k} masked tokens, so rare that the "
+                        f"diffusion.count_probabilities: {probability:g} for {k} masked token(s), so rare that the "
                         f"likelihood bound needs a weight over {MAX_COUNT_WEIGHT:g}; raise it, or give "
                         f"diffusion.count_weights too"
                     )

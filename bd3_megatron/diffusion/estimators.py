@@ -25,7 +25,7 @@ class LikelihoodEstimator:
     token all are masked, and each gives the exact value. The causal objective has no noise.
 
     Args:
-        diffusion: objective of the run; of it count the block size and (with ``levels``) K, the draws in one pass.
+        diffusion: objective of the engine; of it count the block size and K, the draws in one pass.
         name: ``counts``, ``levels`` or ``exact``.
         draws: passes of ``counts`` and ``levels``.
 
@@ -49,7 +49,7 @@ class LikelihoodEstimator:
     def noise(self, length: int, seed: int, keys: SampleKeys, number: int) -> Noise:
         """Noise of pass ``number``, from 0; ``keys`` have it as their epoch and batch."""
         if self.name == "exact":
-            return _subset(self.size, length, len(keys.rows), number + 1)
+            return _subset(self.size, length, len(keys.rows), self.objective.draws, number + 1)
         return draw_noise(self.objective, length, seed, keys, Purpose.EVALUATE)
 
 
@@ -64,25 +64,24 @@ def likelihood_objective(diffusion: DiffusionConfig, name: str = "counts") -> Di
     if name == "levels":
         full |= {"masking": "levels", "beta": 1.0 if diffusion.block_size == 1 else LOWEST_LEVEL}
     elif diffusion.objective == "diffusion":
-        # One draw in a pass, so that all runs share the noise of a seed, however many draws they train on.
-        full |= {"masking": "counts", "noise_version": 2, "coupling": "independent", "draws": 1}
+        full |= {"masking": "counts", "noise_version": 2, "coupling": "independent"}
     return DiffusionConfig(**diffusion.model_dump() | full | given)
 
 
-def _subset(size: int, length: int, rows: int, pattern: int) -> Noise:
-    """Every block of every row masked where ``pattern`` has a bit.
+def _subset(size: int, length: int, rows: int, draws: int, pattern: int) -> Noise:
+    """Every block of every row masked where ``pattern`` has a bit, in all draws of a pass alike.
 
     A subset of k of n tokens has the weight ``1 / (k C(n, k))`` in the bound. In the first block, whose first token is
     never masked, the patterns without that token are the subsets; the others count for nothing.
     """
     bits = (pattern >> np.arange(size)) & 1 == 1
     k = int(bits.sum())
-    masked = np.tile(bits, (1, rows, length // size))
-    weight = np.full((1, rows, length), 1 / (k * math.comb(size, k)))
+    masked = np.tile(bits, (draws, rows, length // size))
+    weight = np.full((draws, rows, length), 1 / (k * math.comb(size, k)))
     first = slice(0, size)
     if bits[0]:
         masked[..., first] = False
     else:
         weight[..., first] = 1 / (k * math.comb(size - 1, k))
-    levels = np.full((1, rows, length // size), k / size)
+    levels = np.full((draws, rows, length // size), k / size)
     return Noise(levels, masked, np.where(masked, weight, 0).astype(np.float32))

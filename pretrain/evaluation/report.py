@@ -141,6 +141,10 @@ def evaluate_run(
     if documents_file is not None and max(1, len(data)) * max(1, len(block_sizes)) > 1:
         raise ConfigError(f"documents_file={documents_file}: for one data set and one block size; give one of each")
     configs = [_with_blocks(loaded.config, size) for size in block_sizes or (loaded.config.diffusion.block_size,)]
+    if options.estimator != "levels":
+        # One draw in a pass, so that all runs share the noise of a seed, however many draws they train on.
+        single = {"draws": 1, "coupling": "independent"}
+        configs = [c.model_copy(update={"diffusion": c.diffusion.model_copy(update=single)}) for c in configs]
     for config in configs:  # before the first of them takes its time
         LikelihoodEstimator(config.diffusion, options.estimator)
     streams = [_open(loaded.config, source, per_document) for source in data or (loaded.config.data,)]

@@ -165,11 +165,14 @@ def test_resampling_at_an_end_of_the_interval(version):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"beta": 0.3}, "diffusion.beta=0.3: diffusion.masking=counts draws no noise levels; use 0.001"),
+        ({"beta": 0.3}, "diffusion.beta=0.3: diffusion.masking=counts draws no noise levels; use diffusion.beta=0.001"),
         ({"schedule": "cosine"}, "diffusion.schedule=cosine: diffusion.masking=counts draws no noise levels"),
         ({"count_weights": (1.0, 2.0)}, "diffusion.count_weights: 2 numbers for the counts 0 to 4; give 5"),
         ({"count_probabilities": (0, 0.5, 0.5, 0.5, 0)}, "diffusion.count_probabilities: the sum is 1.5; it must be 1"),
-        ({"count_probabilities": (0, 0.5, 0.5, 0, 0)}, "diffusion.count_probabilities: never masks 3 tokens"),
+        (
+            {"count_probabilities": (0, 0.5, 0.5, 0, 0)},
+            "diffusion.count_probabilities: 0 for 3 masked token(s), so rare",
+        ),
         ({"objective": "causal", "block_size": 1}, "diffusion.masking=counts: diffusion.objective=causal masks"),
         ({"masking": "levels", "count_weights": (1.0,) * 5}, "diffusion.count_weights: only with"),
     ],

@@ -151,7 +151,7 @@ def test_evaluation_leaves_the_engine_as_it_was(world, reader):
 def test_the_bound_is_taken_on_the_full_interval_and_exact_for_single_tokens():
     trained = DiffusionConfig(block_size=4, schedule="log", beta=0.3, omega=0.8, resample=True, draws=3)
     assert likelihood_objective(trained, "levels") == DiffusionConfig(block_size=4, draws=3)
-    assert likelihood_objective(trained) == DiffusionConfig(block_size=4, masking="counts")
+    assert likelihood_objective(trained) == DiffusionConfig(block_size=4, draws=3, masking="counts")
     single = likelihood_objective(trained.model_copy(update={"block_size": 1}), "levels")
     assert (single.beta, single.omega) == (1.0, 1.0)
 

@@ -133,7 +133,7 @@ def test_a_meta_without_an_interval_is_named(meta, line):
     [
         (
             ("--diffusion.resample", "--diffusion.draws", 2, "--diffusion.coupling", "complementary"),
-            "clip_search.every=2: diffusion.resample=true with diffusion.coupling=complementary needs an interval whose",
+            "clip_search.every=2: diffusion.resample=true with diffusion.coupling=complementary needs an interval",
         ),
         (
             ("--diffusion.resample", "--clip-search.grid", "0.3:0.45"),
