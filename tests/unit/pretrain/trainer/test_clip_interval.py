@@ -118,7 +118,7 @@ def test_the_commands_after_training_have_the_interval_that_was_found(searching)
     [
         ({"beta": 2}, "checkpoint: its clip interval is [2, 1.0], not in (0, 1]"),
         ({"clip_history": 3}, "checkpoint: clip_history=3: not a list of searches"),
-        ({"clip_history": [[1, 2]]}, "checkpoint: clip_history has [1, 2], not the 6 numbers of a search"),
+        ({"clip_history": [[1, 2]]}, "checkpoint: clip_history has a list of 2, not the 6 numbers of a search"),
     ],
 )
 def test_a_meta_without_an_interval_is_named(meta, line):
