@@ -364,7 +364,9 @@ def test_the_installed_command_does_the_same(workplace):
         pytest.skip("the package is not installed here")
     options = {"capture_output": True, "text": True, "cwd": workplace, "env": os.environ | {"COLUMNS": "80"}}
     good = subprocess.run([command, "eval", "run", "--rows", "8", "--json"], check=False, **options)
-    assert (good.returncode, good.stderr) == (0, "")
+    # What a CUDA build of torch logs where it finds nvcc and no GPU is not ours.
+    lines = [line for line in good.stderr.splitlines() if "No CUDA runtime is found" not in line]
+    assert (good.returncode, lines) == (0, [])
     assert json.loads(good.stdout)["rows"] == 8
     bad = subprocess.run([command, "eval", "data"], check=False, **options)
     assert (bad.returncode, bad.stdout) == (2, "")
