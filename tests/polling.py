@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def until(
-    condition: Callable[[], T], timeout: float = 120.0, what: str | Callable[[], str] = "", every: float = 0.02
+    condition: Callable[[], T], timeout: float = 600.0, what: str | Callable[[], str] = "", every: float = 0.02
 ) -> T:
     """Poll ``condition`` and return its first true value.
 

@@ -23,7 +23,7 @@ from pretrain.trainer.resume import check_same_run, settings
 from tests.polling import until
 from tests.unit.commands import Done, bd3, start
 
-TIMEOUT = 120
+TIMEOUT = 600  # seconds, for a busy machine
 RECIPE = """
 model: {layers: 1, hidden: 16, heads: 2, length: 32}
 diffusion: {block_size: 4}
