@@ -38,7 +38,7 @@ class Beginning:
     Attributes:
         checkpoint: to continue from; None for a new run.
         identity: of the run.
-        seen: contents of the run folder that this was decided by (:func:`pretrain.run_folder.prepare.contents`).
+        seen: listing of the run folder at the time of the decision (:func:`pretrain.run_folder.prepare.contents`).
     """
 
     checkpoint: Checkpoint | None
