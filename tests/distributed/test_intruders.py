@@ -144,10 +144,9 @@ def replay(messages: dict[str, bytes], store: dist.Store) -> None:
             store.set(key, value)
 
 
-def overwrite(folder: Path, store: dist.Store) -> None:
-    """Overwrite everything that a rank has written, until the store is gone."""
+def overwrite(payload: bytes, store: dist.Store) -> None:
+    """Overwrite everything that a rank has written with the ``payload``, until the store is gone."""
     everything = store.underlying_store
-    payload = pickle.dumps(Code(folder / "ran"))
     with contextlib.suppress(RuntimeError):  # the store is gone
         while True:
             for key in everything.list_keys():
@@ -198,10 +197,9 @@ def test_messages_of_another_start_are_refused(folder):
 
 @needs_root
 def test_another_user_in_the_store_of_a_job_ends_it_at_most(folder):
-    port = free_port()
+    port, payload = free_port(), pickle.dumps(Code(folder / "ran"))
     ranks = [start(folder, port, 0)]
-    other = intruder(port, functools.partial(overwrite, folder))
-    payload = pickle.dumps(Code(folder / "ran"))
+    other = intruder(port, functools.partial(overwrite, payload))
     ranks.append(start(folder, port, 1, prepare=functools.partial(prepare_late, payload)))
     multiprocessing.connection.wait([rank.sentinel for rank in ranks], launch.TIMEOUT)
     time.sleep(cli.RANK_0_PRINTS)

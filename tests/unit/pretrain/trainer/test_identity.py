@@ -20,10 +20,9 @@ from pretrain.run_folder import events, layout
 from pretrain.run_folder.identity import Identity, check_folder, read_identity, write_identity
 from pretrain.run_folder.prepare import contents, prepare
 from pretrain.trainer.resume import check_same_run, settings
-from tests.polling import until
+from tests.polling import TIMEOUT, until
 from tests.unit.commands import Done, bd3, start
 
-TIMEOUT = 600  # seconds, for a busy machine
 RECIPE = """
 model: {layers: 1, hidden: 16, heads: 2, length: 32}
 diffusion: {block_size: 4}
