@@ -97,7 +97,7 @@ def check_same_run(run: Path, config: RunConfig, recorded: Mapping[str, Any] | N
         if path not in RESUMABLE:
             raise ConfigError(f"{problem}; use that, or another --run")
         if path == "train.steps":
-            problem += ", where its learning rate ends to decay"
+            problem += ", where its learning rate reaches its minimum"
         raise ConfigError(f"{problem}; use that, another --run, or --resume.allow {path.replace('_', '-')}")
 
 

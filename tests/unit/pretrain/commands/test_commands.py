@@ -290,7 +290,8 @@ def test_a_run_without_a_tokenizer_or_with_damaged_checkpoints_is_told(workplace
         done = bd3(*line.split(), log=log)
         assert (done.code, done.err) == (
             2,
-            "run/checkpoints: no complete checkpoint; let bd3 pretrain reach one\n",
+            "run/checkpoints: no complete checkpoint: step-00000001: complete.json is missing; "
+            "let bd3 pretrain reach one\n",
         )
 
 

@@ -21,8 +21,8 @@ from bd3_megatron.config import DiffusionConfig, ModelConfig
 from bd3_megatron.diffusion.noise import Purpose, SampleKeys
 from data_prep.build.prep import PrepConfig, prep
 from data_prep.read.reader import RowReader
+from pretrain.config.data_fit import resolve_model
 from pretrain.config.schema import EvalConfig
-from pretrain.run_folder.data import resolve_model
 from pretrain.tracking.metrics import read_metrics
 from pretrain.trainer.batches import make_batch
 from pretrain.trainer.document_likelihood import Documents, DocumentTally, cut_documents, ratio

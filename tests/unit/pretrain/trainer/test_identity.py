@@ -255,7 +255,8 @@ LR = "use that, another --run, or --resume.allow train."
         ("--train.decay cosine --resume.allow train.decay", None),
         (
             "--train.decay cosine --train.steps 2000 --resume.allow train.decay",
-            f"train.steps=2000: the run in RUN was started with 1000, where its learning rate ends to decay; {LR}steps",
+            f"train.steps=2000: the run in RUN was started with 1000, where its learning rate reaches its minimum; "
+            f"{LR}steps",
         ),
         ("--train.decay linear --train.steps 2000 --resume.allow train.decay train.steps", None),
         ("--train.seed 1", "train.seed=1: the run in RUN was started with 0; use that, or another --run"),

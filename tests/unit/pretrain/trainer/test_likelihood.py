@@ -15,8 +15,8 @@ from bd3_megatron.diffusion.noise import Purpose, SampleKeys
 from bd3_megatron.sampling.sampler import log_likelihood
 from data_prep.read.order import RowOrder
 from data_prep.read.reader import RowReader
+from pretrain.config.data_fit import resolve_model
 from pretrain.config.schema import EvalConfig
-from pretrain.run_folder.data import resolve_model
 from pretrain.trainer.batches import make_batch
 from pretrain.trainer.likelihood import Evaluation, evaluate, likelihood_bound, summarize
 from tests.unit import tiny

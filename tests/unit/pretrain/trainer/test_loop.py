@@ -26,8 +26,8 @@ from data_prep.read.reader import RowReader
 from data_prep.read.stream import RowStream
 from pretrain.checkpoint import writer
 from pretrain.checkpoint.reader import find_checkpoint, read_weights
+from pretrain.config.data_fit import resolve_model
 from pretrain.config.schema import TrainConfig
-from pretrain.run_folder.data import resolve_model
 from pretrain.run_folder.layout import COMPLETE
 from pretrain.tracking.metrics import read_metrics
 from pretrain.trainer.batches import Batches
