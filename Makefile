@@ -29,7 +29,7 @@ test: lint $(VENV)/.installed-zero
 	@$(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS) > $(VENV)/cluster.log 2>&1 & cluster=$$!; \
 	$(BIN)/python -m pytest -n 2 tests/unit $(PYTEST_ARGS); unit=$$?; \
 	wait $$cluster; code=$$?; echo "tests/cluster:"; cat $(VENV)/cluster.log; [ $$unit = 0 ] && [ $$code = 0 ]
-	$(BIN)/python -m pytest tests --ignore tests/unit --ignore tests/cluster $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests --ignore tests/unit --ignore tests/cluster $(PYTEST_ARGS)
 
 test-long: $(VENV)/.installed-zero
 	$(BIN)/python -m pytest tests -m long $(PYTEST_ARGS)

@@ -8,9 +8,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+TIMEOUT = 600.0  # seconds, for a busy machine
+
 
 def until(
-    condition: Callable[[], T], timeout: float = 120.0, what: str | Callable[[], str] = "", every: float = 0.02
+    condition: Callable[[], T], timeout: float = TIMEOUT, what: str | Callable[[], str] = "", every: float = 0.02
 ) -> T:
     """Poll ``condition`` and return its first true value.
 

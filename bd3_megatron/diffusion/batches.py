@@ -82,7 +82,7 @@ def predicted_positions(weight: Tensor) -> Tensor:
     """Flat indices ``[P]`` of the predictions that have a weight, padded so that few different sizes P occur.
 
     They are found where the batch is made, so that no GPU waits for a count. P is a multiple of 16 (8-bit matrix
-    products need that) and of a 64th of all predictions: what is compiled by size is compiled at most 64 times. The
+    products need that) and of a 64th of all predictions: kernels compiled by shape are compiled at most 64 times. The
     padding repeats one prediction without a weight.
     """
     flat = weight.flatten()

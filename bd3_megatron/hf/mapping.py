@@ -16,7 +16,7 @@ from bd3_megatron.backbones import Parameter, Shape
 from bd3_megatron.config import ModelConfig
 
 Weights = Mapping[str, Tensor]
-_FEW = 100  # layers whose names may be listed in any case, to say which are missing
+_FEW = 100  # up to so many layers the missing names are listed; beyond, only their number
 
 
 def entries(model: ModelConfig) -> list[Parameter]:

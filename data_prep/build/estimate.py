@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.build import pool
-from data_prep.build.encode import SAMPLED, excerpt, in_validation, lost_line
+from data_prep.build.encode import SAMPLED, Reject, excerpt, in_validation, lost_line
+from data_prep.build.outcome import no_documents
 from data_prep.build.plan import PrepConfig, parts_of, workers_of
 from data_prep.build.progress import duration
-from data_prep.errors import DataError
 from data_prep.format.manifest import SPLITS, SplitName
 from data_prep.format.remote import fetch
 from data_prep.format.text_encoder import TextEncoder
@@ -81,7 +81,7 @@ class _Sample:
     text_bytes: int = 0
     stored: float = 0.0
     rejects: int = 0
-    first_reject: str = ""
+    first_reject: Reject | None = None
     seconds: float = 0.0
 
 
@@ -95,9 +95,8 @@ def estimate(config: PrepConfig) -> Estimate:
     sources = listing.sources
     sample = _read(config, sources)
     if not sample.documents:
-        raise DataError(
-            f"{config.inputs[0]}: no documents at the beginning of the input{sample.first_reject}; give files with text"
-        )
+        rejects = [sample.first_reject] if sample.first_reject else []
+        raise no_documents(config, rejects, where="at the beginning of the input")
     written = [document for document in sample.documents if not isinstance(document, TokenDocument)]
     texts = [document.text for document in written]
     entries = config.bpe_size
@@ -168,7 +167,7 @@ def _read_beginning(config: PrepConfig, source: Source, path: Path, most: int, s
 
     def reject(offset: int, reason: str) -> None:
         sample.rejects += 1
-        sample.first_reject = sample.first_reject or f"; {source.name} at {offset}: {reason}"
+        sample.first_reject = sample.first_reject or Reject(source=source.name, offset=offset, reason=reason)
 
     began, read = time.process_time(), 0
     last: int | None = 0

@@ -35,17 +35,31 @@ def check_documents(config: PrepConfig, results: Sequence[Encoded]) -> None:
     counts = {name: sum(result.documents[name] for result in results) for name in SPLITS}
     documents = sum(counts.values())
     if not documents:
-        skipped = sum(sum(result.skipped.values()) for result in results)
-        reason = f"; {skipped} were left out" if skipped else ""
-        if rejects:
-            reason += f"; {rejects[0].source} at {rejects[0].offset}: {rejects[0].reason}"
-        raise DataError(f"{config.inputs[0]}: no documents in the input{reason}; give files with text")
+        raise no_documents(config, rejects, sum(sum(result.skipped.values()) for result in results))
     for name, count in counts.items():
         if not count:
+            bad = f"; {len(rejects)} bad records, the first: {_told(rejects[0])}" if rejects else ""
             raise DataError(
                 f"validation_fraction={config.validation_fraction}: none of {documents} documents falls into "
-                f"the {name} split; change --validation-fraction or --seed, or give more documents"
+                f"the {name} split; change --validation-fraction or --seed, or give more documents{bad}"
             )
+
+
+def no_documents(
+    config: PrepConfig, rejects: Sequence[Reject], skipped: int = 0, where: str = "in the input"
+) -> DataError:
+    """The error for an input without documents, with the reason of the first bad record if there is one.
+
+    Args:
+        skipped: documents left out.
+    """
+    left_out = f" ({skipped} were left out)" if skipped else ""
+    remedy = _told(rejects[0]) if rejects else "give files with text"  # the reason of a bad record has a remedy
+    return DataError(f"{config.inputs[0]}: no documents {where}{left_out}; {remedy}")
+
+
+def _told(reject: Reject) -> str:
+    return f"{reject.source}: at {reject.offset}: {reject.reason}"
 
 
 def check_rows(config: PrepConfig, jobs: Jobs, results: Sequence[Encoded]) -> None:
@@ -177,10 +191,10 @@ def summary_lines(manifest: Manifest) -> list[str]:
         f"= {counts['all']} in all"
     )
     left_out = [f"{count} {LEFT_OUT.get(why, why)}" for why, count in manifest.skipped.items()]
-    if manifest.rejects:
-        left_out.append(f"{manifest.rejects} bad records, listed in {REJECTS}")
     if left_out:
         lines.append(f"left out: {', '.join(left_out)}")
+    if manifest.rejects:
+        lines.append(f"rejected: {manifest.rejects} bad records, listed in {REJECTS}")
     return lines
 
 

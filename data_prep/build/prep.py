@@ -37,6 +37,7 @@ from data_prep.build.outcome import (
     check_rejects,
     check_rows,
     make_manifest,
+    no_documents,
     summary_lines,
 )
 from data_prep.build.plan import PrepConfig, parts_of, share_of, workers_of
@@ -311,16 +312,25 @@ class _Prep:
         progress = Progress(self.report, "read for the tokenizer", sum(part.weight for part in self.parts))
         tokenizer = train_bpe(self._train_texts(progress), size)
         progress.line()
-        self.report(f"trained a byte-level BPE of {tokenizer.get_vocab_size()} entries")
+        entries = tokenizer.get_vocab_size()
+        fewer = f" instead of {size}: the text has no more" if entries < size else ""
+        self.report(f"trained a byte-level BPE of {entries} entries{fewer}")
         return tokenizer
 
     def _train_texts(self, progress: Progress) -> Iterator[str]:
-        """Texts of the train split, or a sample of them."""
+        """Texts of the train split, or a sample of them.
+
+        Raises:
+            DataError: there is no document at all.
+        """
         config, total = self.config, 0
+        rejects: list[Reject] = []
+        empty = True
         for part in self.parts:
             began = total
             with self._local(part.source) as path:
-                for document in read_part(part, path, config.fields, self._rejects(part), lambda why: None):
+                for document in read_part(part, path, config.fields, self._rejects(part, rejects), lambda why: None):
+                    empty = False
                     assert not isinstance(document, TokenDocument)  # prep() refuses them
                     total += len(document.text.encode())
                     progress.tick(total)
@@ -329,10 +339,11 @@ class _Prep:
                     if config.tokenizer_sample == 1 or share(document.id, _SAMPLE) < config.tokenizer_sample:
                         yield document.text
             progress.done(part.weight, total - began)
+        if empty:
+            raise no_documents(config, rejects)
 
-    def _rejects(self, part: Part) -> Callable[[int, str], None]:
-        """A callback that raises DataError for more than ``max_rejects`` bad records of one part."""
-        found: list[Reject] = []
+    def _rejects(self, part: Part, found: list[Reject]) -> Callable[[int, str], None]:
+        """A callback that adds to ``found`` and raises DataError for more than ``max_rejects`` bad records."""
 
         def reject(offset: int, reason: str) -> None:
             found.append(Reject(source=part.source.name, offset=offset, reason=reason))

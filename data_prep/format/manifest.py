@@ -97,12 +97,12 @@ class Tail(Record):
     tokens: list[Count]
     starts: list[Count] = Field(description="offsets of document starts in tokens, if the recipe stores starts")
     lost: Count = Field(
-        default=0, description="tokens behind these that the data set it was repacked from had not kept"
+        default=0, description="tokens after these that the data set it was repacked from had already dropped"
     )
 
 
 class Split(Record):
-    """One half of the data set. ``tokens`` = ``rows`` x length; ``dropped_tokens`` filled no row."""
+    """One split of the data set. ``tokens`` = ``rows`` x length; ``dropped_tokens`` filled no row."""
 
     documents: Count
     text_bytes: Count = Field(description="UTF-8 bytes of all its documents; those of token files count nothing")

@@ -61,6 +61,6 @@ class RowFormat:
         if self.packing == "wrap":
             tokens[:, 0], tokens[:, -1] = self.bos, self.eos
         row, position = np.divmod(starts, self.width)
-        # A document that begins right after the wrapping BOS begins with it.
+        # A document whose first token follows the row's BOS begins at position 0: BOS belongs to it.
         position = np.where(position == 0, 0, position + self.shift)
         return Rows(tokens, np.stack([row, position], axis=1).astype("<i4"))

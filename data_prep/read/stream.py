@@ -132,7 +132,7 @@ class RowStream:
 
     @property
     def unfinished(self) -> np.ndarray:
-        """Numbers, int64, of documents whose last tokens may have filled no row: the last one of each data set."""
+        """Numbers, int64, of documents that may be truncated: the last one of each data set."""
         return np.concatenate([reader.unfinished + first for reader, first in zip(self.readers, self._first_document)])
 
     @property
@@ -255,7 +255,7 @@ def _shares(weights: np.ndarray) -> np.ndarray:
     exact = weights / weights.max()
     exact = exact / exact.sum() * PERIOD
     counts: np.ndarray = np.maximum(np.floor(exact).astype(np.int64), 1)
-    # The largest remainders get what is missing. The minimum of 1 may exceed the sum: the smallest remainders give.
+    # The largest remainders get what is missing. Where the minimum of 1 makes the sum too large, the smallest give.
     missing = PERIOD - int(counts.sum())
     if missing > 0:
         counts[np.argsort(counts - exact, kind="stable")[:missing]] += 1

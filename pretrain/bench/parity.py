@@ -41,7 +41,7 @@ from pretrain.bench.layouts import LAYOUTS, Layout
 from pretrain.bench.options import ParityOptions
 from pretrain.config.schema import TrainConfig, check_batches
 from pretrain.config.values import did_you_mean, validate
-from pretrain.distributed.spawn import FORKS, run_world
+from pretrain.distributed.spawn import FORKS, TIMEOUT, run_world
 
 FIRST_STEP, ALL_STEPS = 1e-5, 1e-4  # largest relative difference allowed
 BETA1, CLIP_NORM = 0.9, 0.5
@@ -213,7 +213,7 @@ def run(
     found = {}
     for size in sorted({layout.size for layout, _ in runs.values()}):
         names = [name for name, (layout, _) in runs.items() if layout.size == size]
-        by_rank = run_world(size, train, [(name, *runs[name]) for name in names])
+        by_rank = run_world(size, train, [(name, *runs[name]) for name in names], timeout=TIMEOUT * len(names))
         for i, name in enumerate(names):
             ranks = [rank[i] for rank in by_rank]
             gradients = {

@@ -45,16 +45,27 @@ def newest_checkpoint(run: Path) -> Checkpoint | None:
 
     A warning names each newer one that does not, or is of another run.
     """
-    damaged: list[str] = []
+    found, problems = _newest(run)
+    if found is not None:
+        _warn(problems)
+    return found
+
+
+def _warn(problems: Mapping[Path, str]) -> None:
+    for path, reason in problems.items():
+        _LOG.warning(f"{path}: {reason}; skipped")
+
+
+def _newest(run: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
+    """The newest checkpoint whose files match its list, and what is wrong with each newer one, newest first."""
+    problems: dict[Path, str] = {}
     identity = identity_of(run)
     for path in reversed(folders(run)):
         found = _examine(path, identity)
         if isinstance(found, Checkpoint):
-            for line in damaged:
-                _LOG.warning("%s", line)
-            return found
-        damaged.append(f"{path}: {found}; skipped")
-    return None
+            return found, problems
+        problems[path] = found
+    return None, problems
 
 
 def newest_on_all_ranks(
@@ -93,9 +104,11 @@ def find_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
     if not (run / CHECKPOINTS).is_dir():
         raise ConfigError(f"{run}: has no checkpoints; give the folder of a run that bd3 pretrain wrote")
     if step is None:
-        found = newest_checkpoint(run)
+        found, problems = _newest(run)
         if found is None:
-            raise ConfigError(f"{run / CHECKPOINTS}: no complete checkpoint; let bd3 pretrain reach one")
+            why = next((f": {path.name}: {reason}" for path, reason in problems.items()), "")
+            raise ConfigError(f"{run / CHECKPOINTS}: no complete checkpoint{why}; let bd3 pretrain reach one")
+        _warn(problems)
         return found
     path = folder_of(run, step)
     if not path.is_dir():

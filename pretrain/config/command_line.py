@@ -199,7 +199,8 @@ def _place(cls: type[BaseModel], loose: list[str], given: dict[str, list[str]]) 
         name, equals, value = loose[0].partition("=")
         known = equals and name.replace("-", "_") in fields
         raise ConfigError(
-            f"{show(loose[0])}: unexpected argument" + (f"; did you mean {flag(name)} {value}?" if known else "")
+            f"{show(loose[0])}: unexpected argument; "
+            + (f"did you mean {flag(name)} {value}?" if known else "leave it out, or name its option (see --help)")
         )
 
 

@@ -191,7 +191,7 @@ def _read_text(path: Path) -> str:
     try:
         return read_bytes(path, ConfigError, MAX_CHARACTERS).decode("utf-8").removeprefix("\ufeff")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
+        raise ConfigError(f"{path}: no such configuration file; check the path") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file (byte {error.start} is not UTF-8)") from None
 

@@ -16,7 +16,7 @@ from bd3_common.safe_path import safe_path
 
 # Ranks are forks of one process that has done the imports already.
 FORKS = multiprocessing.get_context("forkserver")
-TIMEOUT = 300  # seconds
+TIMEOUT = 900  # seconds, for a busy machine: a rank that dies is noticed at once
 
 
 def run_world(size: int, function: Callable[..., Any], *args: Any, timeout: float = TIMEOUT) -> list[Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from bd3_common.errors import ConfigError
 from data_prep.format.manifest import load_manifest
 from data_prep.format.remote import is_remote
+from pretrain.config.data_fit import resolve_model
 from pretrain.config.schema import RunConfig, check_batches, check_run
 from pretrain.run_folder import events
 from slurm import client
@@ -17,15 +18,18 @@ from slurm.options import JobOptions, seconds_of
 def fitting_node_counts(config: RunConfig, options: JobOptions) -> list[int]:
     """Check the data and the layout; the node counts of ``options.nodes`` that the layout fits.
 
+    Data sets behind a URL are looked at by the job only.
+
     Raises:
-        ConfigError: there are no data, or the smallest node count does not fit.
+        ConfigError: there are no data, they do not fit the model, or the smallest node count does not fit.
     """
     weights = config.data.weights()
     if not weights:
         raise ConfigError("data.path: not set; give the folder that bd3 prep wrote with --data.path")
     for path in weights:
         if not is_remote(path):
-            load_manifest(Path(path))
+            model = resolve_model(config.model, load_manifest(Path(path)), path)
+            config = config.model_copy(update={"model": model})
     fitting: list[int] = []
     for nodes in options.node_counts:
         try:

@@ -103,7 +103,7 @@ class Hang:
 def find_hang(seen: Mapping[int, Seen], limit: float) -> Hang | None:
     """The hang of a job; None if it makes progress.
 
-    A rank is silent after ``limit`` seconds without a sign of life, or after half of them if no rank has made progress
+    A rank is silent after ``limit`` seconds without a sign of life, or after ``limit / 2`` if no rank has made progress
     for ``limit`` seconds. Otherwise the job hangs when no rank's main thread has made progress for ``limit`` seconds
     and none is in a phase that may take long: a rank that makes progress now and then is slow, not hung.
     """
@@ -144,7 +144,7 @@ def message(
     more = len(hang.ranks) - len(processes)
     who = ", ".join(map(str, processes)) + (f" and {more} more" if more else "")
     one = len(hang.ranks) == 1
-    # A silent rank's last report may be a beat old; the phase of those that wait for it is newer.
+    # A silent rank's last report may be old; the ranks that wait for it know the present phase.
     others = [rank for rank in reports if rank not in hang.ranks] if hang.kind == "silent" else []
     phases = {reports[rank].phase: reports[rank].progress for rank in others or hang.ranks}
     when = max(phases, key=lambda phase: phases[phase])

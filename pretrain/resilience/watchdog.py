@@ -35,7 +35,7 @@ from pretrain.resilience.stacks import locate, start_mark, write_stacks, write_s
 from pretrain.resilience.stderr import write_line
 from pretrain.run_folder import events
 
-# Shares of the timeout. The limit leaves time to publish the hang, write stacks and exit.
+# Fractions of the timeout. The limit leaves time to publish the hang, write stacks and exit.
 _LIMIT, _BEAT, _REPORTING = 0.7, 1 / 20, 1 / 10
 _LONGEST_BEAT, _LONGEST_REPORTING = 5.0, 20.0  # seconds
 _LAST_REPORT = 2.0  # seconds for the last report of a rank that ends
@@ -47,7 +47,7 @@ class Published(schema.Record):
 
     Attributes:
         failed: a rank that failed alone; empty for a hang.
-        silent: processes without a sign of life, which their machines kill.
+        silent: processes without a sign of life, which the ranks on the same machine kill.
         alive: number of ranks that write their stacks.
     """
 
@@ -64,7 +64,8 @@ class Watchdog:
     Args:
         timeout_minutes: time from the last progress within which a hang is found and the job ended.
         folder: folder of the stacks (``rank-00003.txt``) in the run folder.
-        key: of the session; the values in the store are signed with it, because anybody can write there.
+        key: of this start of the job; values in the store are signed with it, because any process that reaches the
+            store's port can write there.
     """
 
     def __init__(self, ranks: Ranks, timeout_minutes: float, folder: Path, key: bytes = b""):
@@ -85,7 +86,7 @@ class Watchdog:
                 self._threads[-1].start()
 
     def start_heartbeat(self) -> None:
-        """Start rank 0's heartbeat in the run folder, once the folder is this job's."""
+        """Start rank 0's heartbeat in the run folder, after this job has claimed the folder."""
         if self.ranks.rank == 0:
             self._heartbeat.start()
 

@@ -15,6 +15,7 @@ from data_prep.format.remote import is_remote
 from data_prep.read.cache import ShardCache, default_folder
 from data_prep.read.reader import RowReader
 from data_prep.read.stream import RowStream
+from pretrain.config.data_fit import resolve_model
 from pretrain.config.schema import DataConfig, RunConfig
 
 _LOG = logging.getLogger(__name__)
@@ -32,31 +33,6 @@ def open_data(config: RunConfig, world: parallel.World) -> tuple[RunConfig, RowS
         verify(opened, config.data.verify_gb, world.rank, world.size)
     model = resolve_model(config.model, stream.manifests[0], next(iter(config.data.weights())))
     return config.model_copy(update={"model": model}), stream, validation
-
-
-def resolve_model(model: ModelConfig, manifest: Manifest, path: str) -> ModelConfig:
-    """Fill vocabulary and special ids from the data set, and check them where the model states them.
-
-    Raises:
-        ConfigError: model and data set contradict each other.
-    """
-    if model.length != manifest.length:
-        raise ConfigError(
-            f"model.length={model.length}: the rows of {path} have {manifest.length} tokens; "
-            f"use model.length={manifest.length}, or run bd3 prep with --length {model.length}"
-        )
-    decided = {}
-    for name in ("vocab_size", "mask_id", "bos_id", "eos_id"):
-        stated, there = getattr(model, name), getattr(manifest, name)
-        if stated is not None and stated != there and name != "vocab_size":
-            raise ConfigError(f"model.{name}={stated}: {path} has {there}; leave model.{name} null to follow the data")
-        if name == "vocab_size" and stated is not None and stated < there:
-            raise ConfigError(
-                f"model.vocab_size={stated}: {path} has {there} ids; use {there} or more, or leave it null"
-            )
-        decided[name] = there if stated is None else stated
-    decided["pad_id"] = manifest.pad_id if model.pad_id is None else model.pad_id  # no row has it
-    return ModelConfig(**model.model_dump() | decided)
 
 
 def check_documents(stream: RowStream, option: str) -> None:

@@ -375,8 +375,9 @@ class Trainer:
 
     def _describe(self) -> str:
         config, world = self.config, self.engine.world
+        parameters = config.model.parameters(config.model.vocab_size)
         return (
-            f"{config.model.parameters(config.model.vocab_size) / 1e6:.2f}M parameters, {config.model.backbone}, "
+            f"{self.folder}: {parameters / 1e6:.2f}M parameters, {config.model.backbone}, "
             f"L={config.model.length}, B'={config.diffusion.block_size}, {config.train.precision}, "
             f"{world.size} process(es) on {world.device.type}; {len(self.stream)} train rows, "
             f"{config.train.steps * config.train.global_batch / len(self.stream):.2f} epochs"

@@ -39,7 +39,7 @@ class Beginning:
     Attributes:
         checkpoint: to continue from; None for a new run.
         identity: of the run.
-        seen: contents of the run folder that this was decided by (:func:`pretrain.run_folder.prepare.contents`).
+        seen: listing of the run folder at the time of the decision (:func:`pretrain.run_folder.prepare.contents`).
     """
 
     checkpoint: Checkpoint | None
@@ -98,7 +98,7 @@ def check_same_run(run: Path, config: RunConfig, recorded: Mapping[str, Any] | N
         if path not in RESUMABLE:
             raise ConfigError(f"{problem}; use that, or another --run")
         if path == "train.steps":
-            problem += ", where its learning rate ends to decay"
+            problem += ", where its learning rate reaches its minimum"
         raise ConfigError(f"{problem}; use that, another --run, or --resume.allow {path.replace('_', '-')}")
 
 

@@ -30,7 +30,7 @@ UNSHARE = ("setpriv", "--pdeathsig", "KILL", "unshare", *NAMESPACES, "--fork", "
 NETWORK = "10.99.0"
 HOST = {"switch": 1, "head": 2, "node": 10}  # last octets; node k has HOST["node"] + k
 PREFIX = "bd3-cluster-"
-SLOW = 180.0  # seconds that a command or daemon may take on a busy machine
+SLOW = polling.TIMEOUT  # seconds that a command or daemon may take on a busy machine
 
 DONE = frozenset({"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"})
 
@@ -116,7 +116,9 @@ def missing() -> str | None:
     return f"namespaces are not permitted ({tried.stderr.strip()})" if tried.returncode else None
 
 
-def until(condition: Callable[[], object], timeout: float, what: str | Callable[[], str], every: float = 0.1):
+def until(
+    condition: Callable[[], object], timeout: float = SLOW, what: str | Callable[[], str] = "", every: float = 0.1
+):
     """Poll ``condition`` and return its first true value.
 
     Raises:

@@ -73,7 +73,7 @@ def test_a_second_cluster_runs_beside_the_first_and_leaves_nothing(cluster):
         pids = [pid for machine in second._machines.values() for pid in children(machine.pid)]
         assert len(pids) > 8
         assert cluster.node_state("node1") == "idle"
-    until(lambda: not alive(pids), 120, lambda: f"all processes of the cluster have ended; {alive(pids)} have not")
+    until(lambda: not alive(pids), what=lambda: f"all processes of the cluster have ended; {alive(pids)} have not")
     assert not second.root.exists()
     second.stop()  # once more does no harm
 
@@ -93,7 +93,7 @@ def test_a_cluster_ends_with_the_process_that_started_it(cluster):
     pids = children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    until(lambda: not alive(pids), 120, lambda: f"all processes of the cluster have ended; {alive(pids)} have not")
+    until(lambda: not alive(pids), what=lambda: f"all processes of the cluster have ended; {alive(pids)} have not")
     os.utime(root, (0, 0))
     module.sweep()
     assert not root.exists()

@@ -11,10 +11,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from pretrain import cli
+from tests.polling import TIMEOUT
 from tests.unit import commands
 from tests.unit.commands import Done
-
-TIMEOUT = 600  # seconds that a job may take on a busy machine
 
 
 class Job:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import multiprocessing.connection
 import os
 import pickle
 import re
+import signal
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +22,7 @@ import torch.distributed as dist
 
 from pretrain import cli
 from pretrain.distributed import job_secret, proof, rendezvous
-from pretrain.distributed.signed_store import sign
+from pretrain.distributed.signed_store import SignedStore, sign, wait_for
 from pretrain.distributed.spawn import FORKS, run_world
 from tests.distributed import launch
 from tests.unit import commands
@@ -63,9 +66,22 @@ def prepare(rank: int, port: int, secret: str | None = None) -> None:
     rendezvous._STALE, rendezvous._JOIN, rendezvous._LINGER, cli.RANK_0_PRINTS = 0.5, 60.0, 0.3, 0.1
 
 
-def start(folder: Path, port: int, rank: int, secret: str | None = None):
+def start(folder: Path, port: int, rank: int, secret: str | None = None, prepare=prepare):
     args = ("preflight", "--model.length", 32, "--run", folder / "run")
     return commands.start(*args, log=folder / f"rank{rank}", before=functools.partial(prepare, rank, port, secret))
+
+
+def prepare_late(payload: bytes, rank: int, port: int, secret: str | None) -> None:
+    """This rank reads a value only when it has been overwritten with the ``payload``."""
+    prepare(rank, port, secret)
+    get = SignedStore.get
+
+    def late(store: SignedStore, key: str) -> bytes:
+        store.wait([key])
+        assert wait_for(lambda: store._inner.get(key) == payload, launch.TIMEOUT)
+        return get(store, key)
+
+    SignedStore.get = late
 
 
 def end(folder: Path, processes: list) -> list[Done]:
@@ -128,11 +144,10 @@ def replay(messages: dict[str, bytes], store: dist.Store) -> None:
             store.set(key, value)
 
 
-def overwrite(folder: Path, store: dist.Store) -> None:
-    """Overwrite everything that a rank has written, until the store is gone."""
+def overwrite(payload: bytes, store: dist.Store) -> None:
+    """Overwrite everything that a rank has written with the ``payload``, until the store is gone."""
     everything = store.underlying_store
-    payload = pickle.dumps(Code(folder / "ran"))
-    with contextlib.suppress(RuntimeError):
+    with contextlib.suppress(RuntimeError):  # the store is gone
         while True:
             for key in everything.list_keys():
                 if not re.search(r"/(greeting|answer|welcome)", key):  # written after the ranks have met
@@ -182,14 +197,20 @@ def test_messages_of_another_start_are_refused(folder):
 
 @needs_root
 def test_another_user_in_the_store_of_a_job_ends_it_at_most(folder):
-    port = free_port()
+    port, payload = free_port(), pickle.dumps(Code(folder / "ran"))
     ranks = [start(folder, port, 0)]
-    other = intruder(port, functools.partial(overwrite, folder))
-    ranks.append(start(folder, port, 1))
-    for rank, done in enumerate(end(folder, ranks)):
+    other = intruder(port, functools.partial(overwrite, payload))
+    ranks.append(start(folder, port, 1, prepare=functools.partial(prepare_late, payload)))
+    multiprocessing.connection.wait([rank.sentinel for rank in ranks], launch.TIMEOUT)
+    time.sleep(cli.RANK_0_PRINTS)
+    for rank in ranks:
+        rank.kill()  # as a launcher does when one rank has ended
+    found = [done for done in end(folder, ranks) if done.code != -signal.SIGKILL]
+    assert found
+    for done in found:
         assert done.code in (1, 2), done.err
+        assert done.err
         assert "Traceback" not in done.err
-        assert done.err, f"rank {rank} ended without a line"
     finish(other)
     assert not (folder / "ran").exists()
 

@@ -100,7 +100,7 @@ def test_unknown_command(name: str, line: str, capsys: pytest.CaptureFixture[str
     [
         ("config --model.layrs 3", "--model.layrs: unknown option; did you mean --model.layers?"),
         ("config --model.layers x", "model.layers=x: not an integer"),
-        ("config --config /nowhere.yaml", "/nowhere.yaml: no such configuration file"),
+        ("config --config /nowhere.yaml", "/nowhere.yaml: no such configuration file; check the path"),
         (
             "config --preset tiny-cpu --parallel.tensor 3",
             "parallel.tensor=3: model.heads=4 is not divisible by 3; use 1 or 2",

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -243,6 +244,25 @@ def test_mistakes_leave_nothing_behind(tmp_path, changes, message):
     assert message in refused(tmp_path, prep_config(tmp_path, out=str(tmp_path / "new" / "data"), **changes))
 
 
+def test_without_a_document_no_tokenizer_is_trained(tmp_path):
+    path = tmp_path / "text.jsonl"
+    for text, reason in (("\n", "give files with text"), ('{"txt": "a"}\n', "text.jsonl: at 0: no field 'text'")):
+        path.write_text(text)
+        config = prep_config(tmp_path, tokenizer="bpe:300", out=str(tmp_path / "data"))
+        said: list[str] = []
+        with pytest.raises(DataError, match=f"{path}: no documents in the input; {reason}") as error:
+            prep(config, said.append)
+        assert str(error.value).count(str(path)) == 1
+        assert not any("trained" in line for line in said)
+
+
+def test_a_smaller_vocabulary_than_asked_for_is_said(tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "ab"}\n' * 100)
+    said: list[str] = []
+    prep(prep_config(tmp_path, tokenizer="bpe:1000", length=8), said.append)
+    assert any(re.search(r"BPE of 2\d\d entries instead of 1000: the text has no more$", line) for line in said)
+
+
 def test_a_broken_source_fails_alone(tmp_path):
     text = corpus(tmp_path).read_bytes()
     whole = tmp_path / "whole.jsonl"
@@ -301,7 +321,7 @@ def test_bad_records_are_listed_and_left_out(tmp_path):
     said: list[str] = []
     manifest = prep(config, said.append)
     assert manifest.rejects == 3
-    assert "3 bad records, listed in rejects.jsonl" in said[-2]
+    assert said[-2] == "rejected: 3 bad records, listed in rejects.jsonl"
     records = [json.loads(line) for line in (tmp_path / "data/rejects.jsonl").read_text().splitlines()]
     assert [record["offset"] for record in records] == offsets
     assert {record["source"] for record in records} == {"text.jsonl"}
@@ -312,6 +332,8 @@ def test_bad_records_are_listed_and_left_out(tmp_path):
     for most, message in ((2, "that is the first of 3 bad records, and max_rejects=2"), (0, "at ")):
         config = prep_config(tmp_path, tokenizer=trained(tmp_path), max_rejects=most, out=str(tmp_path / "strict"))
         assert message in refused(tmp_path, config)
+    config = prep_config(tmp_path, validation_fraction=1e-9, out=str(tmp_path / "strict"))
+    assert "; 3 bad records, the first: text.jsonl: at " in refused(tmp_path, config)
     config = prep_config(tmp_path, inputs=[str(path), *more_bad(tmp_path)], tokenizer=trained(tmp_path), max_rejects=4)
     with pytest.raises(DataError, match="first of 6 bad records"):  # none of the files has too many by itself
         prep(config.model_copy(update={"out": str(tmp_path / "sum")}))
@@ -714,9 +736,7 @@ def test_a_dry_run_tells_what_prep_will_refuse(tmp_path):
     assert [line.partition(";")[0] for line in lines if "refuse" in line] == [
         f"prep will refuse this: the {name} split would get no row" for name in ("train", "validation")
     ]
-    message = (
-        r"no documents at the beginning of the input; text.jsonl at 0: no field 'txt'.*--text-field text; give files"
-    )
+    message = r"no documents at the beginning of the input; text.jsonl: at 0: no field 'txt'.*--text-field text$"
     with pytest.raises(DataError, match=message):
         estimate(prep_config(tmp_path, text_field="txt"))
 

@@ -290,7 +290,8 @@ def test_a_run_without_a_tokenizer_or_with_damaged_checkpoints_is_told(workplace
         done = bd3(*line.split(), log=log)
         assert (done.code, done.err) == (
             2,
-            "run/checkpoints: no complete checkpoint; let bd3 pretrain reach one\n",
+            "run/checkpoints: no complete checkpoint: step-00000001: complete.json is missing; "
+            "let bd3 pretrain reach one\n",
         )
 
 
@@ -364,7 +365,9 @@ def test_the_installed_command_does_the_same(workplace):
         pytest.skip("the package is not installed here")
     options = {"capture_output": True, "text": True, "cwd": workplace, "env": os.environ | {"COLUMNS": "80"}}
     good = subprocess.run([command, "eval", "run", "--rows", "8", "--json"], check=False, **options)
-    assert (good.returncode, good.stderr) == (0, "")
+    # What a CUDA build of torch logs where it finds nvcc and no GPU is not ours.
+    lines = [line for line in good.stderr.splitlines() if "No CUDA runtime is found" not in line]
+    assert (good.returncode, lines) == (0, [])
     assert json.loads(good.stdout)["rows"] == 8
     bad = subprocess.run([command, "eval", "data"], check=False, **options)
     assert (bad.returncode, bad.stdout) == (2, "")

@@ -217,6 +217,17 @@ def test_what_is_refused_leaves_nothing(slurm, args, more, line):
     assert not any(call.startswith("sbatch") for call in slurm.called())
 
 
+def test_data_that_do_not_fit_the_model_are_refused(slurm, args):
+    """A job that waits for days and ends in its first second is a day lost."""
+    for more, line in (
+        (["--model.length", "64"], r"^model.length=64: the rows of .* have 32 tokens; use model.length=32"),
+        (["--model.vocab-size", "8"], r"^model.vocab_size=8: .* has \d+ ids; use \d+ or more"),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            launch.main(["pretrain", *args, *more])
+        assert not Path("run").exists()
+
+
 def test_slurms_own_refusal_is_one_line_and_leaves_nothing(slurm, args):
     slurm.answers(
         "sbatch",

@@ -123,7 +123,7 @@ def test_mistakes_in_a_file_name_the_file(file: Path, text: str, line: str) -> N
 
 
 def test_mistakes_about_the_sources(file: Path, tmp_path: Path) -> None:
-    assert mistake("--config", str(file)) == f"{file}: no such configuration file"
+    assert mistake("--config", str(file)) == f"{file}: no such configuration file; check the path"
     assert mistake("--config", str(tmp_path)) == f"{tmp_path}: a folder, not a configuration file"
     file.write_bytes(b"run: \xff")
     assert mistake("--config", str(file)) == f"{file}: not a text file (byte 5 is not UTF-8)"

@@ -22,11 +22,11 @@ from bd3_megatron.diffusion.estimators import likelihood_objective
 from bd3_megatron.diffusion.noise import Purpose, SampleKeys
 from data_prep.build.prep import PrepConfig, prep
 from data_prep.read.reader import RowReader
+from pretrain.config.data_fit import resolve_model
 from pretrain.config.schema import EvalConfig
 from pretrain.evaluation.document_likelihood import Documents, cut_documents, ratio
 from pretrain.evaluation.likelihood import evaluate
 from pretrain.evaluation.rows import make_batch
-from pretrain.run_folder.data import resolve_model
 from pretrain.tracking.metrics import read_metrics
 from tests.unit import tiny
 from tests.unit.commands import bd3, die_at

@@ -16,10 +16,10 @@ from bd3_megatron.diffusion.noise import Purpose, SampleKeys
 from bd3_megatron.sampling.sampler import log_likelihood
 from data_prep.read.order import RowOrder
 from data_prep.read.reader import RowReader
+from pretrain.config.data_fit import resolve_model
 from pretrain.config.schema import EvalConfig
 from pretrain.evaluation.likelihood import Evaluation, Likelihood, evaluate
 from pretrain.evaluation.rows import make_batch
-from pretrain.run_folder.data import resolve_model
 from tests.unit import tiny
 
 CAUSAL = DiffusionConfig(objective="causal", block_size=1)

@@ -161,7 +161,7 @@ def run_attempt(run: Path, *args: str, program: str, **environ: str) -> subproce
     """`bd3 attempt` with a Python program as its command."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")} | environ
     command = [sys.executable, "-m", "pretrain.cli", "attempt", str(run), *args, "--", sys.executable, "-c", program]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=variables, check=False)
 
 
 def test_without_slurm_a_failed_command_is_started_again_until_it_is_done(tmp_path):
@@ -330,7 +330,7 @@ def test_without_slurm_who_is_told_to_end_does(tmp_path, number):
         os.killpg(process.pid, number)  # as a terminal does
     else:
         process.send_signal(number)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == (143 if number == signal.SIGTERM else 130), err
     assert "; ended at step 0" in err
     assert sum(event["event"] == "attempt" for event in events.read(tmp_path / "run")) == 1

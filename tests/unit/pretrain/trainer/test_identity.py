@@ -20,10 +20,9 @@ from pretrain.run_folder import events, layout
 from pretrain.run_folder.identity import Identity, check_folder, read_identity, write_identity
 from pretrain.run_folder.prepare import contents, prepare
 from pretrain.trainer.resume import check_same_run, settings
-from tests.polling import until
+from tests.polling import TIMEOUT, until
 from tests.unit.commands import Done, bd3, start
 
-TIMEOUT = 120
 RECIPE = """
 model: {layers: 1, hidden: 16, heads: 2, length: 32}
 diffusion: {block_size: 4}
@@ -256,7 +255,8 @@ LR = "use that, another --run, or --resume.allow train."
         ("--train.decay cosine --resume.allow train.decay", None),
         (
             "--train.decay cosine --train.steps 2000 --resume.allow train.decay",
-            f"train.steps=2000: the run in RUN was started with 1000, where its learning rate ends to decay; {LR}steps",
+            f"train.steps=2000: the run in RUN was started with 1000, where its learning rate reaches its minimum; "
+            f"{LR}steps",
         ),
         ("--train.decay linear --train.steps 2000 --resume.allow train.decay train.steps", None),
         ("--train.seed 1", "train.seed=1: the run in RUN was started with 0; use that, or another --run"),

@@ -10,6 +10,7 @@ import math
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,10 @@ from data_prep.build.prep import PrepConfig, prep
 from data_prep.format.manifest import load_manifest
 from data_prep.read.reader import RowReader
 from data_prep.read.stream import RowStream
+from pretrain.checkpoint import writer
 from pretrain.checkpoint.reader import find_checkpoint, read_weights
+from pretrain.config.data_fit import resolve_model
 from pretrain.config.schema import TrainConfig
-from pretrain.run_folder.data import resolve_model
 from pretrain.run_folder.layout import COMPLETE
 from pretrain.tracking.metrics import read_metrics
 from pretrain.trainer.batches import Batches
@@ -274,10 +276,22 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(recipe, uninterr
     assert_as_uninterrupted(recipe, uninterrupted)
 
 
+def hold_writer(folder: Path, partial: str) -> None:
+    """The background writer stays inside the folder of this checkpoint, while training goes on."""
+    original = writer.write_index
+
+    def held(*args, **options):
+        while any(folder.glob(partial)):
+            time.sleep(0.1)
+        return original(*args, **options)
+
+    writer.write_index = held
+
+
 def test_a_run_killed_while_it_writes_checkpoints_ends_as_if_it_never_was(recipe, uninterrupted):
     for step in (1, 4):
         folder, partial = recipe.run / "checkpoints", f".step-{step:08d}.*.partial"
-        process = recipe.start()
+        process = recipe.start(before=functools.partial(hold_writer, folder, partial))
         while process.exitcode is None and not any(folder.glob(partial)):
             process.join(1e-3)
         process.kill()
