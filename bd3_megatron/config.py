@@ -352,7 +352,7 @@ class DiffusionConfig(Section):
 
     @property
     def full_interval(self) -> bool:
-        """True for the unclipped schedule, whose draws are never redrawn (objective, step 7)."""
+        """True for the unclipped schedule, whose draws are never redrawn (docs/science.md, step 7)."""
         return self.beta <= LOWEST_LEVEL and self.omega >= 1
 
 

@@ -23,7 +23,7 @@ class Batch:
         labels: int64 ``[R, L]``, the token that each position of the first R rows of ``input_ids`` predicts; R is
             K b for the diffusion objective and b for the causal one.
         weight: float32 ``[R, L]``, weight of each prediction's nll, zero where nothing is predicted.
-        tokens: divisor of the summed weighted nll in the training loss (objective, step 6): L per row for the
+        tokens: divisor of the summed weighted nll in the training loss (docs/science.md, step 6): L per row for the
             diffusion objective (BOS counted), L - 1 for the causal one.
         documents: int32 ``[b, L]``, number of the document that each position belongs to; a query sees keys of its
             own document only. None: a query sees its whole row. The K draws of a row share its documents.
@@ -102,7 +102,7 @@ def diffusion_batch(
     streams: Streams,
     documents: NDArray[np.int64] | None = None,
 ) -> Batch:
-    """Batch of the diffusion objective from clean rows and their noise (objective, steps 3 and 4).
+    """Batch of the diffusion objective from clean rows and their noise (docs/science.md, steps 3 and 4).
 
     Args:
         tokens: clean rows ``[b, L]``.

@@ -84,7 +84,7 @@ class _Uniforms:
 def draw_noise(
     diffusion: DiffusionConfig, length: int, seed: int, keys: SampleKeys, purpose: Purpose = Purpose.TRAIN
 ) -> Noise:
-    """Draw masks and their loss weights (objective, steps 1 to 3 and 7), by noise levels or by counts.
+    """Draw masks and their loss weights (docs/science.md, steps 1 to 3 and 7), by noise levels or by counts.
 
     One uniform per block decides its level or its count of masked tokens. With ``stratify`` the uniforms of a global
     batch fill its strata of the unit interval, one each (:class:`Strata`).
@@ -148,7 +148,7 @@ def _draw_masks(diffusion: DiffusionConfig, t: NDArray[np.float64], streams: lis
 
 
 def _draw_mask(diffusion: DiffusionConfig, t: NDArray[np.float64], uniforms: _Uniforms) -> NDArray[np.bool_]:
-    """Mask bits ``[L]`` of one row, redrawn per block until inside the clip interval (objective, steps 2 and 7)."""
+    """Mask bits ``[L]`` of one row, redrawn per block until inside the clip interval (docs/science.md, step 7)."""
     size = diffusion.block_size
     p = SCHEDULES.instance(diffusion.schedule).mask_probability(t)[:, None]
     bits = uniforms(t.size * size).reshape(-1, size) <= p

@@ -144,7 +144,7 @@ def log_likelihood(model: BlockDiffusionModel, ids: Tensor) -> Tensor:
     """Exact log-likelihood in nats of rows ``[b, L]`` for a model with blocks of one token, position 0 given.
 
     Token by token through the cache: position l is predicted from a mask at l and the clean tokens before it, which
-    is the objective's likelihood when every token is masked (objective, step 9).
+    is the objective's likelihood when every token is masked (docs/science.md, step 9).
 
     Returns:
         ``[b, L - 1]`` log-conditionals of positions 1 to L - 1.

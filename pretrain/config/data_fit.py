@@ -16,7 +16,7 @@ def resolve_model(model: ModelConfig, manifest: Manifest, path: str) -> ModelCon
     if model.length != manifest.length:
         raise ConfigError(
             f"model.length={model.length}: the rows of {path} have {manifest.length} tokens; "
-            f"use model.length={manifest.length}, or run bd3 prep with --length {model.length}"
+            f"use model.length={manifest.length} for a new run, or bd3 prep repack with --length {model.length}"
         )
     decided = {}
     for name in ("vocab_size", "mask_id", "bos_id", "eos_id"):
