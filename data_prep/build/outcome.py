@@ -53,13 +53,14 @@ def no_documents(
     Args:
         skipped: documents left out.
     """
-    left_out = f" ({skipped} were left out)" if skipped else ""
-    remedy = _told(rejects[0]) if rejects else "give files with text"  # the reason of a bad record has a remedy
-    return DataError(f"{config.inputs[0]}: no documents {where}{left_out}; {remedy}")
+    found = f"no documents {where}" + (f" ({skipped} were left out)" if skipped else "")
+    if rejects:  # whose reason has a remedy
+        return DataError(f"{found}: {_told(rejects[0])}")
+    return DataError(f"{config.inputs[0]}: {found}; give files with text")
 
 
 def _told(reject: Reject) -> str:
-    return f"{reject.source}: at {reject.offset}: {reject.reason}"
+    return f"{reject.source} at {reject.offset}: {reject.reason}"
 
 
 def check_rows(config: PrepConfig, jobs: Jobs, results: Sequence[Encoded]) -> None:

@@ -246,13 +246,13 @@ def test_mistakes_leave_nothing_behind(tmp_path, changes, message):
 
 def test_without_a_document_no_tokenizer_is_trained(tmp_path):
     path = tmp_path / "text.jsonl"
-    for text, reason in (("\n", "give files with text"), ('{"txt": "a"}\n', "text.jsonl: at 0: no field 'text'")):
+    for text, reason in (("\n", "; give files with text"), ('{"txt": "a"}\n', ": text.jsonl at 0: no field 'text'")):
         path.write_text(text)
         config = prep_config(tmp_path, tokenizer="bpe:300", out=str(tmp_path / "data"))
         said: list[str] = []
-        with pytest.raises(DataError, match=f"{path}: no documents in the input; {reason}") as error:
+        with pytest.raises(DataError, match=f"no documents in the input{reason}") as error:
             prep(config, said.append)
-        assert str(error.value).count(str(path)) == 1
+        assert str(error.value).count("text.jsonl") == 1
         assert not any("trained" in line for line in said)
 
 
@@ -333,7 +333,7 @@ def test_bad_records_are_listed_and_left_out(tmp_path):
         config = prep_config(tmp_path, tokenizer=trained(tmp_path), max_rejects=most, out=str(tmp_path / "strict"))
         assert message in refused(tmp_path, config)
     config = prep_config(tmp_path, validation_fraction=1e-9, out=str(tmp_path / "strict"))
-    assert "; 3 bad records, the first: text.jsonl: at " in refused(tmp_path, config)
+    assert "; 3 bad records, the first: text.jsonl at " in refused(tmp_path, config)
     config = prep_config(tmp_path, inputs=[str(path), *more_bad(tmp_path)], tokenizer=trained(tmp_path), max_rejects=4)
     with pytest.raises(DataError, match="first of 6 bad records"):  # none of the files has too many by itself
         prep(config.model_copy(update={"out": str(tmp_path / "sum")}))
@@ -736,7 +736,7 @@ def test_a_dry_run_tells_what_prep_will_refuse(tmp_path):
     assert [line.partition(";")[0] for line in lines if "refuse" in line] == [
         f"prep will refuse this: the {name} split would get no row" for name in ("train", "validation")
     ]
-    message = r"no documents at the beginning of the input; text.jsonl: at 0: no field 'txt'.*--text-field text$"
+    message = r"no documents at the beginning of the input: text.jsonl at 0: no field 'txt'.*--text-field text$"
     with pytest.raises(DataError, match=message):
         estimate(prep_config(tmp_path, text_field="txt"))
 
