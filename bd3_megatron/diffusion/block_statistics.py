@@ -60,7 +60,7 @@ class BlockStatistics:
     def fields(size: int, sums: Tensor) -> Mapping[str, float | None]:
         """Numbers for metrics from the sums over all ranks.
 
-        ``block_variance``: of the block loss; ``masked_fraction``: of all tokens; ``nll_by_count/K``: mean nll of a
+        ``block_variance``: of the block loss; ``masked_fraction``: of all tokens; ``nll_by_count_K``: mean nll of a
         masked token in blocks of which K are masked; ``bound``: their mean over K, an estimate of the likelihood bound
         whatever levels or counts were drawn (nats per token); None if the step had no block of some K. Blocks of a
         count whose weight is 0 count as unmasked.
@@ -76,4 +76,4 @@ class BlockStatistics:
         widths = [high - low for low, high in zip([0, *edges], edges)]
         known = [mean * width for mean, width in zip(means, widths) if mean is not None]
         values["bound"] = sum(known) / size if len(known) == len(means) else None
-        return values | {f"nll_by_count/{name}": mean for name, mean in zip(group_names(edges), means)}
+        return values | {f"nll_by_count_{name}": mean for name, mean in zip(group_names(edges), means)}

@@ -82,7 +82,7 @@ class Likelihood:
         error = self.document_stderr
         values: dict[str, float | None] = {} if math.isnan(error) else {"nelbo_stderr_documents": error}
         by_count = {} if self.blocks is None else self.blocks.by_count()
-        return values | {f"nll_by_count/{name}": value for name, value in by_count.items()}
+        return values | {f"nll_by_count_{name}": value for name, value in by_count.items()}
 
 
 def evaluate(

@@ -64,12 +64,13 @@ class EvaluationReport:
             "unigram_perplexity": self.unigram_perplexity,
         }
         if self.likelihood.blocks is not None:
-            tokens = self.result.tokens
-            values["nll_by_count"] = self.likelihood.blocks.by_count()
-            values["nelbo_by_position"] = {
-                name: nats / tokens for name, nats in self.likelihood.blocks.by_position().items()
-            }
+            values |= {f"nll_by_count_{name}": nats for name, nats in self.likelihood.blocks.by_count().items()}
+            values |= {f"nelbo_by_position_{name}": nats for name, nats in self._by_position().items()}
         return values | (self.documents.record() if self.documents else {})
+
+    def _by_position(self) -> dict[str, float]:
+        assert self.likelihood.blocks is not None
+        return {name: nats / self.result.tokens for name, nats in self.likelihood.blocks.by_position().items()}
 
     def text(self) -> str:
         """Lines for a person."""
@@ -89,10 +90,10 @@ class EvaluationReport:
             f"unigram perplexity  {self.unigram_perplexity:.2f} (whole split, train counts)",
         ]
         if self.likelihood.blocks is not None and self.block_size > 1:
-            record = self.record()
+            by_count = self.likelihood.blocks.by_count()
             lines += [
-                f"nll by masked       {_listed(record['nll_by_count'])} (tokens masked of a block: nats each)",
-                f"NELBO by position   {_listed(record['nelbo_by_position'])} (position in a block: its share)",
+                f"nll by masked       {_listed(by_count)} (tokens masked of a block: nats each)",
+                f"NELBO by position   {_listed(self._by_position())} (position in a block: its share)",
             ]
         if documents is not None:
             d = documents

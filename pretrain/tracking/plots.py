@@ -125,14 +125,14 @@ def _loss(axes: Axes, records: list[dict[str, Any]], name: str) -> None:
 
 def _by_count(axes: Axes, records: list[dict[str, Any]]) -> None:
     with_blocks = next((record for record in records if "block_variance" in record), {})
-    names = [name for name in with_blocks if name.startswith("nll_by_count/")]
+    names = [name for name in with_blocks if name.startswith("nll_by_count_")]
     axes.set_title("nll of a masked token, by masked tokens in its block")
     axes.set_ylabel("nats")
     for number, name in enumerate(names):
         steps, values = series(records, "train", name)
         shade = 0.25 + 0.75 * number / max(len(names) - 1, 1)
         few = len(names) <= 8 or number % 5 == 0  # of at most 16
-        label = name.partition("/")[2] if few else None
+        label = name.removeprefix("nll_by_count_") if few else None
         axes.plot(steps, smooth(values, len(values) // 40 * 2 + 1), color=INK, alpha=shade, linewidth=1.3, label=label)
 
 

@@ -61,7 +61,7 @@ class ClipInterval:
         fields = dict(zip(COLUMNS[1:], values[1:])) | {"best_variance": float(found.variances[best])}
         grid = options.grid or default_grid(self.diffusion.block_size)
         for (low, high), variance, error in zip(grid, found.variances, found.errors):
-            fields |= {f"variance/{low:g}-{high:g}": float(variance), f"stderr/{low:g}-{high:g}": float(error)}
+            fields |= {f"variance_{low:g}-{high:g}": float(variance), f"stderr_{low:g}-{high:g}": float(error)}
         return fields
 
     def describe(self) -> str:

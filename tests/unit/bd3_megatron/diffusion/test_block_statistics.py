@@ -47,7 +47,7 @@ def test_sums_are_those_of_every_token_by_itself(world, objective, kernels):
     assert found["masked_fraction"] == pytest.approx(counts.sum() / (len(counts) * diffusion.block_size))
     by_count = {k: nll[counts == k].sum() / (counts == k).sum() / k for k in set(counts.tolist()) - {0}}
     for k in range(1, diffusion.block_size + 1):
-        value = found[f"nll_by_count/{k}"]
+        value = found[f"nll_by_count_{k}"]
         assert (value is None) == (k not in by_count)
         assert value is None or value == pytest.approx(by_count[k], rel=1e-4)
     missing = len(by_count) < diffusion.block_size

@@ -111,8 +111,9 @@ def test_several_data_sets_and_block_sizes_in_one_call(runs, data_set, tmp_path)
     assert places == [(size, str(place)) for size in (4, 8, 32) for place in (data_set, copy)]
     assert found[0]["nelbo"] == found[1]["nelbo"] != found[2]["nelbo"]
     assert {record["estimator"] for record in found} == {"counts"}
-    assert list(found[0]["nll_by_count"]) == ["1", "2", "3", "4"]
-    assert sum(found[0]["nelbo_by_position"].values()) == pytest.approx(found[0]["nelbo"], rel=1e-6)
+    assert set(found[0]) >= {f"nll_by_count_{k}" for k in (1, 2, 3, 4)}
+    shares = [value for name, value in found[0].items() if name.startswith("nelbo_by_position_")]
+    assert sum(shares) == pytest.approx(found[0]["nelbo"], rel=1e-6)
     text = bd3("eval", runs[0], *args, log=tmp_path / "log").out
     assert text.count("NELBO               ") == 6
     assert "estimator           counts, blocks of 8, 1 draw(s) each" in text

@@ -55,7 +55,7 @@ def test_the_direct_search_finds_about_the_same(searching, tmp_path, data_set):
         next(record for record in read_metrics(r.run) if record["split"] == "clip_search") for r in (recipe, counts)
     )
     for interval in ("0.5-1", "0.3-0.8"):
-        assert first[f"variance/{interval}"] == pytest.approx(other[f"variance/{interval}"], rel=0.1)
+        assert first[f"variance_{interval}"] == pytest.approx(other[f"variance_{interval}"], rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -54,4 +54,4 @@ def test_a_run_by_counts_records_its_bound(whole):
         assert records[0]["bound"] == pytest.approx(records[0]["loss"], rel=0.15)
     assert [record["step"] for record in records if "gradient_noise" in record] == [2, 4, 6]
     (first, *_) = (record for record in read_metrics(recipe.run) if record["split"] == "validation")
-    assert {f"nll_by_count/{k}" for k in (1, 2, 3, 4)} <= first.keys()
+    assert {f"nll_by_count_{k}" for k in (1, 2, 3, 4)} <= first.keys()
