@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from data_prep.errors import DataError
 from data_prep.format.remote import fetch
 from data_prep.sources import Fields, Part, expand, find, read_part, records, split
+from data_prep.sources.tar import TarMembers
 
 zstandard = pytest.importorskip("zstandard")
 pa = pytest.importorskip("pyarrow")
@@ -531,6 +532,28 @@ def test_a_tar_cut_anywhere_or_damaged_is_an_error(tmp_path, packed):
     assert "a block of zeros" in failure(write(path, data[:one] + bytes(512) + data[one:]))
     assert "after the end of the archive" in failure(write(path, data + data))
     assert "damaged" in failure(write(path, b"not a tar at all" * 100))
+
+
+def test_a_pax_header_of_many_entries_takes_time_by_its_size():
+    """Cutting the rest off after each entry would take minutes for this megabyte."""
+    members = TarMembers.__new__(TarMembers)
+    assert members._pairs(b"6 a=b\n" * 170_000 + b"7 b=cd\n\0\0") == {"a": "b", "b": "cd"}
+
+
+def test_a_folder_that_is_nested_too_deep_is_one_line(tmp_path):
+    deep = tmp_path.joinpath(*["a"] * 500)
+    deep.mkdir(parents=True)
+    (deep / "a.txt").write_text("text\n")
+    with pytest.raises(DataError, match=r"/a: more than 100 folders deep; name it as an input of its own$"):
+        find([str(tmp_path)])
+    assert find([str(deep)]).sources
+
+
+def test_a_pipe_instead_of_a_manifest_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")
+    (tmp_path / "a.txt").write_text("text\n")
+    with pytest.raises(DataError, match=r"manifest.json: a pipe or device, not a file; write it to a file first$"):
+        find([str(tmp_path)])
 
 
 def test_tar_headers_that_cannot_be_read(tmp_path):
