@@ -24,7 +24,7 @@ SHORT = {
     "pretrain": "--train.steps 4 --eval.rows 8 --checkpoint.every 4",
     "eval": "--rows 8",
     "sample": "--tokens 8",
-    "launch": "--dry-run",
+    "launch": "--dry-run --model.length 128",  # that of the data which the README prepares
 }
 
 
