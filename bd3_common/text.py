@@ -96,6 +96,7 @@ _LOOKED_UP = re.compile(r"\$\(|(?:\$\w+|\$\{\w+\})(?:/.*)?$")
 """values that the shell looks up: a command's output, a variable, or a path below one"""
 _PLAIN = re.compile(r"-|/|\.|\d+$|.{0,5}$")
 """values of an option that are no secret, whatever its name: options, paths, numbers, short words"""
+_LONG = 10_000  # characters of a line that is cut at spaces only
 _NAMED_BY_HASH = re.compile(r"/|sha256:")  # paths and images
 
 
@@ -154,6 +155,8 @@ def secret_in(text: str) -> str | None:
 
 
 def _words(text: str) -> list[str]:
+    if len(text) > _LONG:  # shlex takes quadratic time
+        return text.split()
     try:
         return shlex.split(text)
     except ValueError:  # a quote that does not end

@@ -231,7 +231,7 @@ class Manifest(Record):
                 if isinstance(shard, IndexedShard):  # whose rows are in the index
                     continue
                 if (there := sum(member[2] for member in shard.members)) != shard.rows:
-                    raise ValueError(f"splits.{name}.shards[{number}].rows={shard.rows}: its members have {there}")
+                    raise ValueError(f"splits.{name}.shards.{number}.rows={shard.rows}: its members have {there}")
         return self
 
 

@@ -212,7 +212,7 @@ def test_members_without_their_rows_are_refused(texts, tmp_path):
     assert edited["splits"]["train"]["shards"][0]["members"].pop()
     path.write_text(json.dumps(edited))
     rows = manifest.splits["train"].shards[0].rows
-    with pytest.raises(DataError, match=rf"splits.train.shards\[0\].rows={rows}: its members have \d+"):
+    with pytest.raises(DataError, match=rf"splits.train.shards\.0\.rows={rows}: its members have \d+"):
         repack(RepackConfig(data=str(tmp_path / "made"), out=str(tmp_path / "out"), length=16, workers=1))
 
 
