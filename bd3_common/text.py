@@ -176,6 +176,11 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """A number with its noun: ``1 row``, ``2 rows``; ``many`` is the plural of a noun that does not take an s."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 def shorten(value: object, length: int = 60) -> str:
     """``value`` as one printable line of at most ``length`` characters, for an error message."""
     text = printable(value[: length + 1] if isinstance(value, str) else _bounded_repr(value, length))

@@ -295,7 +295,7 @@ def lost_line(fraction: float) -> str:
 
 def too_many_rejects(count: int, first: Reject, most: int) -> DataError:
     """The error for more bad records than ``max_rejects``."""
-    where = f"{first.source}: at {first.offset}: {first.reason}"
+    where = f"{first.source} at {first.offset}: {first.reason}"
     if most == 0:
         return DataError(where)
     return DataError(f"{where}; that is the first of {count} bad records, and max_rejects={most}")

@@ -29,7 +29,7 @@ from data_prep.format.manifest import (
 )
 from data_prep.format.remote import fetch, is_remote, read_remote
 from data_prep.read.cache import RemoteShard, ShardCache
-from data_prep.read.indexed import IndexedRows, npy_file
+from data_prep.read.indexed import MAX_NPY_HEADER, IndexedRows, npy_file
 from data_prep.read.open_files import OpenFiles, ShardFile, bytes_of
 
 
@@ -237,7 +237,9 @@ class RowReader:
             path = self._root / split.index
             if self.remote:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "index.npy"
-                fetch(f"{self.folder}/{split.index}", path, sha256=split.index_sha256)
+                samples = sum(shard.samples for shard in split.shards if isinstance(shard, IndexedShard))
+                most = 3 * 8 * samples + MAX_NPY_HEADER
+                fetch(f"{self.folder}/{split.index}", path, sha256=split.index_sha256, most=most)
             else:
                 self._check_digest(path, split.index_sha256)
             try:

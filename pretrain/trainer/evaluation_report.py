@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import counted
 from pretrain.checkpoint.loaded_run import LoadedRun
 from pretrain.config.schema import EvalConfig
 from pretrain.run_folder.data import check_documents, open_stream, verify
@@ -50,7 +51,7 @@ class EvaluationReport:
         lines = [
             f"checkpoint          step {self.step}, {self.weights} weights",
             f"validation rows     {result.rows} of {self.split_rows}, {result.tokens} tokens, "
-            f"{self.draws} draw(s) each",
+            f"{counted(self.draws, 'draw')} each",
             f"NELBO               {result.nelbo:.4f} +- {result.nelbo_stderr:.4f} nats per token",
             f"perplexity          {result.perplexity:.2f} +- {result.perplexity_stderr:.2f}",
             f"unigram perplexity  {self.unigram_perplexity:.2f} (whole split, train counts)",

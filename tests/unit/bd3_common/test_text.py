@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from bd3_common import logs
 from bd3_common.errors import ConfigError, user_line
-from bd3_common.text import has_token, is_secret, json_line, printable, redacted, secret_in, show
+from bd3_common.text import counted, has_token, is_secret, json_line, printable, redacted, secret_in, show
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\r\x00\udcff"
 
@@ -144,3 +144,9 @@ def test_a_value_that_pydantic_refuses_is_one_line() -> None:
     with pytest.raises(ValidationError) as caught:
         Options(batch=-1)
     assert user_line(caught.value) == "batch=-1: Input should be greater than 0"
+
+
+def test_numbers_with_their_nouns() -> None:
+    assert [counted(n, "row") for n in range(3)] == ["0 rows", "1 row", "2 rows"]
+    assert counted(1, "pass", "passes") == "1 pass"
+    assert counted(2, "pass", "passes") == "2 passes"

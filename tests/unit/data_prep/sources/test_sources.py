@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import DataError
+from data_prep.format import remote
 from data_prep.format.remote import fetch
 from data_prep.sources import Fields, Part, expand, find, read_part, records, split
 from data_prep.sources.tar import TarMembers
@@ -898,3 +899,17 @@ def test_files_in_s3(tmp_path, s3):
         ("s3://texts/corpus/_SUCCESS", "not a file type"),
     ]:
         assert message in failure(url)
+
+
+def test_a_remote_file_longer_than_it_may_be_is_not_copied_to_its_end(tmp_path, monkeypatch):
+    memory, read = fsspec.filesystem("memory"), []
+    memory.pipe("/long.jsonl", bytes(10_000))
+    chunks = remote._chunks
+    monkeypatch.setattr(remote, "CHUNK", 1000)
+    monkeypatch.setattr(remote, "_chunks", lambda url: (read.append(len(chunk)) or chunk for chunk in chunks(url)))
+    for limits, problem in (({"most": 1500}, "more than 1500 bytes"), ({"size": 1500}, "2000 bytes or more, 1500")):
+        read.clear()
+        with pytest.raises(DataError, match=problem):
+            fetch("memory://long.jsonl", tmp_path / "copy", tries=1, **limits)
+        assert sum(read) == 2000
+        assert not list(tmp_path.iterdir())
