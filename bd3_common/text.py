@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 import unicodedata
 from typing import Any, TextIO
@@ -91,6 +92,14 @@ _WORD, _UNBROKEN = re.compile(r"\w+"), re.compile(r"[A-Za-z0-9]{32,}")
 _ASSIGNED = re.compile(r"(?<![\w-])([\w-]+)=(?:\"([^\"]*)\"|'([^']*)'|([^\s,;]*))")
 
 
+_LOOKED_UP = re.compile(r"\$\(|(?:\$\w+|\$\{\w+\})(?:/.*)?$")
+"""values that the shell looks up: a command's output, a variable, or a path below one"""
+_PLAIN = re.compile(r"-|/|\.|\d+$|.{0,5}$")
+"""values of an option that are no secret, whatever its name: options, paths, numbers, short words"""
+_LONG = 10_000  # characters of a line that is cut at spaces only
+_NAMED_BY_HASH = re.compile(r"/|sha256:")  # paths and images
+
+
 def is_secret(name: str, value: str) -> bool:
     """True for a variable that looks like a secret, by its name (``*_TOKEN``, ``SLURM_JWT``) or its value."""
     words = re.split(r"[_\W]+", name.lower())
@@ -99,6 +108,7 @@ def is_secret(name: str, value: str) -> bool:
         or any(part in name.lower() for part in _PRIVATE_PARTS)
         or any(word.endswith(_PRIVATE_ENDS) for word in words)
         or has_token(value)
+        or _is_base64_key(value)
         # Paths may have hashes in them.
         or ("/" not in value and not _UUID.search(value) and any(map(_is_random, _WORD.findall(value))))
     )
@@ -109,6 +119,12 @@ def _is_random(word: str) -> bool:
     found = _UNBROKEN.search(word)
     rest = word[found.start() :] if found else ""
     return bool(re.search(r"\d", rest) and re.search(r"[A-Za-z]", rest))
+
+
+def _is_base64_key(word: str) -> bool:
+    """True for 40 characters of base64 in both cases and with digits, as the keys of object stores have them."""
+    kinds = (r"[a-z]", r"[A-Z]", r"\d")
+    return bool(re.fullmatch(r"[A-Za-z0-9+][A-Za-z0-9/+]{39}", word)) and all(re.search(kind, word) for kind in kinds)
 
 
 def has_token(value: str) -> bool:
@@ -123,9 +139,28 @@ def secret_in(text: str) -> str | None:
     """
     for name, *quoted in _ASSIGNED.findall(text):
         value = "".join(quoted)
-        if not value.startswith("$") and is_secret(name, value):
+        if not _LOOKED_UP.match(value) and is_secret(name, value):
             return str(name)
-    return "a token" if has_token(text) else None
+    words = _words(text)
+    for before, word in zip(["", *words], words):
+        if before in ("-u", "--user") and re.fullmatch(r"[^:/]+:[^:/]+", word):
+            return before
+    for before, name, value in zip(["", *words], words, words[1:]):
+        given = before == "setenv" or (name.startswith("-") and not _PLAIN.match(value))
+        if given and not _LOOKED_UP.match(value) and is_secret(name, value):
+            return name
+    if "git" not in words and any(map(_is_random, (word for word in words if not _NAMED_BY_HASH.search(word)))):
+        return "a token"
+    return "a token" if has_token(text) or any(map(_is_base64_key, words)) else None
+
+
+def _words(text: str) -> list[str]:
+    if len(text) > _LONG:  # shlex takes quadratic time
+        return text.split()
+    try:
+        return shlex.split(text)
+    except ValueError:  # a quote that does not end
+        return text.split()
 
 
 def _is_hidden(character: str) -> bool:
@@ -139,6 +174,11 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """A number with its noun: ``1 row``, ``2 rows``; ``many`` is the plural of a noun that does not take an s."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def shorten(value: object, length: int = 60) -> str:

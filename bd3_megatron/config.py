@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bd3_common.registry import Choice
 from bd3_common.schema import MAX_LENGTH, MAX_VOCABULARY
+from bd3_common.text import counted
 from bd3_megatron.attention.backends import ATTENTION_BACKENDS, AUTO
 from bd3_megatron.backbones import BACKBONES, Backbone, Traits
 from bd3_megatron.diffusion.schedules import SCHEDULES
@@ -275,7 +276,7 @@ class DiffusionConfig(Section):
             for k, probability in enumerate(q[1:], 1):
                 if k * probability * MAX_COUNT_WEIGHT < 1:
                     raise ValueError(
-                        f"diffusion.count_probabilities: {probability:g} for {k} masked token(s), so rare that the "
+                        f"diffusion.count_probabilities: {probability:g} for {counted(k, 'masked token')}, so rare that the "
                         f"likelihood bound needs a weight over {MAX_COUNT_WEIGHT:g}; raise it, or give "
                         f"diffusion.count_weights too"
                     )

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import counted
 from bd3_megatron import cpu_compat
 from bd3_megatron.config import ParallelConfig
 
@@ -62,8 +63,8 @@ def start(
     if cuda:
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"local rank {local_rank}: this machine has {torch.cuda.device_count()} GPU(s); start one rank per "
-                f"GPU, or run on the CPU with CUDA_VISIBLE_DEVICES="
+                f"local rank {local_rank}: this machine has {counted(torch.cuda.device_count(), 'GPU')}; start one "
+                f"rank per GPU, or run on the CPU with CUDA_VISIBLE_DEVICES="
             )
         torch.cuda.set_device(local_rank)
     # The watchdog, which names the hung rank and allows for evaluations and checkpoints, must act before a collective

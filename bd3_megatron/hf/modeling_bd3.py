@@ -366,7 +366,7 @@ class Sampler:
         fill(block, model, clean)
 
     def _first_hitting(self, block: Tensor, model: BD3ForMaskedLM, clean: CleanBlocks) -> None:
-        """One position per row and call. The paper also draws the times at which masks fall; the network is
+        """One position per row and forward pass. The paper also draws the times at which masks fall; the network is
         given no time, so the uniform order of the positions is all that matters."""
         while (masked := block == model.config.mask_token_id).any():
             position = torch.multinomial(masked.double(), 1, generator=self.generator)  # [b, 1]

@@ -110,6 +110,8 @@ class Folder(Destination):
 
     def __init__(self, out: str):
         self.shown, self.path = out, Path(out).absolute()
+        if not self.path.name:
+            raise DataError(f"--out {out}: has no name of its own; give a new folder below it")
         self.work = Work(self.path)
 
     def exists(self) -> bool:

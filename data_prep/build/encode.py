@@ -28,10 +28,8 @@ from data_prep.format.text_encoder import TextEncoder, shared_encoder
 from data_prep.sources import AnyDocument, Document, Fields, Part, TokenDocument, expand, read_part, sha256_source
 
 BATCH_BYTES = 256 << 10  # text tokenized at once
-SAMPLED, SAMPLED_CHARACTERS = (
-    128,
-    500,
-)  # documents, and characters of each, that are searched for characters the tokenizer loses
+SAMPLED = 128  # documents that are searched for characters the tokenizer loses
+SAMPLED_CHARACTERS = 500  # of each of them
 _SAMPLE_SEED, _EXCERPT_SEED = 2, 3  # neither that of the split nor of the tokenizer's training sample
 RESULT = "done.json"
 Ids: TypeAlias = "array[int] | np.ndarray"
@@ -297,7 +295,7 @@ def lost_line(fraction: float) -> str:
 
 def too_many_rejects(count: int, first: Reject, most: int) -> DataError:
     """The error for more bad records than ``max_rejects``."""
-    where = f"{first.source}: at {first.offset}: {first.reason}"
+    where = f"{first.source} at {first.offset}: {first.reason}"
     if most == 0:
         return DataError(where)
     return DataError(f"{where}; that is the first of {count} bad records, and max_rejects={most}")

@@ -196,7 +196,8 @@ class _Prep:
             for job, result in pool.run(encode_part, jobs, self.workers, progress.tick):
                 if isinstance(result, DataError):
                     failed.append(result)
-                    self.report(str(result))
+                    if len(failed) > 1:  # the first is the error
+                        self.report(str(result))
                 else:
                     progress.done(job.part.weight, sum(result.text_bytes.values()))
         if jobs:

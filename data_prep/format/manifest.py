@@ -228,6 +228,10 @@ class Manifest(Record):
                 if shard.rows * self.length > shard.bytes:
                     where = f"splits.{name}.shards[{number}]"
                     raise ValueError(f"{where}.rows={shard.rows}: more than its {shard.bytes} bytes can hold")
+                if isinstance(shard, IndexedShard):  # whose rows are in the index
+                    continue
+                if (there := sum(member[2] for member in shard.members)) != shard.rows:
+                    raise ValueError(f"splits.{name}.shards.{number}.rows={shard.rows}: its members have {there}")
         return self
 
 

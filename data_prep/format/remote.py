@@ -69,13 +69,13 @@ def fetch(
             if number:
                 time.sleep(backoff(number))
             try:
-                found, digest = _copy(url, partial, most)
+                found, digest = _copy(url, partial, most, size)
             except StoreError as error:
                 problem, remedy = f"{type(error.cause).__name__}: {error.cause}", "try later"
                 continue
             remedy = "it was changed or damaged there: copy it again"
             if size is not None and found != size:
-                problem = f"it has {found} bytes, {size} are expected"
+                problem = f"it has {found} bytes{' or more' if found > size else ''}, {size} are expected"
             elif sha256 is not None and digest != sha256:
                 problem = f"its sha256 is {digest[:12]}, {sha256[:12]} is expected"
             else:
@@ -115,8 +115,12 @@ class StoreError(Exception):
         self.cause = cause
 
 
-def _copy(url: str, to: Path, most: int | None) -> tuple[int, str]:
-    """Copy a file of at most ``most`` bytes; returns (bytes, sha256)."""
+def _copy(url: str, to: Path, most: int | None, expected: int | None) -> tuple[int, str]:
+    """Copy a file of at most ``most`` bytes, and no more than the first chunk beyond those ``expected``.
+
+    Returns:
+        Its bytes as far as they were copied, and their sha256.
+    """
     digest, size = hashlib.sha256(), 0
     with to.open("wb") as target:
         for chunk in _chunks(url):
@@ -125,6 +129,8 @@ def _copy(url: str, to: Path, most: int | None) -> tuple[int, str]:
             size += len(chunk)
             if most is not None and size > most:
                 raise DataError(f"{url}: has more than {most} bytes, which no file of this kind has")
+            if expected is not None and size > expected:
+                break
     return size, digest.hexdigest()
 
 

@@ -23,6 +23,9 @@ from data_prep.read.open_files import ShardFile, bytes_of
 ID_FIELDS = ("input_ids", "tokens", "ids")
 """keys of a JSON object under which its list of ids is looked for, in this order"""
 
+MAX_NPY_HEADER = 12 + (1 << 16)
+"""bytes before an array of ours: magic, version and length of a header, and the longest one of version 1"""
+
 Ids = NDArray[np.integer[Any]]
 
 

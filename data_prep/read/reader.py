@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bd3_common.schema import MAX_COUNT
+from bd3_common.schema import MAX_BYTES, MAX_COUNT
 from data_prep.errors import DataError
 from data_prep.format.files import sha256_file
 from data_prep.format.manifest import (
@@ -29,7 +29,7 @@ from data_prep.format.manifest import (
 )
 from data_prep.format.remote import fetch, is_remote, read_remote
 from data_prep.read.cache import RemoteShard, ShardCache
-from data_prep.read.indexed import IndexedRows, npy_file
+from data_prep.read.indexed import MAX_NPY_HEADER, IndexedRows, npy_file
 from data_prep.read.open_files import OpenFiles, ShardFile, bytes_of
 
 
@@ -151,7 +151,7 @@ class RowReader:
         """
         name = self.manifest.tokenizer
         if self.remote:
-            fetch(f"{self.folder}/{name}", to, sha256=self.manifest.tokenizer_sha256)
+            fetch(f"{self.folder}/{name}", to, sha256=self.manifest.tokenizer_sha256, most=MAX_BYTES)
         else:
             self._check_digest(self._root / name, self.manifest.tokenizer_sha256)
             shutil.copyfile(self._root / name, to)
@@ -213,12 +213,6 @@ class RowReader:
     def _index_members(self) -> None:
         """Build the index of members, one array per column of :class:`data_prep.format.manifest.Member`."""
         counts = [len(shard.members) for shard in self.shards]
-        for shard in self.shards:
-            if (there := sum(member[2] for member in shard.members)) != shard.rows:
-                raise DataError(
-                    f"{self.folder}/{self.split}/{shard.name}: {shard.rows} rows in the manifest, whose members have "
-                    f"{there}; {MEND}"
-                )
         numbers = chain.from_iterable(chain.from_iterable(shard.members for shard in self.shards))
         columns = np.fromiter(numbers, np.int64, 4 * sum(counts)).reshape(-1, 4).T
         self._tokens_offset, self._docs_offset, rows, self._starts = map(np.ascontiguousarray, columns)
@@ -243,7 +237,9 @@ class RowReader:
             path = self._root / split.index
             if self.remote:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "index.npy"
-                fetch(f"{self.folder}/{split.index}", path, sha256=split.index_sha256)
+                samples = sum(shard.samples for shard in split.shards if isinstance(shard, IndexedShard))
+                most = 3 * 8 * samples + MAX_NPY_HEADER
+                fetch(f"{self.folder}/{split.index}", path, sha256=split.index_sha256, most=most)
             else:
                 self._check_digest(path, split.index_sha256)
             try:

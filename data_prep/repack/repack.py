@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bd3_common.atomic import atomic_file
+from bd3_common.atomic import write_bytes
+from bd3_common.schema import read_bytes
 from bd3_common.text import printable
 from data_prep.build import pool
 from data_prep.build.assemble import Segment, Stream, build_shards, shard_jobs
@@ -27,7 +27,6 @@ from data_prep.build.prep import reuse
 from data_prep.build.progress import Progress, Report
 from data_prep.build.work_folder import recipe_difference
 from data_prep.errors import DataError
-from data_prep.format.files import sha256_file
 from data_prep.format.manifest import (
     INDEX_VERSION,
     MANIFEST,
@@ -50,7 +49,7 @@ from data_prep.format.manifest import (
     shard_path,
 )
 from data_prep.format.pack import Packing, RowFormat
-from data_prep.format.remote import fetch, is_remote, read_remote
+from data_prep.format.remote import is_remote, read_remote
 from data_prep.format.tokenizer import token_dtype
 from data_prep.repack.rejoin import EMPTY, RejoinJob, begins_document, opens_document, rejoin
 from data_prep.sources import Part, Source
@@ -192,20 +191,26 @@ class Original:
         """Path or URL of a file of the data set."""
         return f"{self.root}/{name}"
 
-    def fetch(self, name: str, to: Path, sha256: str | None = None) -> None:
-        """Copy a file of the data set to ``to``; DataError if it cannot be read or has another hash."""
-        if self.remote:
-            fetch(self.place(name), to, sha256=sha256)
-            return
-        path = Path(self.place(name))
+    def copy(self, name: str, to: Path) -> None:
+        """Copy ``tokenizer.json`` or ``rejects.jsonl`` to ``to``.
+
+        Raises:
+            DataError: it cannot be read, or is not what the manifest says.
+        """
+        path = self.place(name)
+        if not self.remote and name == REJECTS and Path(path).is_symlink():  # no hash says what it holds
+            raise DataError(f"{path}: is a link, whose file would be copied; put the file itself there")
         try:
-            with atomic_file(to) as temporary:
-                shutil.copyfile(path, temporary)
+            content = read_remote(path) if self.remote else read_bytes(Path(path), DataError)
         except FileNotFoundError:
             raise DataError(f"{path}: missing; {MEND}") from None
-        if sha256 is not None and (digest := sha256_file(to)) != sha256:
-            to.unlink()
-            raise DataError(f"{path}: sha256 is {digest[:12]}, the manifest says {sha256[:12]}; {MEND}")
+        if name == TOKENIZER:
+            digest, wanted = hashlib.sha256(content).hexdigest(), self.manifest.tokenizer_sha256
+            if digest != wanted:
+                raise DataError(f"{path}: sha256 is {digest[:12]}, the manifest says {wanted[:12]}; {MEND}")
+        elif (lines := content.count(b"\n")) != self.manifest.rejects:
+            raise DataError(f"{path}: {lines} lines, the manifest says {self.manifest.rejects}; {MEND}")
+        write_bytes(to, content)
 
 
 def _check_apart(config: RepackConfig) -> None:
@@ -315,9 +320,9 @@ class _Repack:
         work.keep_shards_of([part for name in SPLITS for part in self.parts[name]])
         work.sweep()
         build_shards(every, self.workers, self.report, self.place.make_room(every))
-        self.source.fetch(TOKENIZER, work.data / TOKENIZER, source.tokenizer_sha256)
+        self.source.copy(TOKENIZER, work.data / TOKENIZER)
         if source.rejects:
-            self.source.fetch(REJECTS, work.data / REJECTS)
+            self.source.copy(REJECTS, work.data / REJECTS)
         splits = {
             name: split_record(
                 streams[name],

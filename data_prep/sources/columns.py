@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn
@@ -94,20 +95,25 @@ def _leaves(schema: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def _path(schema: Any, field: str) -> tuple[str, ...] | None:
-    """Path of a field; None if there is none."""
+    """Path of a field, in whose names there may be dots; None if there is none."""
+    return (field,) if field in schema.names else _below(list(schema), field)
+
+
+def _below(fields: list[Any], rest: str) -> tuple[str, ...] | None:
+    """Path of ``rest`` from a list of Arrow fields on; of two with one name neither is meant."""
     import pyarrow as pa
 
-    if field in schema.names:
-        return (field,)
-    path = tuple(field.split("."))
-    if len(path) == 1 or schema.names.count(path[0]) != 1:
-        return None
-    arrow = schema.field(path[0]).type
-    for name in path[1:]:
-        if not pa.types.is_struct(arrow) or arrow.get_field_index(name) < 0:
-            return None
-        arrow = arrow.field(name).type
-    return path
+    often = Counter(field.name for field in fields)
+    for field in fields:
+        if often[field.name] > 1:
+            continue
+        if field.name == rest:
+            return (rest,)
+        if rest.startswith(f"{field.name}.") and pa.types.is_struct(field.type):
+            inner = _below(list(field.type), rest[len(field.name) + 1 :])
+            if inner is not None:
+                return (field.name, *inner)
+    return None
 
 
 def _type_at(schema: Any, path: tuple[str, ...]) -> Any:
@@ -157,7 +163,14 @@ def _cells(column: Any) -> list[Any]:
         column = pa.DictionaryArray.from_arrays(column.indices, values, safe=True).dictionary_decode()
     column = _as_binary(column)
     column.validate(full=True)
-    cells: list[Any] = column.to_pylist()
+    cells: list[Any]
+    try:
+        cells = column.to_pylist()
+    except (pa.ArrowException, ValueError, ArithmeticError, LookupError):
+        if not pa.types.is_temporal(column.type):
+            raise
+        # A time that Python's has no place for: nanoseconds, the year 10000, an unknown time zone. An id is a name.
+        cells = column.view(pa.int64() if column.type.bit_width == 64 else pa.int32()).to_pylist()
     return cells
 
 
@@ -180,7 +193,7 @@ def failures(source: Source, file: io.FileIO, what: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (pa.ArrowException, OSError, EOFError, ValueError, MemoryError) as error:  # many of its own are ValueErrors
+    except (pa.ArrowException, OSError, EOFError, ValueError, ArithmeticError, LookupError, MemoryError) as error:
         broken(source, file, what, error)
 
 

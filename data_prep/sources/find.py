@@ -16,6 +16,7 @@ from data_prep.format.remote import RemoteFile, is_remote, list_remote
 from data_prep.sources.inputs import Compression, Source
 from data_prep.sources.kinds import INPUT_KINDS, FolderContent, kind_of, readable
 
+DEEPEST = 100  # folders in folders that are looked through
 HEAD = 16  # bytes of a file that tell its kind or compression
 PACKED_MAGIC: dict[bytes, Compression] = {
     b"\x1f\x8b\x08": "gz",
@@ -106,6 +107,7 @@ class _Local:
     def __init__(self, listing: Listing):
         self.listing = listing
         self.seen: set[tuple[int, int]] = set()  # device and inode of files and folders
+        self._depth = 0
 
     def add(self, given: str) -> None:
         """Add the files of a path or glob."""
@@ -130,7 +132,18 @@ class _Local:
         self._entries(matches)
 
     def _folder(self, folder: Path) -> None:
-        """Add the files of a folder and of all folders in it."""
+        """Add the files of a folder and of all folders in it.
+
+        Raises:
+            DataError: folders are nested too deep, or one cannot be listed.
+        """
+        if self._depth == DEEPEST:
+            raise DataError(f"{folder}: more than {DEEPEST} folders deep; name it as an input of its own")
+        self._depth += 1
+        self._all_of(folder)
+        self._depth -= 1
+
+    def _all_of(self, folder: Path) -> None:
         try:
             names = {entry.name for entry in os.scandir(folder)}
             status = folder.stat()
@@ -264,10 +277,13 @@ def _beside(path: Path, suffix: str) -> Path:
 
 def _is_data_set(folder: Path, names: set[str]) -> bool:
     """True for a data set of ``bd3 prep``: its tars hold tokens."""
+    path = folder / MANIFEST
     if MANIFEST not in names:
         return False
     try:
-        with (folder / MANIFEST).open("rb") as file:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            return False
+        with path.open("rb") as file:
             return f'"format": "{FORMAT}"'.encode() in file.read(4096)
     except OSError:
         return False

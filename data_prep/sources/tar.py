@@ -11,6 +11,7 @@ from data_prep.errors import DataError
 BLOCK = 512
 _PORTION = 64 << 20
 MAX_HEADER = 1 << 20  # bytes of a long name or an extended header
+_DIGITS = 19  # of a length in a pax header
 GNU_LONG = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 EXTENDED = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 NO_PAYLOAD = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
@@ -99,20 +100,21 @@ class TarMembers:
     def _pairs(self, data: bytes) -> dict[str, str]:
         """Keywords and values of a pax header: repeated ``<length> <keyword>=<value>\\n``."""
         pairs: dict[str, str] = {}
-        while data.strip(b"\0"):
-            digits, space, _ = data.partition(b" ")
-            length = self._number(digits.decode("latin-1"))
-            keyword, equals, value = data[len(digits) + 1 : length].partition(b"=")
-            if not (space and equals and value.endswith(b"\n") and len(digits) < length <= len(data)):
+        at, data = 0, data.rstrip(b"\0")
+        while at < len(data):  # by offset: cutting the rest off each time would take quadratic time
+            space = data.find(b" ", at, at + _DIGITS + 1)
+            end = at + self._number(data[at : max(space, at)].decode("latin-1"))
+            keyword, equals, value = data[space + 1 : end].partition(b"=")
+            if not (equals and value.endswith(b"\n") and space < end <= len(data)):
                 raise self._damaged("a pax header that cannot be read")
             pairs[keyword.decode("utf-8", "surrogateescape")] = value[:-1].decode("utf-8", "surrogateescape")
-            data = data[length:]
+            at = end
         if any(keyword.startswith("GNU.sparse") for keyword in pairs):
             raise self._damaged("a sparse member, which cannot be read")
         return pairs
 
     def _number(self, digits: str) -> int:
-        if not (digits.isascii() and digits.isdecimal() and len(digits) < 20):
+        if not (digits.isascii() and digits.isdecimal() and len(digits) <= _DIGITS):
             raise self._damaged(f"a pax header with the number {digits[:20]!r}")
         return int(digits)
 

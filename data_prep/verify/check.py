@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bd3_common.schema import read_bytes
 from data_prep.build import pool
 from data_prep.build.progress import Progress, Report
 from data_prep.errors import DataError
@@ -179,10 +180,12 @@ class Check:
         if not self.manifest.rejects:
             return
         try:
-            with (self.folder / REJECTS).open("rb") as stream:
-                lines = sum(1 for _ in stream)
+            lines = read_bytes(self.folder / REJECTS, DataError).count(b"\n")
         except OSError as error:
             self._fault(REJECTS, f"cannot be read ({error.strerror})")
+            return
+        except DataError as error:
+            self._fault(REJECTS, str(error).partition(": ")[2])
             return
         if lines != self.manifest.rejects:
             self._fault(REJECTS, f"{lines} lines, the manifest says {self.manifest.rejects}")

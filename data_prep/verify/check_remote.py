@@ -6,6 +6,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from bd3_common.schema import MAX_BYTES
 from data_prep.build.progress import Report
 from data_prep.errors import DataError
 from data_prep.format.manifest import (
@@ -54,7 +55,7 @@ class _RemoteCheck(Check):
             (self.folder / name).mkdir()
         for name in small:
             with suppress(DataError):
-                fetch(self._shown(name), self.folder / name)
+                fetch(self._shown(name), self.folder / name, most=MAX_BYTES)
 
     def _reader(self, split: SplitName) -> RowReader:
         shards = [shard for split in self.manifest.splits.values() for shard in split.shards]

@@ -22,6 +22,8 @@ from data_prep.format.pack import RowFormat
 from data_prep.format.remote import fetch
 from data_prep.verify.duplicates import row_hashes
 
+MARGIN = 1 << 20  # bytes by which a remote shard may be longer than listed and is read to its end
+
 MOST_REASONS = 8  # listed for one file
 SUFFIXES = ("tokens.npy", "docs.npy")
 
@@ -101,7 +103,7 @@ def walk_shard(job: WalkJob) -> Walked:
     found = Walked(counts=np.zeros(job.rules.vocab_size, np.int64))
     try:
         if job.url is not None:
-            fetch(job.url, job.path)
+            fetch(job.url, job.path, most=2 * job.shard.bytes + MARGIN)
         status = job.path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
             found.reasons.add("is not a regular file")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import counted
 from bd3_megatron.attention.backends import (
     AUTO,
     PRECISIONS,
@@ -56,8 +57,9 @@ def bench_attention(options: AttentionOptions) -> None:
         print(json.dumps({"device": _name(device), **options.model_dump(exclude={"json_", "plot"}), "rows": rows}))
         return
     print(
-        f"two-stream attention, forward and backward, {_name(device)}, {options.threads} thread(s), {options.dtype}, "
-        f"{options.heads} heads of {options.head_dim}, {options.batch} row(s), {options.draws} draw(s)"
+        f"two-stream attention, forward and backward, {_name(device)}, {counted(options.threads, 'thread')}, "
+        f"{options.dtype}, {options.heads} heads of {options.head_dim}, {counted(options.batch, 'row')}, "
+        f"{counted(options.draws, 'draw')}"
     )
     columns = ("seconds", "dense_seconds", "ratio", "tflops", "of_causal", "of_matmul")
     print(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from bd3_common.text import counted
 from bd3_megatron import parallel
 from bd3_megatron.config import (
     EngineConfig,
@@ -43,8 +44,9 @@ def bench_checkpoint(options: CheckpointOptions) -> None:
         print(json.dumps(found))
         return
     print(
-        f"checkpoint, {world.device.type}, {options.threads} thread(s), {found['parameters'] / 1e6:.2f}M parameters: "
-        f"{found['bytes'] / 1e6:.1f} MB, {found['bytes_per_parameter']:.2f} bytes per parameter"
+        f"checkpoint, {world.device.type}, {counted(options.threads, 'thread')}, "
+        f"{found['parameters'] / 1e6:.2f}M parameters: {found['bytes'] / 1e6:.1f} MB, "
+        f"{found['bytes_per_parameter']:.2f} bytes per parameter"
     )
     print(f"{'seconds':>24}{'background':>12}{'waited for':>12}{'ratio':>8}")
     for name in ("stall", "lost", "write"):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import counted
 from bd3_megatron.config import LOWEST_LEVEL, DiffusionConfig
 from bd3_megatron.cost import flops
 from bd3_megatron.diffusion.noise import SampleKeys
@@ -92,7 +93,7 @@ def bench_draws(options: DrawsOptions) -> None:
         return
     print(
         f"step {loaded.checkpoint.step}, {options.weights} weights, B'={single.block_size}, {_objective(single)}; "
-        f"{options.samples} gradients of {options.rows} clean row(s) each"
+        f"{options.samples} gradients of {counted(options.rows, 'clean row')} each"
     )
     _print(rows)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
+from bd3_common.text import counted
 from bd3_megatron import parallel
 from bd3_megatron.config import ParallelConfig
 from bd3_megatron.diffusion.batches import predicted_positions
@@ -34,8 +35,8 @@ def bench_head(options: HeadOptions) -> None:
         print(json.dumps({"device": device, "rows": rows}))
         return
     print(
-        f"head and cross-entropy, {device}, {options.threads} thread(s), hidden {options.hidden}, {options.rows} rows, "
-        f"{options.mask_rate:.0%} masked; seconds"
+        f"head and cross-entropy, {device}, {counted(options.threads, 'thread')}, hidden {options.hidden}, "
+        f"{options.rows} rows, {options.mask_rate:.0%} masked; seconds"
     )
     columns = ("seconds", "gathered_seconds", "every_row_seconds", "ratio", "of_matmul")
     print(f"{'vocabulary':>10}" + "".join(f"{name.removesuffix('_seconds'):>12}" for name in columns))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bd3_common.text import counted
 from bd3_megatron import parallel
 from bd3_megatron.config import (
     DiffusionConfig,
@@ -84,7 +85,7 @@ def bench_memory(options: MemoryOptions) -> None:
         return
     print(
         f"{options.layers} layers of {options.hidden}, L={options.length}, B'={options.block_size}, "
-        f"{options.batch} row(s), fp32; kept for the backward pass"
+        f"{counted(options.batch, 'row')}, fp32; kept for the backward pass"
     )
     print(f"{'recompute':<12}{'MB':>10}{'per token':>12}{'ratio':>8}{'seconds':>10}{'ratio':>8}")
     for row in rows:

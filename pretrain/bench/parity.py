@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import counted
 from bd3_megatron import parallel
 from bd3_megatron.attention.mask import Streams
 from bd3_megatron.backbones import BACKBONES
@@ -277,8 +278,8 @@ def bench_parity(options: ParityOptions) -> int:
     most = max(LAYOUTS[name].size for name in names)
     if torch.cuda.is_available() and torch.cuda.device_count() < most:
         raise ConfigError(
-            f"{torch.cuda.device_count()} GPU(s): these layouts need {most}; choose others with --layouts, or compare "
-            f"on the CPU with CUDA_VISIBLE_DEVICES="
+            f"{counted(torch.cuda.device_count(), 'GPU')}: these layouts need {most}; choose others with --layouts, or "
+            f"compare on the CPU with CUDA_VISIBLE_DEVICES="
         )
     FORKS.set_forkserver_preload([__name__])
     alone = {"": (Layout(1, ParallelConfig()), task)}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import counted
 from bd3_megatron import parallel
 from bd3_megatron.config import (
     PLAIN,
@@ -58,8 +59,8 @@ def bench_step(options: StepOptions) -> None:
         print(json.dumps({"device": device, "precision": options.precision, "rows": rows}))
         return
     print(
-        f"training step, {device}, {options.threads} thread(s), {options.precision}, "
-        f"B'={models[0][1].block_size}, {options.draws} draw(s); MFU of the peak, useful FLOPs and 6 N D"
+        f"training step, {device}, {counted(options.threads, 'thread')}, {options.precision}, "
+        f"B'={models[0][1].block_size}, {counted(options.draws, 'draw')}; MFU of the peak, useful FLOPs and 6 N D"
     )
     for row in rows:
         _print(row)

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from bd3_common.errors import ConfigError
-from bd3_common.text import json_line, printable, show
+from bd3_common.text import counted, json_line, printable, show
 from data_prep.format.manifest import unigram_nats
 from data_prep.verify.check import Checked, Sample, SplitContent, check
 from pretrain.config.command_line import Positional, parse_options
@@ -86,9 +86,9 @@ def text_lines(found: Checked) -> list[str]:
     lines = [f"{path}: {why}" for path, why in islice(found.faults.items(), MOST_FILES)]
     if len(found.faults) > MOST_FILES:
         lines.append(f"... and {len(found.faults) - MOST_FILES} more files with faults")
-    summary = (
-        f"{len(found.faults)} faulty file(s)" if found.faults else "no faults: files, members and rows are as written"
-    )
+    summary = "no faults: files, members and rows are as written"
+    if found.faults:
+        summary = counted(len(found.faults), "faulty file")
     lines.append(f"{found.folder}: {summary}")
     if not found.splits:
         return lines

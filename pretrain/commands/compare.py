@@ -53,7 +53,7 @@ def main(args: list[str]) -> None:
             data = loaded.config.data
             if options.data is not None:
                 data = data.model_copy(update={"path": options.data, "mix": None})
-        (report,) = evaluate_run(loaded, options.weights, chosen, (data,))
+        (report,) = evaluate_run(loaded, options.weights, chosen, (data,), single_draw=True)
         reports.append(report)
     compared = Comparison(options.runs, reports)
     if options.json_:

@@ -12,7 +12,7 @@ from bd3_common.errors import ConfigError
 from bd3_common.machine import installed_memory
 from bd3_common.registry import Choice
 from bd3_common.schema import MAX_COUNT
-from bd3_common.text import is_unicode, json_line, shorten, show
+from bd3_common.text import counted, is_unicode, json_line, shorten, show
 from bd3_megatron.config import ModelConfig, Seed
 from bd3_megatron.sampling.algorithms import DECODING_ALGORITHMS
 from pretrain.config.checkpoint_options import CheckpointOptions
@@ -98,7 +98,8 @@ def main(args: list[str]) -> None:
         else:
             show(text if options.count == 1 else f"--- sample {number + 1}\n{text}")
     new = sum(end - len(prompt) for end in result.ends)
-    print(f"{new} new tokens in {result.nfe} calls (step {loaded.checkpoint.step})", file=sys.stderr)
+    passes = counted(result.nfe, "forward pass", "forward passes")
+    print(f"{new} new tokens in {passes} (step {loaded.checkpoint.step})", file=sys.stderr)
 
 
 def _prompt_ids(text: str, tokenizer: Tokenizer, model: ModelConfig, file: Path) -> list[int]:

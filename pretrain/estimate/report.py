@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from bd3_common.text import counted
 from bd3_megatron.cost import flops
 from pretrain.estimate.cpu_peak import process_peak
 from pretrain.estimate.prediction import CONTEXT_BYTES, FRAGMENTATION, GROUP_BYTES, Prediction, Stage
@@ -75,7 +76,8 @@ def report_lines(prediction: Prediction) -> list[str]:
     lines = [
         f"{prediction.world_size} x {prediction.device.name}: tensor {parallel.tensor} x context {parallel.context} x "
         f"pipeline {parallel.pipeline} x data {prediction.data_size}; {train.precision}, "
-        f"{prediction.micro_batches} micro-batch(es) of {train.micro_batch} row(s) on a rank",
+        f"{counted(prediction.micro_batches, 'micro-batch', 'micro-batches')} of {counted(train.micro_batch, 'row')} "
+        f"on a rank",
         f"parameters            {prediction.parameters:,}; the heaviest rank holds {stage.parameters:,}",
         *_flops_lines(prediction),
         "",

@@ -10,6 +10,10 @@ from bd3_megatron.diffusion.block_statistics import count_groups, group_names
 from pretrain.distributed.messages import all_gather_values
 
 
+_UNIT = 2.0**-24
+"""nats that an accumulator counts: integers add up alike in any order, so micro-batches and ranks change nothing"""
+
+
 class BlockLoss:
     """Sums over blocks by count of masked tokens and by position in the block, each in at most 16 groups.
 
@@ -22,9 +26,9 @@ class BlockLoss:
         self.edges = np.array(count_groups(size))
         """highest count, or number of the last position (from 1), of each group"""
         groups = len(self.edges)
-        self.nll = np.zeros(groups)
-        self.masked = np.zeros(groups)
-        self.nats = np.zeros(groups)
+        self.nll = np.zeros(groups, np.int64)  # in units
+        self.masked = np.zeros(groups, np.int64)
+        self.nats = np.zeros(groups, np.int64)  # in units
 
     def add(
         self,
@@ -47,10 +51,10 @@ class BlockLoss:
         nll = np.divide(blocks, weights, out=np.zeros_like(blocks), where=weights > 0).sum(1)
         some = count > 0
         group = np.searchsorted(self.edges, count[some])
-        self.nll += np.bincount(group, nll[some], len(self.edges))
-        self.masked += np.bincount(group, count[some], len(self.edges))
+        np.add.at(self.nll, group, _units(nll[some]))
+        np.add.at(self.masked, group, count[some])
         position = np.searchsorted(self.edges, np.arange(1, self.size + 1))
-        self.nats += np.bincount(position, blocks.sum(0) * share, len(self.edges))
+        np.add.at(self.nats, position, _units(blocks * share).sum(0))
 
     def over_ranks(self, group: dist.ProcessGroup) -> BlockLoss:
         """Sum over the data-parallel ranks."""
@@ -61,8 +65,12 @@ class BlockLoss:
 
     def by_count(self) -> dict[str, float]:
         """Mean nll of a masked token, nats, by the number of masked tokens of its block; groups that have any."""
-        return {name: float(x / n) for name, x, n in zip(group_names(self.edges.tolist()), self.nll, self.masked) if n}
+        return {name: float(x * _UNIT / n) for name, x, n in zip(group_names(self.edges.tolist()), self.nll, self.masked) if n}
 
     def by_position(self) -> dict[str, float]:
         """Share of the bound, nats, of each position in the block (from 1); they add up to the whole."""
-        return dict(zip(group_names(self.edges.tolist()), map(float, self.nats)))
+        return dict(zip(group_names(self.edges.tolist()), map(float, self.nats * _UNIT)))
+
+
+def _units(nats: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.rint(nats / _UNIT).astype(np.int64)

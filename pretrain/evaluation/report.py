@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import counted
 from bd3_megatron.diffusion.estimators import LikelihoodEstimator
 from bd3_megatron.layout import check_layout
 from data_prep.read.stream import RowStream
@@ -79,7 +80,7 @@ class EvaluationReport:
         if self.likelihood.blocks is None:
             estimator = "none needed: the likelihood itself"
         elif self.estimator != "exact":
-            estimator += f", {self.draws} draw(s) each"
+            estimator += f", {counted(self.draws, 'draw')} each"
         lines = [
             f"checkpoint          step {self.step}, {self.weights} weights",
             f"validation rows     {result.rows} of {self.split_rows} of {self.data}, {result.tokens} tokens",
@@ -123,6 +124,7 @@ def evaluate_run(
     block_sizes: tuple[int, ...] = (),
     per_document: bool = False,
     documents_file: Path | None = None,
+    single_draw: bool = False,
 ) -> Iterator[EvaluationReport]:
     """Evaluate the loaded weights in a world of 1, on each data set with each block size.
 
@@ -132,6 +134,8 @@ def evaluate_run(
         block_sizes: none means the run's.
         per_document: also compute statistics over whole documents.
         documents_file: file for one line of JSON per document; implies ``per_document``.
+        single_draw: one draw in a pass where the run trains with K, so that runs with other K share the noise of a
+            seed.
 
     Raises:
         ConfigError, DataError: a data set or a block size that does not fit, or no folder for ``documents_file``.
@@ -142,8 +146,7 @@ def evaluate_run(
     if documents_file is not None and max(1, len(data)) * max(1, len(block_sizes)) > 1:
         raise ConfigError(f"documents_file={documents_file}: for one data set and one block size; give one of each")
     configs = [_with_blocks(loaded.config, size) for size in block_sizes or (loaded.config.diffusion.block_size,)]
-    if options.estimator != "levels":
-        # One draw in a pass, so that all runs share the noise of a seed, however many draws they train on.
+    if single_draw:
         single = {"draws": 1, "coupling": "independent"}
         configs = [c.model_copy(update={"diffusion": c.diffusion.model_copy(update=single)}) for c in configs]
     for config in configs:  # before the first of them takes its time

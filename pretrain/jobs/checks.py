@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from bd3_common.errors import ConfigError
+from bd3_common.text import counted
 from data_prep.format.manifest import load_manifest
 from data_prep.format.remote import is_remote
 from pretrain.config.data_fit import resolve_model
@@ -36,7 +37,7 @@ def fitting_node_counts(config: RunConfig, options: JobOptions) -> list[int]:
             check_batches(config.train, config.parallel, check_run(config, nodes * options.ranks))
         except ConfigError as error:
             if not fitting:
-                raise ConfigError(f"{error} ({nodes} node(s) x {options.ranks} task(s))") from None
+                raise ConfigError(f"{error} ({counted(nodes, 'node')} x {counted(options.ranks, 'task')})") from None
             continue
         fitting.append(nodes)
     return fitting
@@ -63,9 +64,11 @@ def check_slurm(options: JobOptions, nodes: int) -> None:
     limits = there[name]
     total, most = _count(limits.get("TotalNodes")), _count(limits.get("MaxNodes"))
     if total is not None and nodes > total:
-        raise ConfigError(f"nodes={options.nodes}: partition {name} has {total} node(s); use at most {total}")
+        raise ConfigError(f"nodes={options.nodes}: partition {name} has {counted(total, 'node')}; use at most {total}")
     if most is not None and nodes > most:
-        raise ConfigError(f"nodes={options.nodes}: partition {name} gives a job {most} node(s) at most; use {most}")
+        raise ConfigError(
+            f"nodes={options.nodes}: partition {name} gives a job {counted(most, 'node')} at most; use {most}"
+        )
     longest = limits.get("MaxTime", "")
     if options.time and longest[:1].isdecimal() and seconds_of(options.time) > seconds_of(longest):
         raise ConfigError(f"time={options.time}: the limit of partition {name} is {longest}; use that or less")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bd3_common.errors import ConfigError
-from bd3_common.text import printable
+from bd3_common.text import counted, printable
 from pretrain.checkpoint.folder import newest_complete, step_of
 from pretrain.config.resolve import load_saved
 from pretrain.resilience import heartbeat
@@ -87,7 +87,7 @@ def status_lines(found: Mapping[str, Any]) -> list[str]:
         why = f" ({job['reason']})" if job["reason"] else ""
         out.append(
             f"  job {job['job']:<8}{job['state']}{why}{where}, {job['run_time']} of {job['time_limit']}, "
-            f"{job['restarts']} restart(s)"
+            f"{counted(job['restarts'], 'restart')}"
         )
     parts = [f"{found['step']}" + (f" of {found['steps']}" if found["steps"] else "")]
     if found["loss"] is not None:

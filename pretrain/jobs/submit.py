@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from bd3_common.text import counted
 from pretrain.config.schema import RunConfig
 from pretrain.jobs.checks import check_idle, check_slurm, fitting_node_counts
 from pretrain.resilience.hang_detection import spans
@@ -56,7 +57,7 @@ def submit_run(config: RunConfig, options: JobOptions, chain: int, dry_run: bool
             after = [f"--dependency=afterany:{launch.jobs[-1]}"] if launch.jobs else []
             export = [f"--export=ALL,{CHAIN}={launch.name} {link} {chain}"] if chain > 1 else []
             launch.submit(*after, *export)
-    size = f"{options.nodes} node(s) x {options.ranks} task(s)"
+    size = f"{counted(options.nodes, 'node')} x {counted(options.ranks, 'task')}"
     jobs = " ".join(map(str, launch.jobs))
     return (
         f"job {jobs.replace(' ', ', ')}: {size}, {launch.script}\n"

@@ -28,8 +28,9 @@ from pretrain.trainer.stability import check_skips, read_ranges, undone
 # Keys that may change on resume: machine, layout and logs. All kernels compute the same function up to rounding, which
 # is coarser with FP8, and another machine may lack some of them. guard.skip may change for future steps only
 # (pretrain.trainer.stability.check_skips).
-_FREE = ("run", "resume", "parallel", "zero", "kernels", "fp8", "log", "profile", "preflight", "eval", "checkpoint")
-_FREE += ("guard", "train.micro_batch", "data.path", "data.cache", "data.cache_gb", "data.verify_gb")
+_MAY_CHANGE = ("run", "resume", "parallel", "zero", "kernels", "fp8", "log", "profile", "preflight", "eval")
+_MAY_CHANGE += ("checkpoint", "guard", "train.micro_batch")
+_MAY_CHANGE += ("data.path", "data.cache", "data.cache_gb", "data.verify_gb")
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,14 @@ def settings(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     if config.data.mix is not None:
         values["data"]["mix"] = list(config.data.mix.values())
-    return _decisive(values)
+    return _deciding_weights(values)
 
 
-def _decisive(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _deciding_weights(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found = {}
     for key, value in values.items():
-        if f"{prefix}{key}" not in _FREE:
-            found[key] = _decisive(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+        if f"{prefix}{key}" not in _MAY_CHANGE:
+            found[key] = _deciding_weights(value, f"{prefix}{key}.") if isinstance(value, dict) else value
     return found
 
 

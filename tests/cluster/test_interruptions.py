@@ -42,4 +42,4 @@ def test_status_tells_what_happened(outcomes, project):
     assert f"{STEPS} of {STEPS}" in out
     assert "SIGUSR1 (the time limit is near): stopped at step" in out
     assert f"job {outcomes['time_limit'].run.jobs[0]}" in out
-    assert "1 restart(s)" in out
+    assert "1 restart" in out

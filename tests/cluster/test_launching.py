@@ -96,7 +96,7 @@ def _shards(folder: Path) -> dict[str, bytes]:
     ("options", "line"),
     [
         (("--partition", "nowhere"), "partition=nowhere: there is none of this name; use main, low, short"),
-        (("--nodes", 9), "nodes=9: partition main has 8 node(s); use at most 8"),
+        (("--nodes", 9), "nodes=9: partition main has 8 nodes; use at most 8"),
         (("--partition", "short", "--time", 60), "time=60: the limit of partition short is 00:10:00; use that or less"),
         (("--gpus-per-node", 3), "sbatch: Batch job submission failed: Requested node configuration is not available"),
         (("--exclude", "nowhere"), "sbatch: Batch job submission failed: Invalid node name specified"),

@@ -1,4 +1,4 @@
-"""One position per row and call, in uniform order.
+"""One position per row and forward pass, in uniform order.
 
 Source: arXiv 2409.02908, for blocks in arXiv 2503.09573.
 """

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from bd3_common import logs
 from bd3_common.errors import ConfigError, user_line
-from bd3_common.text import has_token, is_secret, json_line, printable, redacted, secret_in, show
+from bd3_common.text import counted, has_token, is_secret, json_line, printable, redacted, secret_in, show
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e\r\x00\udcff"
 
@@ -102,6 +102,8 @@ def test_long_texts_are_looked_through_at_once(text: str) -> None:
         ("PATH", "/nix/store/0123456789abcdef0123456789abcdef-x/bin:/bin", False),
         ("MASTER_ADDR", "node-1", False),
         ("HF_TOKEN", "", False),
+        ("FOO", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", True),
+        ("FOO", "/alrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEYS", False),
     ],
 )
 def test_variables_that_look_like_secrets(name: str, value: str, secret: bool) -> None:
@@ -114,8 +116,21 @@ def test_variables_that_look_like_secrets(name: str, value: str, secret: bool) -
         ("export HF_TOKEN=abc", "HF_TOKEN"),
         ("export HF_TOKEN=$(cat ~/.token)", None),
         ('export A=1 WANDB_API_KEY="x y"', "WANDB_API_KEY"),
-        ("huggingface-cli login --token hf_" + "Ab1" * 10, "a token"),
+        ("huggingface-cli login --token hf_" + "Ab1" * 10, "--token"),
+        ("huggingface-cli login hf_" + "Ab1" * 10, "a token"),
         ("module load cuda/12.1 hf_fineweb_edu_sample_10BT", None),
+        ("wandb login " + "0123456789abcdef" * 2 + "01234567", "a token"),
+        ("setenv WANDB_API_KEY abc", "WANDB_API_KEY"),
+        ("tool --api-key abcDEF123456789", "--api-key"),
+        ("curl -u me:hunter2pass https://x/y", "-u"),
+        ("export WANDB_API_KEY=$'abcdef0123'", "WANDB_API_KEY"),
+        ('export HF_TOKEN="${X}abc"', "HF_TOKEN"),
+        ("tool wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "a token"),
+        ("export HF_TOKEN=$TOKEN HF_TOKEN_PATH=${HOME}/token", None),
+        ("tool --api-key-file /home/me/key --tokens 1000000 --key $KEY", None),
+        ("git checkout " + "0123456789abcdef" * 2 + "01234567", None),
+        ("apptainer pull docker://x/y@sha256:" + "0123456789abcdef" * 4, None),
+        ("module load 'a", None),
     ],
 )
 def test_secrets_in_lines_of_the_shell(line: str, name: str | None) -> None:
@@ -129,3 +144,9 @@ def test_a_value_that_pydantic_refuses_is_one_line() -> None:
     with pytest.raises(ValidationError) as caught:
         Options(batch=-1)
     assert user_line(caught.value) == "batch=-1: Input should be greater than 0"
+
+
+def test_numbers_with_their_nouns() -> None:
+    assert [counted(n, "row") for n in range(3)] == ["0 rows", "1 row", "2 rows"]
+    assert counted(1, "pass", "passes") == "1 pass"
+    assert counted(2, "pass", "passes") == "2 passes"

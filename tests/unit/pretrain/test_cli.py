@@ -17,7 +17,7 @@ from pretrain import cli
 from pretrain.bench import BENCHMARKS
 
 LEAVES = [
-    *("prep", "check", "pretrain", "preflight", "eval", "sample", "config", "estimate", "status", "attempt"),
+    *("prep", "check", "pretrain", "preflight", "eval", "compare", "sample", "config", "estimate", "status", "attempt"),
     *("convert export", "convert import", "launch pretrain", "launch sweep", "launch prep", "prep repack"),
 ]
 HEAVY = {"torch", "numpy", "transformers", "megatron", "pydantic", "tyro", "rich", "yaml", "matplotlib"}

@@ -84,7 +84,7 @@ def test_only_chosen_positions_reach_the_head(monkeypatch):
     monkeypatch.setattr(model, "logits", lambda rows: widths.append(rows.shape) or head(rows))
     torch.testing.assert_close(forward.logits(block, chosen), expected)
     sample(model, prompt(1), 15, Sampling(), None, generator())
-    assert widths == [(3, 32), *[(2, 32)] * 15]  # of a sample, one position per row and call
+    assert widths == [(3, 32), *[(2, 32)] * 15]  # of a sample, one position per row and forward pass
 
 
 @pytest.mark.usefixtures("world")

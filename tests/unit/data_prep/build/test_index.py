@@ -250,3 +250,12 @@ def test_a_copy_elsewhere_is_read_through_the_cache(indexed, tmp_path):
     reader = RowReader(f"file://{tmp_path / 'far'}", "train", ShardCache(tmp_path / "cache", 10**8))
     assert reader.remote
     assert (reader.rows(np.arange(len(reader))) == rows_of(indexed)["train"]).all()
+
+
+def test_an_index_elsewhere_longer_than_its_samples_is_not_fetched(indexed, tmp_path):
+    shutil.copytree(indexed, tmp_path / "far")
+    (index,) = (tmp_path / "far/index").glob("train-*.npy")
+    with index.open("ab") as file:
+        file.write(bytes(10**6))
+    with pytest.raises(DataError, match=r"index/train-.*: has more than \d+ bytes"):
+        RowReader(f"file://{tmp_path / 'far'}", "train", ShardCache(tmp_path / "cache", 10**8))

@@ -244,6 +244,12 @@ def test_mistakes_leave_nothing_behind(tmp_path, changes, message):
     assert message in refused(tmp_path, prep_config(tmp_path, out=str(tmp_path / "new" / "data"), **changes))
 
 
+def test_an_output_folder_needs_a_name(tmp_path):
+    corpus(tmp_path)
+    with pytest.raises(DataError, match=r"^--out /: has no name of its own; give a new folder below it$"):
+        prep(prep_config(tmp_path, out="/"))
+
+
 def test_without_a_document_no_tokenizer_is_trained(tmp_path):
     path = tmp_path / "text.jsonl"
     for text, reason in (("\n", "; give files with text"), ('{"txt": "a"}\n', ": text.jsonl at 0: no field 'text'")):

@@ -183,6 +183,39 @@ def test_what_cannot_be_repacked_is_one_line(texts, tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == ["made"]
 
 
+def test_bad_records_are_copied_from_a_file_of_the_data_set_only(texts, tmp_path):
+    prepared(texts, tmp_path / "made")
+    path, rejects = tmp_path / "made" / "manifest.json", tmp_path / "made" / "rejects.jsonl"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rejects": 1}))
+    config = RepackConfig(data=str(tmp_path / "made"), out=str(tmp_path / "out"), length=16, workers=1)
+    (tmp_path / "private").write_text("private\n")
+    for make, message in (
+        (lambda: rejects.symlink_to(tmp_path / "private"), "rejects.jsonl: is a link, whose file would be copied"),
+        (lambda: os.mkfifo(rejects), "rejects.jsonl: is not a regular file"),
+        (lambda: rejects.write_text("{}\n{}\n"), "rejects.jsonl: 2 lines, the manifest says 1"),
+        (lambda: None, "rejects.jsonl: missing"),
+    ):
+        rejects.unlink(missing_ok=True)
+        make()
+        with pytest.raises(DataError, match=message):
+            repack(config)
+        assert not (tmp_path / "out").exists()
+    rejects.write_text("{}\n")
+    repack(config)
+    assert (tmp_path / "out" / "rejects.jsonl").read_text() == "{}\n"
+
+
+def test_members_without_their_rows_are_refused(texts, tmp_path):
+    manifest = prepared(texts, tmp_path / "made")
+    path = tmp_path / "made" / "manifest.json"
+    edited = json.loads(path.read_text())
+    assert edited["splits"]["train"]["shards"][0]["members"].pop()
+    path.write_text(json.dumps(edited))
+    rows = manifest.splits["train"].shards[0].rows
+    with pytest.raises(DataError, match=rf"splits.train.shards\.0\.rows={rows}: its members have \d+"):
+        repack(RepackConfig(data=str(tmp_path / "made"), out=str(tmp_path / "out"), length=16, workers=1))
+
+
 def test_damaged_and_lying_data_sets(texts, tmp_path):
     prepared(texts, tmp_path / "made", packing="stream")
     data, shard = tmp_path / "made", "train/train-000001.tar"
@@ -196,7 +229,7 @@ def test_damaged_and_lying_data_sets(texts, tmp_path):
         repack(config)
     shutil.rmtree(data)
     manifest = prepared(texts, data, packing="stream")
-    tokens, docs, _, starts = manifest.splits["train"].shards[1].members[0]
+    tokens, docs, rows, starts = manifest.splits["train"].shards[1].members[0]
     for offset, value, message in (
         (tokens, b"\xff\xff", "an id that is the mask or not in the vocabulary"),
         (docs, b"\xff\xff\xff\x7f", "document starts that are no ascending places in its rows"),
@@ -212,7 +245,7 @@ def test_damaged_and_lying_data_sets(texts, tmp_path):
     (data / "manifest.json").write_text(json.dumps(edited | {"dtype": "<u4"}))
     with pytest.raises(DataError, match="dtype=<u4: not that of its vocab_size"):
         repack(config)
-    edited["splits"]["train"]["shards"][1]["members"][0] = [tokens, docs, 1 << 50, starts]
+    edited["splits"]["train"]["shards"][1]["members"][0] = [1 << 50, docs, rows, starts]
     (data / "manifest.json").write_text(json.dumps(edited))
     with pytest.raises(DataError, match="its rows lie outside it in the manifest"):
         repack(config)

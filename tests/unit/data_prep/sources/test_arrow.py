@@ -79,6 +79,33 @@ def test_fields_of_structs_and_ids_of_any_scalar_type(tmp_path):
     assert list(rejects) == [2]
 
 
+@pytest.mark.parametrize(
+    ("kind", "values", "ids"),
+    [
+        (pa.timestamp("ms"), [10**15, 0], ["1000000000000000", "0"]),
+        (pa.timestamp("ns"), [1001, None], ["1001", "x.arrow:1"]),
+        (pa.timestamp("ms", "Nowhere/Never"), [1, 2], ["1", "2"]),
+        (pa.date32(), [2**30, 2], ["1073741824", "2"]),
+        (pa.duration("ms"), [2**62, 2], [str(2**62), "2"]),
+        (pa.time64("ns"), [1001, 2], ["1001", "2"]),
+        (pa.date32(), [0, 1], ["1970-01-01", "1970-01-02"]),
+    ],
+    ids=str,
+)
+def test_times_that_python_has_no_place_for_are_ids_too(tmp_path, kind, values, ids):
+    path = stream(tmp_path / "x.arrow", {"text": ["a", "b"], "id": pa.array(values, kind)})
+    documents, rejects = read(path)
+    assert [document.id for document in documents] == ids
+    assert not rejects
+
+
+def test_names_of_fields_may_have_dots(tmp_path):
+    struct = pa.array([{"x.y": "a", "x": {"z": "c"}}, {"x.y": "b", "x": {"z": "d"}}])
+    path = stream(tmp_path / "x.arrow", {"t": struct})
+    assert [document.text for document in read(path, text_field="t.x.y")[0]] == ["a", "b"]
+    assert [document.text for document in read(path, text_field="t.x.z")[0]] == ["c", "d"]
+
+
 def test_damage_is_one_line_and_never_a_crash(tmp_path):
     for make, name in ((stream, "x.arrow"), (file, "y.arrow")):
         whole = make(tmp_path / name, {"text": TEXTS, "id": TEXTS}).read_bytes()

@@ -17,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.errors import DataError
+from data_prep.format import remote
 from data_prep.format.remote import fetch
 from data_prep.sources import Fields, Part, expand, find, read_part, records, split
+from data_prep.sources.tar import TarMembers
 
 zstandard = pytest.importorskip("zstandard")
 pa = pytest.importorskip("pyarrow")
@@ -533,6 +535,28 @@ def test_a_tar_cut_anywhere_or_damaged_is_an_error(tmp_path, packed):
     assert "damaged" in failure(write(path, b"not a tar at all" * 100))
 
 
+def test_a_pax_header_of_many_entries_takes_time_by_its_size():
+    """Cutting the rest off after each entry would take minutes for this megabyte."""
+    members = TarMembers.__new__(TarMembers)
+    assert members._pairs(b"6 a=b\n" * 170_000 + b"7 b=cd\n\0\0") == {"a": "b", "b": "cd"}
+
+
+def test_a_folder_that_is_nested_too_deep_is_one_line(tmp_path):
+    deep = tmp_path.joinpath(*["a"] * 500)
+    deep.mkdir(parents=True)
+    (deep / "a.txt").write_text("text\n")
+    with pytest.raises(DataError, match=r"/a: more than 100 folders deep; name it as an input of its own$"):
+        find([str(tmp_path)])
+    assert find([str(deep)]).sources
+
+
+def test_a_pipe_instead_of_a_manifest_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")
+    (tmp_path / "a.txt").write_text("text\n")
+    with pytest.raises(DataError, match=r"manifest.json: a pipe or device, not a file; write it to a file first$"):
+        find([str(tmp_path)])
+
+
 def test_tar_headers_that_cannot_be_read(tmp_path):
     path = tmp_path / "x.tar"
     info = tarfile.TarInfo("a.txt")
@@ -875,3 +899,17 @@ def test_files_in_s3(tmp_path, s3):
         ("s3://texts/corpus/_SUCCESS", "not a file type"),
     ]:
         assert message in failure(url)
+
+
+def test_a_remote_file_longer_than_it_may_be_is_not_copied_to_its_end(tmp_path, monkeypatch):
+    memory, read = fsspec.filesystem("memory"), []
+    memory.pipe("/long.jsonl", bytes(10_000))
+    chunks = remote._chunks
+    monkeypatch.setattr(remote, "CHUNK", 1000)
+    monkeypatch.setattr(remote, "_chunks", lambda url: (read.append(len(chunk)) or chunk for chunk in chunks(url)))
+    for limits, problem in (({"most": 1500}, "more than 1500 bytes"), ({"size": 1500}, "2000 bytes or more, 1500")):
+        read.clear()
+        with pytest.raises(DataError, match=problem):
+            fetch("memory://long.jsonl", tmp_path / "copy", tries=1, **limits)
+        assert sum(read) == 2000
+        assert not list(tmp_path.iterdir())

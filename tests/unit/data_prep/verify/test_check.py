@@ -196,7 +196,7 @@ def test_cuts_missing_and_extra_files_are_all_listed(copy, capsys):
     assert main([str(copy)]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(": ")[0] for line in lines[:7]] == sorted(str(copy / name) for name in found)
-    assert lines[7].startswith(f"{copy}: 7 faulty file(s)")
+    assert lines[7].startswith(f"{copy}: 7 faulty files")
     assert "duplicate rows: not looked for, because shards are damaged" in lines
 
 

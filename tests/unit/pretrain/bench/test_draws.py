@@ -104,7 +104,7 @@ def test_the_table_and_its_options(run, capsys):
     options = ["--samples", "16", "--rows", "1", "--draws", "2", "4", "--couplings", "antithetic", "--no-fresh-rows"]
     assert bench.main(["draws", str(run), *options, "--beta", "0.5", "--omega", "1", "--stratify", "false"]) == 0
     text = capsys.readouterr().out
-    assert "noise levels [0.5, 1]; 16 gradients of 1 clean row(s) each" in text
+    assert "noise levels [0.5, 1]; 16 gradients of 1 clean row each" in text
     assert "rows and noise" not in text
     lines = [line[:26].strip() for line in text.splitlines()[4:]]
     assert lines == ["1 pair", "2 separate pairs", "2 draws, antithetic", "4 separate pairs", "4 draws, antithetic"]

@@ -142,7 +142,7 @@ def test_samples_continue_the_prompt(loop):
     prompt = len(Tokenizer.from_file(str(loop.run / "tokenizer.json")).encode("Emma").ids)
     assert all(sample["tokens"] <= LENGTH - prompt - 1 for sample in samples)  # BOS and prompt are not new
     total = sum(sample["tokens"] for sample in samples)
-    assert loop.done["sample"].err == f"{total} new tokens in {samples[0]['nfe']} calls (step 3)\n"
+    assert loop.done["sample"].err == f"{total} new tokens in {samples[0]['nfe']} forward passes (step 3)\n"
 
 
 def test_the_exported_tokenizer_is_the_runs(loop):

@@ -120,7 +120,7 @@ def test_a_run_on_two_nodes(slurm, args, capsys):
     assert subprocess.run(["bash", "-n", "run/launch/000/job.sbatch"], check=False).returncode == 0
     assert slurm.called()[-1] == f"sbatch --parsable {run}/launch/000/job.sbatch"
     out = capsys.readouterr().out
-    assert "job 12: 2 node(s) x 4 task(s)" in out
+    assert "job 12: 2 nodes x 4 tasks" in out
     assert "bd3 status" in out
     assert [event["jobs"] for event in events.read(run)] == [["12"]]
 
@@ -191,15 +191,15 @@ def test_a_site_file_has_defaults_that_flags_win_over(slurm, args, monkeypatch, 
 
 REFUSED = [
     (["--partition", "gpu"], "partition=gpu: there is none of this name; use main, small"),
-    (["--nodes", "5"], "nodes=5: partition main has 4 node(s); use at most 4"),
-    (["--nodes", "4", "--partition", "small"], "nodes=4: partition small gives a job 2 node(s) at most; use 2"),
+    (["--nodes", "5"], "nodes=5: partition main has 4 nodes; use at most 4"),
+    (["--nodes", "4", "--partition", "small"], "nodes=4: partition small gives a job 2 nodes at most; use 2"),
     (["--nodes", "2-1"], "nodes=2-1: not a number of nodes or a range of them such as 2-4"),
     (["--time", "3:00:00", "--partition", "small"], "time=3:00:00: the limit of partition small is 02:00:00; use that"),
     (["--time", "soon"], "time=soon: not a time; use minutes (90), H:MM:SS or D-HH:MM:SS"),
     (
         ["--nodes", "3"],
         "train.global_batch=8: not a multiple of train.micro_batch=2 times 3 data-parallel ranks; "
-        "use a multiple of 6 (3 node(s) x 1 task(s))",
+        "use a multiple of 6 (3 nodes x 1 task)",
     ),
     (["--data.path", "nowhere"], "nowhere: "),
     (["--site", "none.yaml"], "site=none.yaml: no such file; give a YAML file with options of the job"),

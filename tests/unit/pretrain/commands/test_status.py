@@ -78,7 +78,7 @@ def test_a_running_job(tmp_path, slurm, capsys):
     out = capsys.readouterr().out
     for text in (
         "state       running",
-        "job 12      RUNNING on node[1-2], 00:10:00 of 1-00:00:00, 1 restart(s)",
+        "job 12      RUNNING on node[1-2], 00:10:00 of 1-00:00:00, 1 restart",
         "20 of 40 | loss 3.25 | validation perplexity 33.25 | 12.3k tok/s | ETA 0:00:40",
         "checkpoint  step 15, 0:00:0",
         "step 5: node failure: node3",

@@ -90,7 +90,7 @@ def test_every_run_has_an_id_of_its_own_in_all_its_checkpoints(finished):
             assert (meta["records"], meta["record_bytes"]) == (2 * step, sum(map(len, lines)))
     assert len(set(ids)) == 2
     assert meta["settings"]["train"]["seed"] == 2
-    assert meta["settings"].keys() == {"model", "diffusion", "data", "train"}
+    assert meta["settings"].keys() == {"model", "diffusion", "clip_search", "data", "train"}
 
 
 def test_a_checkpoint_copied_in_from_another_run_is_never_taken(runs):
