@@ -28,13 +28,22 @@ from bd3_megatron.config import DiffusionConfig
 from bd3_megatron.diffusion.clips import count_law
 
 CLIP = {"beta": 0.3, "omega": 0.8}
-ARMS = ("full", "clip", "search", "counts", "clip-weights", "clip-counts")
-"""whole interval; [.3, .8]; searched interval; counts; counts with the clip's effective weights and uniform
-probabilities; the clip's probabilities of counts with the weights of the bound"""
-LEARNING_RATES = {"full": 0.004, "clip": 0.004, "search": 0.004, "counts": 0.004}
+ARMS = {
+    "full": "noise levels on the whole interval",
+    "clip": "noise levels on [.3, .8]",
+    "search": "noise levels on the interval that the clip search finds",
+    "counts": "counts, uniform",
+    "clip-weights": "uniform counts with the clip's mean weights: its weighting without its variance",
+    "clip-counts": "the clip's probabilities of counts with the weights of the bound: its masks without its weighting",
+    "least-variance": "the probabilities of counts that `bd3 bench counts` found on the run `counts` of seed 0",
+}
+LEARNING_RATES = {"full": 0.016, "clip": 0.004, "search": 0.016, "counts": 0.016}
+"""the best of .004, .008 and .016 for one seed; those of counts hold for their other probabilities and weights, too"""
+LEAST_VARIANCE: dict[tuple[int, int], list[float]] = {}
+"""count_probabilities by layers and block size"""
 
 
-def flags(arm: str, block_size: int) -> list[str]:
+def flags(arm: str, layers: int, block_size: int) -> list[str]:
     """Options of the objective."""
     size = ["--diffusion.block-size", str(block_size)]
     whole = [*size, "--diffusion.beta", "0.001", "--diffusion.omega", "1.0"]
@@ -53,6 +62,11 @@ def flags(arm: str, block_size: int) -> list[str]:
     if arm == "clip-counts":
         q = law.probability / law.probability.sum()
         return [*counts, "--diffusion.count-probabilities", *(f"{x:.15g}" for x in q)]
+    if arm == "least-variance":
+        if (layers, block_size) not in LEAST_VARIANCE:
+            raise SystemExit(f"--arm={arm}: not measured for {layers} layers and B'={block_size}; use bd3 bench counts")
+        q = LEAST_VARIANCE[layers, block_size]
+        return [*counts, "--diffusion.count-probabilities", *(f"{x:g}" for x in q)]
     raise SystemExit(f"--arm={arm}: unknown arm; use {', '.join(ARMS)}")
 
 
@@ -62,7 +76,7 @@ def folder(options: argparse.Namespace, arm: str, layers: int, block_size: int, 
 
 def command(options: argparse.Namespace, arm: str, layers: int, block_size: int, steps: int, seed: int) -> list[str]:
     """The command that trains one cell."""
-    lr = options.lr or LEARNING_RATES.get(arm, 0.004)
+    lr = options.lr or LEARNING_RATES.get(arm, LEARNING_RATES["counts"])
     values = {
         "data.path": options.data,
         "run": folder(options, arm, layers, block_size, steps, seed),
@@ -79,7 +93,7 @@ def command(options: argparse.Namespace, arm: str, layers: int, block_size: int,
         "preflight.enabled": "false",
     }
     words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    return ["bd3", "pretrain", "--preset", "tiny-cpu", *words, *flags(arm, block_size)]
+    return ["bd3", "pretrain", "--preset", "tiny-cpu", *words, *flags(arm, layers, block_size)]
 
 
 def run(options: argparse.Namespace, cell: tuple) -> subprocess.Popen | None:
@@ -178,12 +192,12 @@ def main(args: list[str]) -> int:
         choices=ARMS,
         default=["full", "clip", "search", "counts"],
         metavar="ARM",
-        help=", ".join(ARMS),
+        help="; ".join(f"{name}: {what}" for name, what in ARMS.items()),
     )
     parser.add_argument("--layers", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--block-sizes", "--block-size", nargs="+", type=int, default=[4, 16])
     parser.add_argument("--seeds", "--seed", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lr", type=float, help="learning rate instead of the arm's own")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rows", type=int, help="validation rows of the table; all by default")
