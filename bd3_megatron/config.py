@@ -64,6 +64,47 @@ def listing(values: list[int]) -> str:
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
 
 
+class RopeScaling(Section):
+    """Change of the rotary frequencies of a model whose rows became longer than those it was first trained with."""
+
+    kind: Literal["none", "linear", "llama3"] = Field(
+        default="none",
+        description="linear: all frequencies divided by the factor; llama3: low ones divided, high ones kept, between "
+        "them a smooth passage",
+        json_schema_extra=absent("none"),
+    )
+    factor: float = Field(default=1.0, ge=1, description="divisor of the frequencies", json_schema_extra=absent(1.0))
+    low: float = Field(
+        default=1.0,
+        gt=0,
+        description="llama3: frequencies of fewer turns over original_length are divided by the whole factor",
+        json_schema_extra=absent(1.0),
+    )
+    high: float = Field(
+        default=4.0, gt=0, description="llama3: those of more turns are kept", json_schema_extra=absent(4.0)
+    )
+    original_length: int = Field(
+        default=8192,
+        ge=1,
+        le=MAX_LENGTH,
+        description="llama3: row length of the first training",
+        json_schema_extra=absent(8192),
+    )
+
+    @model_validator(mode="after")
+    def _order(self) -> RopeScaling:
+        if self.low >= self.high:
+            raise ValueError(
+                f"model.rope_scaling.low={self.low:g}: must be below model.rope_scaling.high={self.high:g}; exchange them"
+            )
+        if self.kind == "none" and self.factor != 1:
+            raise ValueError(
+                f"model.rope_scaling.factor={self.factor:g}: model.rope_scaling.kind=none divides nothing; use linear "
+                f"or llama3"
+            )
+        return self
+
+
 class ModelConfig(Section):
     """Shape of the transformer."""
 
@@ -103,6 +144,7 @@ class ModelConfig(Section):
         json_schema_extra=absent(None),
     )
     rope_theta: float = Field(default=10_000.0, gt=0, description="base of the rotary position frequencies")
+    rope_scaling: RopeScaling = RopeScaling()
     norm_eps: float | None = Field(default=None, gt=0, description="epsilon of the norms; null: the backbone's default")
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="dropout probability on the outputs of attention and MLP"

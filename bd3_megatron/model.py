@@ -34,6 +34,7 @@ from bd3_megatron.diffusion.batches import Batch
 from bd3_megatron.diffusion.block_statistics import BlockStatistics
 from bd3_megatron.layers import transformer_engine as te
 from bd3_megatron.layers.head import VocabularyShard, cross_entropy, linear_cross_entropy
+from bd3_megatron.layers.rotary import scaled
 from bd3_megatron.layers.specs import Norm, layer_spec, transformer_config
 from bd3_megatron.shards import global_shape, local_shard
 
@@ -89,6 +90,7 @@ class BlockDiffusionModel(LanguageModule):
             rotary_base=model.rope_theta,
             use_cpu_initialization=megatron.use_cpu_initialization,
         )
+        self.rotary.inv_freq = scaled(self.rotary.inv_freq, model.rope_scaling)
         self.context = ContextShard.of_this_rank(model.length)
         width, dtype, device = model.width_per_head, megatron.params_dtype, cpu_compat.device()
         backend = choose(kernels.attention, self.streams, self.context, head_dim=width, dtype=dtype, device=device)

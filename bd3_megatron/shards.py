@@ -128,6 +128,16 @@ def as_parameter(name: str, whole: Tensor) -> Tensor:
     return whole.flatten(0, 1) if fused else whole
 
 
+def as_stored(name: str, parameter: Tensor, gated: bool) -> Tensor:
+    """The whole tensor of a parameter, as a checkpoint has it: the inverse of :func:`as_parameter`.
+
+    Args:
+        gated: the model's MLPs have a gate.
+    """
+    fused = gated and name.rpartition(".")[0].endswith(f".{_FUSED}")
+    return parameter.unflatten(0, (2, -1)) if fused else parameter
+
+
 def sharded_tensor(flat: Tensor, spec: ShardSpec, start: int = 0) -> ShardedTensor:
     """Chunks of a whole tensor that ``flat``, a range of this rank's flattened shard, covers.
 

@@ -24,8 +24,7 @@ EMBEDDING = "embedding.word_embeddings.weight"
 class Traits:
     """Traits: the choices that define the layers of a backbone. Exports carry them in ``config.json``.
 
-    Every backbone is pre-norm with rotary positions, grouped-query attention without biases, and two-matrix or gated
-    MLPs.
+    Every backbone is pre-norm with rotary positions, grouped-query attention, and two-matrix or gated MLPs.
 
     Attributes:
         norm: kind of all norms; LayerNorm has a bias, RMSNorm has none.
@@ -34,6 +33,7 @@ class Traits:
         mlp_bias: the MLP's matrices have biases.
         qk_norm: each head of queries and keys is normalized before the rotary embedding.
         head_bias: the output head has a bias.
+        qkv_bias: the projections to queries, keys and values have biases.
     """
 
     norm: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
@@ -42,6 +42,7 @@ class Traits:
     mlp_bias: bool = False
     qk_norm: bool = False
     head_bias: bool = False
+    qkv_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,9 @@ class Backbone:
         yield from self._norm(hidden, f"{ours}input_layernorm", f"{theirs}input_layernorm")
         yield Parameter(f"{ours}self_attention.linear_proj.weight", {f"{attention}o_proj.weight": (hidden, query)}, 1)
         yield Parameter(f"{ours}self_attention.linear_qkv.weight", qkv, 0, by_group=True)
+        if self.traits.qkv_bias:
+            qkv_bias: dict[str, Shape] = {f"{attention}{name}_proj.bias": (count,) for name, count in rows.items()}
+            yield Parameter(f"{ours}self_attention.linear_qkv.bias", qkv_bias, 0, by_group=True)
         if self.traits.qk_norm:
             yield from self._norm(width, f"{ours}self_attention.q_layernorm", f"{attention}q_norm")
             yield from self._norm(width, f"{ours}self_attention.k_layernorm", f"{attention}k_norm")

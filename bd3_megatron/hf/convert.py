@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -13,7 +14,8 @@ from bd3_common.errors import ConfigError
 from bd3_common.text import shorten
 from bd3_megatron.config import DiffusionConfig, ModelConfig
 from bd3_megatron.hf.files import Loaded, Source, open_source
-from bd3_megatron.hf.formats import FORMATS, Contents, TokenIds
+from bd3_megatron.hf.formats import FORMATS, CheckpointFormat, Contents, TokenIds
+from bd3_megatron.hf.origin import Origin
 
 DEFAULT = "bd3"
 
@@ -27,14 +29,20 @@ def export(
     out: str | Path,
     format_name: str = DEFAULT,
     run: str | None = None,
-) -> None:
+    dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
+    origin: Origin | None = None,
+) -> list[str]:
     """Write a checkpoint folder, all of it or nothing.
 
     Args:
-        weights: whole tensors by Megatron's names, vocabulary unpadded; stored in the type they have.
+        weights: whole tensors by Megatron's names, vocabulary unpadded; read one at a time if they are lazy.
         tokenizer_file: a ``tokenizer.json``; None exports no tokenizer.
         out: a folder that does not exist or is empty.
-        run: id of the run that the weights are of.
+        run, dtype, shard_bytes, origin: see :class:`bd3_megatron.hf.formats.Contents`.
+
+    Returns:
+        lines for the user about the checkpoint.
 
     Raises:
         ConfigError: ``out`` is not empty or cannot be written, the format can only be read, the weights are not of the
@@ -48,15 +56,18 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out}: exists and is not an empty folder; name another or remove it")
     tokenizer = None if tokenizer_file is None else Path(tokenizer_file)
+    form = written()
+    contents = Contents(model, diffusion, weights, tokens, tokenizer, run, dtype, shard_bytes, origin)
     try:
         with atomic_folder(out.absolute()) as folder:
-            written().write(folder, Contents(model, diffusion, weights, tokens, tokenizer, run))
+            form.write(folder, contents)
             for file in folder.iterdir():  # safetensors leaves what only the owner can read
                 file.chmod(0o644)
             folder.chmod(0o755)
     except (OSError, SafetensorError) as error:
         # An OSError's full text names the temporary folder.
         raise ConfigError(f"out={out}: cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    return form.notes(contents)
 
 
 def read_checkpoint(
@@ -73,10 +84,19 @@ def read_checkpoint(
         ConfigError: the files cannot be read, or are not of the format.
     """
     source = path if isinstance(path, Source) else open_source(Path(path))
-    form = FORMATS.load(find_format(source) if format_name is None else format_name)()
+    return format_of(source, format_name).read(source, tokens or TokenIds())
+
+
+def format_of(source: Source, name: str | None = None) -> CheckpointFormat:
+    """The format of a checkpoint; ``name`` as in :func:`read_checkpoint`.
+
+    Raises:
+        ConfigError: the checkpoint is not of it, or none has it.
+    """
+    form = FORMATS.load(find_format(source) if name is None else name)()
     if not form.matches(source.config):
         raise ConfigError(f"{source.path}: model_type={_model_type(source)}, not {form.model_type!r}")
-    return form.read(source, tokens or TokenIds())
+    return form
 
 
 def find_format(source: Source) -> str:

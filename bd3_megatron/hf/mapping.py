@@ -14,6 +14,7 @@ from bd3_common.errors import ConfigError
 from bd3_common.text import printable
 from bd3_megatron.backbones import Parameter, Shape
 from bd3_megatron.config import ModelConfig
+from bd3_megatron.hf.files import LazyTensors, shapes_of
 
 Weights = Mapping[str, Tensor]
 _FEW = 100  # up to so many layers the missing names are listed; beyond, only their number
@@ -36,21 +37,7 @@ def to_hf(weights: Weights, model: ModelConfig) -> dict[str, Tensor]:
     Raises:
         ConfigError: a name is missing, unknown, or has another shape than the model gives it.
     """
-    check_depth(weights, model)
-    table = entries(model)
-    check_shapes(weights, {entry.name: entry.shape for entry in table})
-    result = {}
-    for entry in table:
-        weight = weights[entry.name]
-        if entry.by_group:
-            # [groups, rows of one group, hidden]: each group holds its share of the rows of q, of k and of v.
-            weight = weight.unflatten(0, (model.groups, -1))
-            sizes = [shape[0] // model.groups for shape in entry.exported.values()]
-            parts = [part.flatten(0, 1) for part in weight.split(sizes, dim=1)]
-        else:
-            parts = weight.split([shape[0] for shape in entry.exported.values()])
-        result.update(zip(entry.exported, parts))
-    return result
+    return dict(lazy_to_hf(weights, model))
 
 
 def from_hf(weights: Weights, model: ModelConfig) -> dict[str, Tensor]:
@@ -59,18 +46,54 @@ def from_hf(weights: Weights, model: ModelConfig) -> dict[str, Tensor]:
     Raises:
         ConfigError: a name is missing, unknown, or has another shape than the model gives it.
     """
+    return dict(lazy_from_hf(weights, model))
+
+
+def lazy_to_hf(weights: Weights, model: ModelConfig) -> LazyTensors:
+    """As :func:`to_hf`, each Megatron tensor read and split when one of its parts is asked for."""
     check_depth(weights, model)
     table = entries(model)
-    check_shapes(weights, {name: shape for entry in table for name, shape in entry.exported.items()})
-    result = {}
-    for entry in table:
-        parts = [weights[name] for name in entry.exported]
+    check_shapes(weights, {entry.name: entry.shape for entry in table})
+    owners = {name: entry for entry in table for name in entry.exported}
+    last: dict[str, dict[str, Tensor]] = {}  # parts of one tensor are asked for one after the other
+
+    def read(name: str) -> Tensor:
+        entry = owners[name]
+        if entry.name not in last:
+            last.clear()
+            last[entry.name] = _parts(weights[entry.name], entry, model)
+        return last[entry.name][name]
+
+    return LazyTensors({name: entry.exported[name] for name, entry in owners.items()}, read)
+
+
+def _parts(weight: Tensor, entry: Parameter, model: ModelConfig) -> dict[str, Tensor]:
+    """Exported tensors that a Megatron tensor is made of."""
+    if entry.by_group:
+        # [groups, rows of one group, ...]: each group holds its share of the rows of q, of k and of v.
+        weight = weight.unflatten(0, (model.groups, -1))
+        sizes = [shape[0] // model.groups for shape in entry.exported.values()]
+        parts = [part.flatten(0, 1) for part in weight.split(sizes, dim=1)]
+    else:
+        parts = list(weight.split([shape[0] for shape in entry.exported.values()]))
+    return dict(zip(entry.exported, parts))
+
+
+def lazy_from_hf(weights: Weights, model: ModelConfig) -> LazyTensors:
+    """As :func:`from_hf`, the parts of each Megatron tensor read and joined when it is asked for."""
+    check_depth(weights, model)
+    table = {entry.name: entry for entry in entries(model)}
+    check_shapes(weights, {name: shape for entry in table.values() for name, shape in entry.exported.items()})
+
+    def read(name: str) -> Tensor:
+        entry = table[name]
+        parts = [weights[part] for part in entry.exported]
         if entry.by_group:
             parts = [part.unflatten(0, (model.groups, -1)) for part in parts]
-            result[entry.name] = torch.cat(parts, dim=1).flatten(0, 1)
-        else:
-            result[entry.name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    return result
+            return torch.cat(parts, dim=1).flatten(0, 1)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    return LazyTensors({name: entry.shape for name, entry in table.items()}, read)
 
 
 def check_depth(weights: Weights, model: ModelConfig) -> None:
@@ -100,9 +123,10 @@ def check_shapes(weights: Weights, expected: Mapping[str, Shape]) -> None:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             first = printable(names[0])
             raise ConfigError(f"weights: {first}{more} {problem}; the checkpoint is not of this model's shape")
+    found = shapes_of(weights)
     for name, shape in expected.items():
-        if tuple(weights[name].shape) != shape:
+        if found[name] != shape:
             raise ConfigError(
-                f"weights: {name} has shape {list(weights[name].shape)}, the model needs {list(shape)}; "
+                f"weights: {name} has shape {list(found[name])}, the model needs {list(shape)}; "
                 f"check model.hidden, heads, kv_heads, head_dim, ffn_hidden and vocab_size"
             )

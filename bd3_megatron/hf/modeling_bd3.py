@@ -9,6 +9,7 @@ predicts those. Each block sees itself and, through the *clean* stream, the true
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,7 @@ TRAITS = {
         "mlp_bias": False,
         "qk_norm": True,
         "head_bias": False,
+        "qkv_bias": False,
     },
     "dit": {
         "norm": "LayerNorm",
@@ -38,6 +40,7 @@ TRAITS = {
         "mlp_bias": True,
         "qk_norm": False,
         "head_bias": True,
+        "qkv_bias": False,
     },
 }
 
@@ -49,11 +52,13 @@ class BD3Config(PretrainedConfig):
         backbone: name of the backbone.
         traits: what the backbone computes; None needs a backbone of :data:`TRAITS`. ``norm`` is RMSNorm or LayerNorm
             (with bias), ``activation`` silu or gelu_tanh; ``gated``, ``mlp_bias``, ``qk_norm`` (norms of the heads of
-            q and k) and ``head_bias`` are true or false.
+            q and k), ``head_bias`` and ``qkv_bias`` are true or false.
         vocab_size: tokens, the mask included.
         num_key_value_heads: heads of keys and values; None means as many as query heads.
         head_dim: width of one head; None means ``hidden_size / num_attention_heads``.
         max_position_embeddings: tokens per row in training, L.
+        position_scaling: change of the rotary frequencies: ``kind`` (linear or llama3), ``factor``, ``low``, ``high``,
+            ``original_length``; None: none.
         block_size: tokens per block; ``max_position_embeddings`` is MDLM.
         objective: ``diffusion`` (predict the masked tokens) or ``causal`` (predict the next token).
         mask_token_id: never predicted; None means ``vocab_size - 1``.
@@ -74,6 +79,7 @@ class BD3Config(PretrainedConfig):
         intermediate_size: int = 2304,
         max_position_embeddings: int = 1024,
         rope_theta: float = 10_000.0,
+        position_scaling: dict | None = None,
         norm_eps: float = 1e-6,
         initializer_range: float = 0.02,
         block_size: int = 16,
@@ -89,6 +95,7 @@ class BD3Config(PretrainedConfig):
         traits = TRAITS.get(backbone) if traits is None else traits
         if traits is None:
             raise ValueError(f"backbone={backbone!r}: give its traits, or use {' or '.join(map(repr, TRAITS))}")
+        traits = {"qkv_bias": False} | traits  # which older exports do not name
         if wrong := sorted(traits.keys() ^ next(iter(TRAITS.values())).keys()):
             raise ValueError(f"traits: {wrong[0]} is missing or unknown; take modeling_bd3.py from the export itself")
         for name, values in (("norm", ("RMSNorm", "LayerNorm")), ("activation", ("silu", "gelu_tanh"))):
@@ -107,6 +114,7 @@ class BD3Config(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.max_position_embeddings = max_position_embeddings
         self.rope_theta = rope_theta
+        self.position_scaling = position_scaling
         self.norm_eps = norm_eps
         self.initializer_range = initializer_range
         self.block_size = block_size
@@ -149,13 +157,19 @@ def inside_documents(mask: Tensor, documents: Tensor | None) -> Tensor:
     return (mask & (documents[:, :, None] == documents[:, None, :]))[:, None]
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[s, head_dim]`` in fp32 for positions ``[s]``.
+def rotary(positions: Tensor, head_dim: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[s, head_dim]`` in fp32 for positions ``[s]``; ``scaling`` as in :class:`BD3Config`.
 
     Computed in every forward: a buffer from ``__init__`` is lost where models are built on the meta device.
     """
     exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.float()[:, None] * theta**-exponent
+    frequencies = theta**-exponent
+    if scaling is not None:
+        slow = frequencies / scaling["factor"]
+        turns = scaling["original_length"] * frequencies / (2 * math.pi)
+        kept = ((turns - scaling["low"]) / (scaling["high"] - scaling["low"])).clamp(0, 1)
+        frequencies = torch.lerp(slow, frequencies, kept) if scaling["kind"] == "llama3" else slow
+    angles = positions.float()[:, None] * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
@@ -199,9 +213,10 @@ class Attention(nn.Module):
             config.num_key_value_heads,
             config.head_dim,
         )
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.width, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.groups * self.width, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.groups * self.width, bias=False)
+        bias = config.traits["qkv_bias"]
+        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.width, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, self.groups * self.width, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, self.groups * self.width, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.width, config.hidden_size, bias=False)
         normed = config.traits["qk_norm"]
         self.q_norm = Norm(self.width, config) if normed else nn.Identity()
@@ -284,7 +299,8 @@ class Backbone(nn.Module):
         Returns the hidden states ``[b, s, h]`` and each layer's keys and values, those of ``past`` in front.
         """
         x = self.embed_tokens(ids)
-        angles = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        angles = rotary(positions, config.head_dim, config.rope_theta, config.position_scaling)
         present = []
         for index, layer in enumerate(self.layers):
             x, keys_values = layer(x, angles, mask, None if past is None else past[index])

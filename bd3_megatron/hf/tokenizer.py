@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from tokenizers import Tokenizer
 from bd3_common.errors import ConfigError
 from bd3_common.formats.tokenizer_file import dump, load_json, read_tokenizer
 from bd3_megatron.config import ModelConfig
-from bd3_megatron.hf.files import write_json
-from bd3_megatron.hf.formats import TokenIds
+from bd3_megatron.hf.files import json_text, write_json
+from bd3_megatron.hf.formats import Contents, TokenIds
 
 MASK_TOKEN = "<|mask|>"
 
@@ -28,6 +29,47 @@ def write_tokenizer(folder: Path, content: Mapping[str, Any], tokens: TokenIds, 
     (folder / "tokenizer.json").write_bytes(data)
     tokenizer = load_json(data, folder / "tokenizer.json", ConfigError)
     write_json(folder / "tokenizer_config.json", _tokenizer_config(tokenizer, tokens, model))
+
+
+def tokenizer_files(contents: Contents, vocab_size: int, mask: tuple[str, int] | None = None) -> dict[str, str]:
+    """Tokenizer of a checkpoint: texts by the names of the files; none without a tokenizer.
+
+    Args:
+        vocab_size: of the model that is written.
+        mask: token and id of the mask in the checkpoint; None: a causal model, which has none.
+
+    Raises:
+        ConfigError: it cannot be read, has more tokens than the model, or no place for the mask.
+    """
+    if contents.tokenizer is None:
+        return {}
+    file = read_tokenizer(contents.tokenizer, ConfigError)
+    tokenizer, tokens = file.load(), contents.tokens
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise ConfigError(
+            f"tokenizer={contents.tokenizer}: has ids up to {largest}, the model {vocab_size} tokens; give the tokenizer "
+            f"that the data was prepared with"
+        )
+    content = dict(file.content)
+    if contents.origin is None:
+        content["truncation"] = content["padding"] = None
+        if tokens.bos is not None:
+            content["post_processor"] = _begin_with(
+                content.get("post_processor"), tokenizer.id_to_token(tokens.bos), tokens.bos
+            )
+    if mask is not None and tokenizer.id_to_token(mask[1]) is None:
+        if not isinstance(content["model"].get("vocab"), dict):
+            raise ConfigError(
+                f"tokenizer={contents.tokenizer}: a {content['model'].get('type')} model has no place for a mask at id "
+                f"{mask[1]}; use --format bd3"
+            )
+        _add_mask(content, tokenizer, *reversed(mask))
+    data = dump(content)
+    written = load_json(data, contents.tokenizer, ConfigError)
+    special = replace(tokens, mask=None if mask is None else mask[1])
+    config = _tokenizer_config(written, special, contents.model)
+    return {"tokenizer.json": data.decode(), "tokenizer_config.json": json_text(config)}
 
 
 def tokenizer_with_mask(path: Path, tokens: TokenIds, model: ModelConfig) -> dict[str, Any]:
@@ -69,16 +111,16 @@ def _has_holes(tokenizer: Tokenizer) -> bool:
     return max(tokenizer.get_vocab().values(), default=-1) >= tokenizer.get_vocab_size()
 
 
-def _add_mask(content: dict[str, Any], tokenizer: Tokenizer, mask: int) -> None:
-    """Add a mask token with the id ``mask``, the next one after the largest."""
-    names = chain([MASK_TOKEN], (f"<|mask_{n}|>" for n in count(1)))
+def _add_mask(content: dict[str, Any], tokenizer: Tokenizer, mask: int, wanted: str = MASK_TOKEN) -> None:
+    """Add a mask token with the id ``mask``, which no token has."""
+    names = chain([wanted], (f"<|mask_{n}|>" for n in count(1)))
     name = next(name for name in names if tokenizer.token_to_id(name) is None)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     content["added_tokens"] = [
         *(content.get("added_tokens") or []),
         {"id": mask, "content": name, **flags, "special": True},
     ]
-    if _has_holes(tokenizer):
+    if mask != tokenizer.get_vocab_size():
         # `tokenizers` gives an added token the number of entries as its id, unless the model knows it.
         vocabulary = content["model"]["vocab"]
         content["model"] = content["model"] | {"vocab": vocabulary | {name: mask}}

@@ -58,7 +58,8 @@ class Norm(torch.nn.Module):
 
 
 class BiasFreeSelfAttention(SelfAttention):
-    """Self-attention without biases in a model whose MLP has them (Megatron has one switch for both)."""
+    """Self-attention without the MLP's biases (Megatron has one switch for both); those of queries, keys and values
+    have a switch of their own."""
 
     def __init__(self, config: TransformerConfig, *args, **kwargs):
         config = copy.copy(config)
@@ -96,8 +97,12 @@ class PredictingAttention(BiasFreeSelfAttention):
         # Rows of the weight come by group: its queries, its key, its value.
         groups, width = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         weight = self.linear_qkv.weight.view(groups, -1, width, hidden_states.shape[-1])
-        query = F.linear(hidden_states[: self.noisy], weight[:, :-2].flatten(0, 2))
-        key_value = F.linear(hidden_states, weight[:, -2:].flatten(0, 2))
+        biases = (None, None)
+        if self.linear_qkv.bias is not None:
+            bias = self.linear_qkv.bias.view(groups, -1, width)
+            biases = (bias[:, :-2].flatten(), bias[:, -2:].flatten())
+        query = F.linear(hidden_states[: self.noisy], weight[:, :-2].flatten(0, 2), biases[0])
+        key_value = F.linear(hidden_states, weight[:, -2:].flatten(0, 2), biases[1])
         query = query.unflatten(-1, (-1, width))
         key, value = key_value.unflatten(-1, (groups, 2, width)).unbind(-2)
         if self.q_layernorm is not None:
@@ -163,6 +168,7 @@ def transformer_config(config: EngineConfig, main_grads: bool = False) -> Transf
         normalization=traits.norm,
         layernorm_epsilon=model.eps,
         add_bias_linear=traits.mlp_bias,
+        add_qkv_bias=traits.qkv_bias,
         gated_linear_unit=traits.gated,
         activation_func=activation(traits, fused["bias_activation_fusion"]),
         qk_layernorm=traits.qk_norm,

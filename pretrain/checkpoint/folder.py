@@ -150,6 +150,7 @@ class Meta(schema.Record):
     omega: float = 0.0
     data: str = ""
     imported_from: str = ""
+    weights_only: bool = False
     run: str = ""
     settings: dict[str, Any] = Field(default={})
     records: schema.Count = 0

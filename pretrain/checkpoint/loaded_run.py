@@ -14,14 +14,64 @@ from bd3_megatron import parallel
 from bd3_megatron.attention.backends import portable
 from bd3_megatron.config import Fp8Config, ParallelConfig, ZeroConfig
 from bd3_megatron.engine.megatron import MegatronEngine
+from bd3_megatron.hf.files import LazyTensors
+from bd3_megatron.hf.formats import TokenIds
 from bd3_megatron.hf.mapping import check_depth, check_shapes, entries
 from pretrain.checkpoint.clip_state import read_clip_state
 from pretrain.checkpoint.folder import Checkpoint
-from pretrain.checkpoint.reader import find_checkpoint, read_weights
+from pretrain.checkpoint.reader import find_checkpoint, open_weights
 from pretrain.config.checkpoint_options import CheckpointOptions
 from pretrain.config.resolve import load_saved
 from pretrain.config.schema import RunConfig
-from pretrain.run_folder.layout import CONFIG
+from pretrain.run_folder import layout
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run folder and one of its checkpoints, whose weights are read when they are asked for."""
+
+    path: Path
+    config: RunConfig
+    checkpoint: Checkpoint
+    weights: LazyTensors
+
+    @property
+    def tokens(self) -> TokenIds:
+        """Special tokens of the model."""
+        model = self.config.model
+        return TokenIds(model.bos_id, model.eos_id, model.mask_id, model.pad_id)
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The run's ``tokenizer.json``, if it has one."""
+        path = self.path / layout.TOKENIZER
+        return path if path.is_file() else None
+
+
+def open_run(run: Path, step: int | None = None, averaged: bool = True) -> OpenRun:
+    """Open a run folder; its configuration has the clip interval that was trained on at the checkpoint.
+
+    Raises:
+        ConfigError: not a run folder, no such checkpoint, or one of another model than the configuration's.
+    """
+    config_file = run / layout.CONFIG
+    if not config_file.is_file():
+        raise ConfigError(
+            f"{run}: not a run folder ({layout.CONFIG} is missing); give the folder that bd3 pretrain wrote"
+        )
+    config = load_saved(config_file)
+    found = find_checkpoint(run, step)
+    diffusion, _ = read_clip_state(config, found.meta)
+    config = config.model_copy(update={"diffusion": diffusion})
+    if config.model.mask_id is None:
+        raise ConfigError(f"{config_file}: model.mask_id=null: set it to the id the model was trained with")
+    weights = open_weights(found, averaged)
+    try:
+        check_depth(weights, config.model)
+        check_shapes(weights, {entry.name: entry.shape for entry in entries(config.model)})
+    except ConfigError as error:
+        raise ConfigError(f"{config_file}: {error}") from None
+    return OpenRun(run, config, found, weights)
 
 
 @dataclass
@@ -63,23 +113,6 @@ def load_chosen(options: CheckpointOptions) -> LoadedRun:
 
 
 def load_run(run: Path, step: int | None = None, averaged: bool = True) -> LoadedRun:
-    """Read a run folder; its configuration has the clip interval that was trained on at the checkpoint.
-
-    Raises:
-        ConfigError: not a run folder, no such checkpoint, or one of another model than the configuration's.
-    """
-    if not (run / CONFIG).is_file():
-        raise ConfigError(f"{run}: not a run folder ({CONFIG} is missing); give the folder that bd3 pretrain wrote")
-    config = load_saved(run / CONFIG)
-    found = find_checkpoint(run, step)
-    diffusion, _ = read_clip_state(config, found.meta)
-    config = config.model_copy(update={"diffusion": diffusion})
-    if config.model.mask_id is None:
-        raise ConfigError(f"{run / CONFIG}: model.mask_id=null: set it to the id the model was trained with")
-    weights = read_weights(found, averaged)
-    try:
-        check_depth(weights, config.model)
-        check_shapes(weights, {entry.name: entry.shape for entry in entries(config.model)})
-    except ConfigError as error:
-        raise ConfigError(f"{run / CONFIG}: {error}") from None
-    return LoadedRun(config, found, weights)
+    """Read a run folder with all weights; errors as :func:`open_run`."""
+    found = open_run(run, step, averaged)
+    return LoadedRun(found.config, found.checkpoint, dict(found.weights))

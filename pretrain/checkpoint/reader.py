@@ -19,6 +19,7 @@ from torch import Tensor
 from bd3_common.errors import ConfigError
 from bd3_megatron.engine.base import Engine
 from bd3_megatron.engine.scaling import SECTION
+from bd3_megatron.hf.files import LazyTensors
 from bd3_megatron.parallel import World
 from bd3_megatron.shards import Chunk, ShardedTensor, as_parameter
 from pretrain.checkpoint.folder import (
@@ -38,6 +39,7 @@ from pretrain.run_folder.identity import Identity
 from pretrain.run_folder.layout import CHECKPOINTS
 
 _LOG = logging.getLogger(__name__)
+_WEIGHTS, _EMA = "weights", "ema"  # sections of a checkpoint
 
 
 def newest_checkpoint(run: Path) -> Checkpoint | None:
@@ -126,11 +128,18 @@ def restore(checkpoint: Checkpoint, engine: Engine) -> None:
     Adam's step count continues from ``updates`` of the checkpoint's meta, or from its step where meta has none.
     FP8 scales that the checkpoint lacks, because it was written in bf16 or with another recipe, start anew.
 
+    A checkpoint of weights only, as imports have it, leaves the optimizer's moments at zero and begins an EMA with the
+    weights.
+
     Raises:
         ConfigError: names or shapes of the tensors are not those of this model.
     """
     state = engine.state()
     stored = raise_on_all_ranks(lambda: StoredTensors(checkpoint))
+    if checkpoint.meta.get("weights_only"):
+        fill_weights(stored, state, f"{_WEIGHTS}/")
+        engine.loaded(0)
+        return
     scales = {name: sharded for name, sharded in state.items() if name.startswith(f"{SECTION}/")}
     if scales and not _has(stored, scales):
         state = {name: sharded for name, sharded in state.items() if name not in scales}
@@ -140,24 +149,62 @@ def restore(checkpoint: Checkpoint, engine: Engine) -> None:
     engine.loaded(checkpoint.meta.get("updates", checkpoint.step))
 
 
-def read_weights(checkpoint: Checkpoint, averaged: bool = True) -> dict[str, Tensor]:
-    """Whole fp32 weights by global parameter name, on the CPU; needs no process group.
+def fill_weights(stored: StoredTensors, state: Mapping[str, ShardedTensor], section: str) -> None:
+    """Fill the weights and the EMA of an engine's state from one section of a checkpoint.
+
+    Raises:
+        ConfigError: names or shapes of the tensors are not those of this model.
+    """
+    for ours in (f"{_WEIGHTS}/", f"{_EMA}/"):
+        renamed = {section + name.removeprefix(ours): x for name, x in state.items() if name.startswith(ours)}
+        raise_on_all_ranks(partial(_check, stored, renamed))
+        raise_on_all_ranks(partial(stored.fill, renamed))
+
+
+def weights_section(stored: StoredTensors, averaged: bool) -> str:
+    """Section of a checkpoint's EMA weights, if they are wanted and there, else of its weights."""
+    wanted = f"{_EMA}/"
+    return wanted if averaged and any(name.startswith(wanted) for name in stored.tensors) else f"{_WEIGHTS}/"
+
+
+def open_weights(checkpoint: Checkpoint, averaged: bool = True) -> LazyTensors:
+    """Whole fp32 weights by global parameter name, on the CPU, each read when it is asked for; no process group needed.
 
     Args:
         averaged: take the EMA weights where the checkpoint has them.
+
+    Raises:
+        ConfigError: the checkpoint's index is damaged; at a read, a file of it.
     """
     stored = StoredTensors(checkpoint)
-    section = "ema/" if averaged and any(name.startswith("ema/") for name in stored.tensors) else "weights/"
-    weights = read_tensors(stored, section)
-    return {name: as_parameter(name, tensor) for name, tensor in weights.items()}
+    section = weights_section(stored, averaged)
+    names = [name for name in stored.tensors if name.startswith(section)]
+
+    def shape(name: str) -> tuple[int, ...]:
+        return tuple(as_parameter(name, torch.empty(stored.tensors[name].shape, device="meta")).shape)
+
+    def read(name: str) -> Tensor:
+        return as_parameter(name, _read_tensor(stored, section + name))
+
+    return LazyTensors({name.removeprefix(section): shape(name) for name in names}, read)
+
+
+def read_weights(checkpoint: Checkpoint, averaged: bool = True) -> dict[str, Tensor]:
+    """All of :func:`open_weights`."""
+    return dict(open_weights(checkpoint, averaged))
 
 
 def read_tensors(stored: StoredTensors, section: str) -> dict[str, Tensor]:
     """Whole tensors on the CPU whose names begin with ``section``, by the rest of their names."""
-    found = {name: tensor for name, tensor in stored.tensors.items() if name.startswith(section)}
-    tensors = {name: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype]) for name, tensor in found.items()}
-    stored.fill({name: ShardedTensor(tuple(x.shape), (Chunk((0,) * x.dim(), x),)) for name, x in tensors.items()})
-    return {name.removeprefix(section): tensor for name, tensor in tensors.items()}
+    names = [name for name in stored.tensors if name.startswith(section)]
+    return {name.removeprefix(section): _read_tensor(stored, name) for name in names}
+
+
+def _read_tensor(stored: StoredTensors, name: str) -> Tensor:
+    there = stored.tensors[name]
+    tensor = torch.empty(there.shape, dtype=DTYPES[there.dtype])
+    stored.fill({name: ShardedTensor(tuple(tensor.shape), (Chunk((0,) * tensor.dim(), tensor),))})
+    return tensor
 
 
 def _has(stored: StoredTensors, state: Mapping[str, ShardedTensor]) -> bool:

@@ -5,9 +5,7 @@ Files are read with pread instead of memory maps: a failing disk is then an erro
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,8 +16,10 @@ import torch
 from torch import Tensor
 
 from bd3_common.errors import ConfigError
-from bd3_common.formats.tensor_header import METADATA, open_tensors, read_header
-from pretrain.checkpoint.index import DTYPES, REMEDY, StoredChunk, nbytes
+from bd3_common.formats.tensor_header import open_tensors, read_header
+from bd3_common.formats.tensor_writer import TensorEntry, write_tensors
+from bd3_megatron.hf.files import bytes_of
+from pretrain.checkpoint.index import DTYPES, REMEDY, StoredChunk
 
 _BUFFER = 16 << 20
 """bytes that are read at a time"""
@@ -57,39 +57,14 @@ def write_chunks(path: Path, chunks: Sequence[ChunkEntry], tensors: Iterable[Ten
     Raises:
         OSError: it cannot be written.
     """
-    stamp = _write_tensors(path, chunks, tensors)
+    entries = [TensorEntry(chunk.key, chunk.dtype, chunk.shape) for chunk in chunks]
+    stamp = write_tensors(path, entries, map(bytes_of, tensors))
     found: dict[str, Any] = {}
     for chunk in chunks:
         tensor = found.setdefault(chunk.name, {"shape": list(chunk.whole), "dtype": chunk.dtype, "chunks": []})
         place = {axis: list(sizes) for axis, sizes in chunk.place.items()}
         tensor["chunks"].append({**place, "file": path.name, "key": chunk.key})
     return {"tensors": found, "files": {path.name: stamp}}
-
-
-def _write_tensors(path: Path, chunks: Sequence[ChunkEntry], tensors: Iterable[Tensor]) -> dict[str, Any]:
-    """Write a safetensors file; returns its stamp."""
-    header: dict[str, Any] = {METADATA: {"format": "pt"}}
-    begin = 0
-    for chunk in chunks:
-        end = begin + nbytes(chunk.shape, chunk.dtype)
-        header[chunk.key] = {"dtype": chunk.dtype, "shape": list(chunk.shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # aligns the values
-    digest, size = hashlib.sha256(), 0
-    with path.open("xb", buffering=0) as file:
-        for data in itertools.chain([len(text).to_bytes(8, "little"), text], map(_bytes_of, tensors)):
-            view = memoryview(data)
-            for first in range(0, len(view), _BUFFER):
-                part = view[first : first + _BUFFER]
-                digest.update(part)
-                size += len(part)
-                while len(part):
-                    part = part[file.write(part) :]
-        os.fsync(file.fileno())
-    if size != 8 + len(text) + begin:
-        raise ValueError(f"{path}: {size} bytes of tensors, {8 + len(text) + begin} are announced")
-    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 class TensorFile:
@@ -126,7 +101,7 @@ class TensorFile:
         for at, part in _parts(tuple(low), target):
             direct = part.is_contiguous() and part.device.type == "cpu" and part.dtype is DTYPES[dtype]
             buffer = part if direct else torch.empty(part.shape, dtype=DTYPES[dtype])
-            view = memoryview(_bytes_of(buffer))
+            view = memoryview(bytes_of(buffer))
             for place, begin, end in _runs(chunk.shape, at, part.shape):
                 size = buffer.element_size()
                 self._pread(view[begin * size : end * size], self._begin + entry.data_offsets[0] + place * size)
@@ -142,12 +117,6 @@ class TensorFile:
 
     def _damaged(self, reason: str) -> ConfigError:
         return ConfigError(f"{self.path}: {reason}; {REMEDY}")
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    """The memory of a contiguous CPU tensor as an array of bytes."""
-    # view(-1) would keep the stride of a single element.
-    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 def _parts(low: tuple[int, ...], target: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:

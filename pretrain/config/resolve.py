@@ -19,6 +19,7 @@ from bd3_megatron.config import ABSENT
 from data_prep.format.remote import is_remote
 from pretrain.config import CONFIG_FILE
 from pretrain.config.command_line import Below, parse_options
+from pretrain.config.initial import is_run, shape_values, split_step
 from pretrain.config.schema import RunConfig, check_batches, check_run
 from pretrain.config.values import Layer, as_section, build, did_you_mean, leaves, put, show
 from pretrain.config.yaml_text import MAX_CHARACTERS, load_yaml
@@ -165,6 +166,9 @@ def resolve(cls: type[Options], args: list[str], prog: str, below: Below | None 
         run = next((run for run in runs if isinstance(run, str) and run), RunConfig.model_fields["run"].default)
         yield from _absent_in(Path(run))
         yield file
+        init = flags.get("init") or ("model" not in file.values and file.values.get("init"))
+        if isinstance(init, str) and init:
+            yield _initial_layer(init)
         if below is not None:
             yield from below(flags)
 
@@ -176,6 +180,19 @@ def resolve(cls: type[Options], args: list[str], prog: str, below: Below | None 
     if getattr(options, "world_size", None):
         check_batches(config.train, parallel, data_size)
     return config, options
+
+
+def _initial_layer(init: str) -> Layer:
+    """Shape of the model that a run begins with."""
+    path, _ = split_step(init)
+    if is_run(path):
+        model = load_saved(Path(path) / CONFIG_FILE).model
+    else:
+        # These import torch; a run's configuration does not.
+        from pretrain.config.source_tokens import model_of
+
+        model = model_of(Path(path))
+    return Layer({"model": shape_values(model)}, f"init {shorten(init)}")
 
 
 def _preset(name: str) -> tuple[str, str]:

@@ -352,6 +352,17 @@ class RunConfig(Section):
     """Everything that defines a training run."""
 
     run: str = Field(default="runs/default", description="run folder")
+    init: str | None = Field(
+        default=None,
+        description="run folder (RUN or RUN@STEP) or Hugging Face folder whose weights a new run begins with; "
+        "the shape of the model is then its",
+        json_schema_extra=absent(None),
+    )
+    init_weights: Literal["ema", "raw"] = Field(
+        default="ema",
+        description="of a run that init names: its EMA weights, or the last step's",
+        json_schema_extra=absent("ema"),
+    )
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     kernels: KernelConfig = KernelConfig()

@@ -13,6 +13,8 @@ SWEEP = "sweep.yaml"
 RUN_ID = "run_id.json"
 """id of the run, and its parents' ids"""
 TOKENIZER = "tokenizer.json"
+ORIGIN = "origin.safetensors"
+"""what the run keeps of the checkpoint it was imported from"""
 VERSIONS = "versions.txt"
 """versions of the packages that the last start used"""
 

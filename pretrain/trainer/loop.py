@@ -63,11 +63,16 @@ def train(config: RunConfig) -> Path:
         config, stream, validation = preflight.data(lambda: open_data(config, job.world))
         begin = find_beginning(job.run, config, stream, job.world)
         job.take_run_folder(lambda: prepare(job.run, config, stream, begin.identity, begin.seen), begin.identity.id)
+        if begin.initial is not None:
+            on_rank_0(lambda: begin.initial.keep(job.run))
         preflight.folders(config)
         job.log_to_run_folder()
         engine = build_engine(config.engine(), job.world, config.train.seed)
         if begin.checkpoint is not None:
             restore(begin.checkpoint, engine)
+        elif begin.initial is not None:
+            begin.initial.fill(engine)
+            _LOG.info(f"weights from {config.init}: {' '.join(begin.initial.parents)}")
         with Trainer(config, job.run, engine, stream, validation, begin, job.watchdog) as trainer:
             trainer.run()
     return job.run

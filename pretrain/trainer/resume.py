@@ -17,8 +17,9 @@ from pretrain.checkpoint.reader import newest_on_all_ranks
 from pretrain.config.resolve import absent_values, load_saved
 from pretrain.config.schema import RESUMABLE, RunConfig
 from pretrain.config.values import Layer, build
+from pretrain.conversion.initial import InitialWeights, open_initial
 from pretrain.distributed.collective_errors import mark_collective
-from pretrain.distributed.collectives import on_rank_0
+from pretrain.distributed.collectives import on_rank_0, raise_on_all_ranks
 from pretrain.run_folder import layout
 from pretrain.run_folder.data import data_identity, order_seed, same_data
 from pretrain.run_folder.identity import Identity
@@ -29,7 +30,7 @@ from pretrain.trainer.stability import check_skips, read_ranges, undone
 # is coarser with FP8, and another machine may lack some of them. guard.skip may change for future steps only
 # (pretrain.trainer.stability.check_skips).
 _MAY_CHANGE = ("run", "resume", "parallel", "zero", "kernels", "fp8", "log", "profile", "preflight", "eval")
-_MAY_CHANGE += ("checkpoint", "guard", "train.micro_batch")
+_MAY_CHANGE += ("init", "init_weights", "checkpoint", "guard", "train.micro_batch")
 _MAY_CHANGE += ("data.path", "data.cache", "data.cache_gb", "data.verify_gb")
 
 
@@ -41,11 +42,13 @@ class Beginning:
         checkpoint: to continue from; None for a new run.
         identity: of the run.
         seen: listing of the run folder at the time of the decision (:func:`pretrain.run_folder.prepare.contents`).
+        initial: weights that a new run begins with; None: random ones.
     """
 
     checkpoint: Checkpoint | None
     identity: Identity
     seen: list[str]
+    initial: InitialWeights | None = None
 
     @property
     def step(self) -> int:
@@ -148,7 +151,7 @@ def find_beginning(run: Path, config: RunConfig, stream: RowStream, world: World
 
     Raises:
         ConfigError: no checkpoint is complete, or the run has other data, another position or other values than the
-            configuration; on all ranks.
+            configuration, or the weights to begin with are not there or of another shape; on all ranks.
     """
     seen = on_rank_0(lambda: contents(run))
     left_out = on_rank_0(lambda: read_ranges(run))
@@ -166,7 +169,9 @@ def find_beginning(run: Path, config: RunConfig, stream: RowStream, world: World
     recorded = None if found is None else _recorded_settings(found)
     on_rank_0(lambda: check_same_run(run, config, recorded))
     if found is None:
-        return Beginning(None, Identity(id=on_rank_0(lambda: Identity().id)), seen)
+        initial = None if config.init is None else raise_on_all_ranks(lambda: open_initial(config))
+        new = Identity(id=on_rank_0(lambda: Identity().id), parents=[] if initial is None else initial.parents)
+        return Beginning(None, new, seen, initial)
     if not same_data(found.meta.get("data", data_identity(*stream.manifests)), *stream.manifests):
         raise mark_collective(
             ConfigError(

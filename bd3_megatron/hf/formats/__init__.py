@@ -18,19 +18,28 @@ from bd3_common.registry import Registry
 from bd3_megatron.config import DiffusionConfig, ModelConfig
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from bd3_megatron.hf.files import Loaded, Source
+    from bd3_megatron.hf.origin import Origin
 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids of the special tokens; None: the vocabulary has no such token, or nobody has named one."""
+    """Ids of the special tokens; None: the vocabulary has no such token, or nobody has named one.
+
+    Attributes:
+        size: ids of the tokenizer, holes included; None: no tokenizer is known.
+        mask_init: row of a mask that a vocabulary lacks: ``mean``, ``noise`` or ``eos``.
+    """
 
     bos: int | None = None
     eos: int | None = None
     mask: int | None = None
     pad: int | None = None
+    size: int | None = None
+    mask_init: str = "mean"
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,9 @@ class Contents:
         weights: whole tensors by Megatron's names, vocabulary unpadded.
         tokenizer: a ``tokenizer.json``; None: there is none.
         run: id of the run that the weights are of, for an import to name it as the parent; None: it has none.
+        dtype: of the weights that are written; None: the one they have.
+        shard_bytes: most bytes of one weight file; None: one file for all.
+        origin: what the run kept of the checkpoint it was imported from.
     """
 
     model: ModelConfig
@@ -49,6 +61,9 @@ class Contents:
     tokens: TokenIds
     tokenizer: Path | None = None
     run: str | None = None
+    dtype: torch.dtype | None = None
+    shard_bytes: int | None = None
+    origin: Origin | None = None
 
 
 class CheckpointFormat(ABC):
@@ -77,6 +92,18 @@ class CheckpointFormat(ABC):
         Raises:
             ConfigError: a key, a value or a tensor does not fit.
         """
+
+    def origin(self, source: Source, loaded: Loaded, tokens: TokenIds) -> Origin | None:
+        """What a run keeps of the checkpoint for :meth:`write`; None: the run itself has all of it.
+
+        Args:
+            loaded: what :meth:`read` has returned.
+        """
+        return None
+
+    def notes(self, contents: Contents) -> list[str]:
+        """Lines for the user about a checkpoint that has been written: what its readers have to know."""
+        return []
 
     def write(self, folder: Path, contents: Contents) -> None:
         """Write all files into ``folder``, which exists and is empty.

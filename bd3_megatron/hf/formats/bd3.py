@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 
 from bd3_common import schema
 from bd3_common.errors import ConfigError
+from bd3_megatron.backbones import Traits
 from bd3_megatron.config import DiffusionConfig, ModelConfig, before_new_keys
-from bd3_megatron.hf.files import Loaded, Source, section, write_json
+from bd3_megatron.hf.files import Loaded, Source, section, write_json, write_weights
 from bd3_megatron.hf.formats import CheckpointFormat, Contents, TokenIds, check_keys
-from bd3_megatron.hf.mapping import from_hf, to_hf
+from bd3_megatron.hf.mapping import lazy_from_hf, lazy_to_hf
 from bd3_megatron.hf.tokenizer import tokenizer_with_mask, write_tokenizer
 
 MODELING = Path(__file__).parents[1] / "modeling_bd3.py"
@@ -61,15 +61,20 @@ class BD3(CheckpointFormat):
         if config.get("pad_token_id") != values["eos_id"]:
             values["pad_id"] = config.get("pad_token_id")
         check_keys(source, ("objective", "block_size"))
+        if config.get("position_scaling") is not None:
+            values["rope_scaling"] = config["position_scaling"]
         model = section(ModelConfig, values, where)
-        if config.get("traits", asdict(model.traits)) != asdict(model.traits):
+        traits = schema.check(
+            config.get("traits", asdict(model.traits)), dict[str, Any], f"{where}: traits", error=ConfigError
+        )
+        if asdict(Traits()) | traits != asdict(model.traits):
             raise ConfigError(
                 f"{where}: traits: model.backbone={model.backbone} has others here; load the plugin it was trained with"
             )
         objective = {"objective": config["objective"], "block_size": config["block_size"]}
         noise = schema.check(config.get("noise") or {}, dict[str, Any], f"{where}: noise", error=ConfigError)
         diffusion = section(DiffusionConfig, {**before_new_keys(DiffusionConfig), **noise, **objective}, where)
-        return model, diffusion, from_hf(source.tensors(), model)
+        return model, diffusion, lazy_from_hf(source.tensors(), model)
 
     def write(self, folder: Path, contents: Contents) -> None:
         """See the base class; tensors keep their type."""
@@ -79,14 +84,14 @@ class BD3(CheckpointFormat):
                 raise ConfigError(
                     f"tokens.{name}={getattr(tokens, name)}: the model was trained with model.{name}_id={trained}"
                 )
-        state = {name: t.detach().cpu().contiguous() for name, t in to_hf(contents.weights, model).items()}
+        state = lazy_to_hf(contents.weights, model)
         if tokens.mask is None or tokens.mask >= model.vocab_size:
             raise ConfigError(f"tokens.mask={tokens.mask}: not below model.vocab_size={model.vocab_size}")
-        config = hf_config(model, diffusion, tokens, next(iter(state.values())).dtype)
+        config = hf_config(model, diffusion, tokens, contents.dtype or next(iter(state.values())).dtype)
         config |= {} if contents.run is None else {RUN: contents.run}
         tokenizer = None if contents.tokenizer is None else tokenizer_with_mask(contents.tokenizer, tokens, model)
         write_json(folder / "config.json", config)
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        write_weights(folder, state, contents.dtype, contents.shard_bytes)
         shutil.copyfile(MODELING, folder / MODELING.name)
         if tokenizer is not None:
             write_tokenizer(folder, tokenizer, tokens, model)
@@ -117,6 +122,7 @@ def hf_config(model: ModelConfig, diffusion: DiffusionConfig, tokens: TokenIds, 
         },
         "torch_dtype": str(dtype).removeprefix("torch."),
         **{name: getattr(resolved, ours) for ours, name in FIELDS.items()},
+        "position_scaling": None if model.rope_scaling.kind == "none" else model.rope_scaling.model_dump(),
         "traits": asdict(model.traits),
         "objective": diffusion.objective,
         "block_size": diffusion.block_size,

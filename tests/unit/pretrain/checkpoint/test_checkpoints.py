@@ -223,7 +223,7 @@ def test_a_failure_in_the_background_is_raised_at_the_next_occasion(world, run, 
     def fail(*_, **__):
         raise OSError(28, "No space left on device", "disk")
 
-    monkeypatch.setattr(tensor_file, "_write_tensors", fail)
+    monkeypatch.setattr(tensor_file, "write_tensors", fail)
     with CheckpointWriter(run, made(world), keep=1) as writer:
         writer.save(4, {})
         with pytest.raises(OSError, match="No space left") as caught:

@@ -243,7 +243,7 @@ DEATHS = [
     ("pretrain.tracking.metrics", "MetricsWriter._record", 1),
     ("pretrain.trainer.loop", "Trainer._train_step", 1),  # evaluated at step 0, nothing else
     ("pretrain.trainer.loop", "Trainer._save", 1),  # step 1 recorded, not saved
-    ("pretrain.checkpoint.tensor_file", "_write_tensors", 1),  # an empty folder
+    ("pretrain.checkpoint.tensor_file", "write_tensors", 1),  # an empty folder
     ("pretrain.checkpoint.writer", "write_index", 1),  # tensors written, their index not
     ("pretrain.checkpoint.folder", "publish", 1),  # all written but the list
     ("pretrain.checkpoint.folder", "_rename", 1),  # the list written, the checkpoint of step 1 about to appear
