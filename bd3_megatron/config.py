@@ -276,8 +276,8 @@ class DiffusionConfig(Section):
             for k, probability in enumerate(q[1:], 1):
                 if k * probability * MAX_COUNT_WEIGHT < 1:
                     raise ValueError(
-                        f"diffusion.count_probabilities: {probability:g} for {counted(k, 'masked token')}, so rare that the "
-                        f"likelihood bound needs a weight over {MAX_COUNT_WEIGHT:g}; raise it, or give "
+                        f"diffusion.count_probabilities: {probability:g} for {counted(k, 'masked token')}, so rare "
+                        f"that the likelihood bound needs a weight over {MAX_COUNT_WEIGHT:g}; raise it, or give "
                         f"diffusion.count_weights too"
                     )
         return self
