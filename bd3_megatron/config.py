@@ -95,7 +95,8 @@ class RopeScaling(Section):
     def _order(self) -> RopeScaling:
         if self.low >= self.high:
             raise ValueError(
-                f"model.rope_scaling.low={self.low:g}: must be below model.rope_scaling.high={self.high:g}; exchange them"
+                f"model.rope_scaling.low={self.low:g}: must be below model.rope_scaling.high={self.high:g}; exchange "
+                f"them"
             )
         if self.kind == "none" and self.factor != 1:
             raise ValueError(
@@ -318,8 +319,8 @@ class DiffusionConfig(Section):
             for k, probability in enumerate(q[1:], 1):
                 if k * probability * MAX_COUNT_WEIGHT < 1:
                     raise ValueError(
-                        f"diffusion.count_probabilities: {probability:g} for {counted(k, 'masked token')}, so rare that the "
-                        f"likelihood bound needs a weight over {MAX_COUNT_WEIGHT:g}; raise it, or give "
+                        f"diffusion.count_probabilities: {probability:g} for {counted(k, 'masked token')}, so rare "
+                        f"that the likelihood bound needs a weight over {MAX_COUNT_WEIGHT:g}; raise it, or give "
                         f"diffusion.count_weights too"
                     )
         return self

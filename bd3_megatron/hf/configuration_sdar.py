@@ -1,4 +1,7 @@
-"""Configuration of an SDAR model: Qwen3's, with blocks. This file ships with exports; it needs transformers 4.51 or later."""
+"""Configuration of an SDAR model: Qwen3's, with blocks.
+
+This file ships with exports; it needs transformers 4.51 or later.
+"""
 
 from __future__ import annotations
 

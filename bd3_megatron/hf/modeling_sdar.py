@@ -15,8 +15,10 @@ from .configuration_sdar import SDARConfig
 
 
 def block_causal_bias(first: int, end: int, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is added to attention scores ``[1, 1, end - first, end]``: queries from ``first`` on, keys from 0 on; 0 where
-    the key's block is the query's or one before, else the lowest number."""
+    """What is added to attention scores ``[1, 1, end - first, end]``, queries from ``first`` on, keys from 0 on.
+
+    It is 0 where the key's block is the query's or one before, else the lowest number.
+    """
     block = torch.arange(end, device=device) // size
     unseen = block[first:, None] < block[None, :]
     return torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill(unseen, torch.finfo(dtype).min)[None, None]
@@ -85,9 +87,9 @@ class SDARForCausalLM(Qwen3ForCausalLM):
         Args:
             input_ids: ``[b, p]``, prompts of one length. The tail of a prompt stays in the first block.
             max_new_tokens: n. Blocks are generated whole, then cut to n.
-            strategy: which masked positions a forward pass fills. ``low_confidence_static``: a fixed number, those of the
-                highest probability; ``low_confidence_dynamic``: all above ``threshold``, at least one; ``sequential``:
-                a fixed number from the left.
+            strategy: which masked positions a forward pass fills. ``low_confidence_static``: a fixed number, those of
+                the highest probability; ``low_confidence_dynamic``: all above ``threshold``, at least one;
+                ``sequential``: a fixed number from the left.
             steps: forward passes for a block of masks, of the strategies with a fixed number; None: one per token.
             temperature: divides the logits; 0 takes the likeliest token.
             stop_at_eos: end when every row has an EOS; what follows it is padding.

@@ -1,7 +1,7 @@
 """What a run keeps of the checkpoint it was imported from, for an export in the same format.
 
-A run has the rows of its own tokens and the mask, the usual keys, and a ``tokenizer.json``. The rest stands in a file of
-the run folder: rows of padding, keys of ``config.json`` that decide nothing here, small text files.
+A run has the rows of its own tokens and the mask, the usual keys, and a ``tokenizer.json``. The rest stands in a file
+of the run folder: rows of padding, keys of ``config.json`` that decide nothing here, small text files.
 """
 
 from __future__ import annotations

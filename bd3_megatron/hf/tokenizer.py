@@ -48,8 +48,8 @@ def tokenizer_files(contents: Contents, vocab_size: int, mask: tuple[str, int] |
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
         raise ConfigError(
-            f"tokenizer={contents.tokenizer}: has ids up to {largest}, the model {vocab_size} tokens; give the tokenizer "
-            f"that the data was prepared with"
+            f"tokenizer={contents.tokenizer}: has ids up to {largest}, the model {vocab_size} tokens; give the "
+            f"tokenizer that the data was prepared with"
         )
     content = dict(file.content)
     if contents.origin is None:

@@ -64,11 +64,8 @@ class BlockLoss:
 
     def by_count(self) -> dict[str, float]:
         """Mean nll of a masked token, nats, by the number of masked tokens of its block; groups that have any."""
-        return {
-            name: float(x * _UNIT / n)
-            for name, x, n in zip(group_names(self.edges.tolist()), self.nll, self.masked)
-            if n
-        }
+        names = group_names(self.edges.tolist())
+        return {name: float(x * _UNIT / n) for name, x, n in zip(names, self.nll, self.masked) if n}
 
     def by_position(self) -> dict[str, float]:
         """Share of the bound, nats, of each position in the block (from 1); they add up to the whole."""

@@ -117,8 +117,8 @@ class CausalFormat(CheckpointFormat):
         if model.tie_embeddings and HEAD in found:
             if not torch.equal(found[HEAD], found[EMBEDDING]):
                 raise ConfigError(
-                    f"{source.config_file}: tie_word_embeddings=true: {HEAD} is not {EMBEDDING}; set it to false if the "
-                    f"head is trained"
+                    f"{source.config_file}: tie_word_embeddings=true: {HEAD} is not {EMBEDDING}; set it "
+                    f"to false if the head is trained"
                 )
             repeated.add(HEAD)
         return found.renamed({name: name for name in found if name not in repeated})
@@ -293,7 +293,8 @@ def with_mask(table: Tensor, model: ModelConfig, tokens: TokenIds) -> Tensor:
         ConfigError: ``eos`` without one.
     """
     size, mask = model.vocab_size, model.mask_id
-    assert size is not None and mask is not None
+    assert size is not None
+    assert mask is not None
     if has_mask(tokens, mask):
         return table[:size]
     known = table[: tokens.size or len(table)].float()

@@ -32,7 +32,7 @@ MASK_ID = 151669
 """id of the mask that SGLang and LMDeploy have in their source"""
 MASK_TOKEN = "<|MASK|>"
 SIDECAR = "bd3_megatron.sidecar"
-"""what the format has no place for, under a name that other programs do not load: rows of the mask, our configuration"""
+"""what the format has no place for, under a name that other programs do not load: the mask's row, our configuration"""
 _KEY = "sections"
 _CODE = ("configuration_sdar.py", "modeling_sdar.py")
 
@@ -95,8 +95,8 @@ class SDAR(CausalFormat):
         """What engines have to be told."""
         size, model = contents.diffusion.block_size, contents.model
         lines = [
-            f"blocks of {size}: SGLang takes it as block_size in --dllm-algorithm-config, LMDeploy as dllm_block_length, "
-            f"JetEngine as block_length"
+            f"blocks of {size}: SGLang takes it as block_size in --dllm-algorithm-config, LMDeploy as "
+            f"dllm_block_length, JetEngine as block_length"
         ]
         if model.mask_id != MASK_ID:
             assert model.vocab_size is not None
@@ -154,7 +154,8 @@ class SDAR(CausalFormat):
 def served(weights: LazyTensors, model: ModelConfig) -> LazyTensors:
     """Weights with the mask at :data:`MASK_ID`, and an untied head in which no id but a token's own can win."""
     size, mask = model.vocab_size, model.mask_id
-    assert size is not None and mask is not None
+    assert size is not None
+    assert mask is not None
     safe = without_mask(weights, model)
     if mask == MASK_ID:
         return safe
