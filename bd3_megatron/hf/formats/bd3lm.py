@@ -1,8 +1,9 @@
-"""The checkpoints of the paper's authors, whose model_type is bd3lm; read only."""
+"""The checkpoints of the paper's authors, whose model_type is bd3lm."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,16 +14,21 @@ from bd3_common.errors import ConfigError
 from bd3_common.text import shorten
 from bd3_megatron.backbones import Shape
 from bd3_megatron.config import DiffusionConfig, ModelConfig
-from bd3_megatron.hf.files import Loaded, Source, section
-from bd3_megatron.hf.formats import CheckpointFormat, TokenIds
-from bd3_megatron.hf.mapping import check_depth, check_shapes, from_hf
+from bd3_megatron.hf.files import Loaded, Source, section, write_json, write_weights
+from bd3_megatron.hf.formats import CheckpointFormat, Contents, TokenIds
+from bd3_megatron.hf.mapping import Weights, check_depth, check_shapes, from_hf, lazy_to_hf
+from bd3_megatron.hf.origin import Origin
+from bd3_megatron.hf.tokenizer import tokenizer_files
+
+_BUFFERS = ("sampling_eps_min", "sampling_eps_max", "backbone.rotary_emb.inv_freq")
 
 
 class BD3LM(CheckpointFormat):
     """The reference implementation's checkpoints, their constant adaLN condition folded into the weights.
 
-    The mask is the one of ``tokens``, else the last of the vocabulary: there the reference puts a mask that its
-    tokenizer lacks (BERT's tokenizer has one of its own).
+    Written, the condition is unfolded again: with that of the checkpoint that was imported, else with one that changes
+    nothing. The mask is the one of ``tokens``, else the last of the vocabulary: there the reference puts a mask that
+    its tokenizer lacks (BERT's tokenizer has one of its own).
     """
 
     model_type: ClassVar[str] = "bd3lm"
@@ -37,6 +43,61 @@ class BD3LM(CheckpointFormat):
         state = source.tensors()
         model, diffusion = reference_sections(source.config, state, str(source.path), tokens)
         return model, diffusion, fold_reference(state, model)
+
+    def origin(self, source: Source, loaded: Loaded, tokens: TokenIds) -> Origin:
+        """See the base class: the condition, and what rounding loses of the tensors that it scales."""
+        return Origin(self.model_type, source.config, kept_of_reference(source.tensors(), *loaded[::2]))
+
+    def write(self, folder: Path, contents: Contents) -> None:
+        """See the base class; in fp32, without the reference's code, which a user of it has."""
+        model, diffusion = contents.model, contents.diffusion
+        _check_writable(model, contents.dtype)
+        kept = contents.origin if contents.origin and contents.origin.format == self.model_type else None
+        state = unfold_reference(contents.weights, model, {} if kept is None else kept.tensors)
+        one_stream = diffusion.block_size == model.length
+        config = {
+            "model_type": self.model_type,
+            "architectures": ["BD3LM"],
+            "block_size": diffusion.block_size,
+            "vocab_size": model.vocab_size,
+            "model_length": model.length,
+            "hidden_dim": model.hidden,
+            "cond_dim": state["backbone.sigma_map.mlp.0.weight"].shape[0],
+            "n_blocks": model.layers,
+            "n_heads": model.heads,
+            "dropout": model.dropout,
+            "cross_attn": not one_stream,
+            "time_conditioning": False,
+            "var_min": False,
+            "sampling_eps_min": diffusion.beta,
+            "sampling_eps_max": diffusion.omega,
+            "attn_backend": "sdpa",
+            "return_dict": False,
+            "mask_index": model.mask_id,
+        }
+        if kept is not None:
+            config = {"model_type": self.model_type, "mask_index": model.mask_id} | dict(kept.config)
+        write_json(folder / "config.json", config)
+        write_weights(folder, state, torch.float32, contents.shard_bytes)
+        for name, text in tokenizer_files(contents, model.vocab_size or 0).items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def _check_writable(model: ModelConfig, dtype: torch.dtype | None) -> None:
+    """Check that the reference has such a model.
+
+    Raises:
+        ConfigError: with the reason.
+    """
+    wrong = {
+        f"model.backbone={model.backbone}": model.backbone != "dit",
+        f"model.ffn_hidden={model.ffn}": model.ffn != 4 * model.hidden,
+        f"model.rope_theta={model.rope_theta:g}": model.rope_theta != 10_000,
+        f"model.rope_scaling.kind={model.rope_scaling.kind}": model.rope_scaling.kind != "none",
+        f"dtype={str(dtype).removeprefix('torch.')}": dtype not in (None, torch.float32),
+    }
+    if found := next((name for name, is_wrong in wrong.items() if is_wrong), None):
+        raise ConfigError(f"format=bd3lm: {found}: the reference has dit, 4 x hidden, 10000, none, fp32; use bd3")
 
 
 def reference_sections(
@@ -90,16 +151,14 @@ def fold_reference(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str,
         ConfigError: a name is missing, unknown or misshaped, or the rotary frequencies are not those of
             ``model.rope_theta``.
     """
-    buffers = ("sampling_eps_min", "sampling_eps_max", "backbone.rotary_emb.inv_freq")
     check_depth(state, model)
-    _check_rotary(state.get(buffers[-1]), model)
-    ref = {n.removeprefix("backbone."): t.float() for n, t in state.items() if n not in buffers}
+    _check_rotary(state.get(_BUFFERS[-1]), model)
+    ref = {n.removeprefix("backbone."): t.float() for n, t in state.items() if n not in _BUFFERS}
     check_shapes(ref, _reference_shapes(model, ref))
     condition = _condition(ref)
 
     def modulation(prefix: str, parts: int) -> tuple[Tensor, ...]:
-        weight, bias = ref[f"{prefix}.adaLN_modulation.weight"], ref[f"{prefix}.adaLN_modulation.bias"]
-        return F.linear(condition, weight, bias).chunk(parts)
+        return _modulation(ref, condition, prefix).chunk(parts)
 
     hf = {"model.embed_tokens.weight": ref["vocab_embed.embedding"]}
     for index in range(model.layers):
@@ -128,6 +187,133 @@ def fold_reference(state: Mapping[str, Tensor], model: ModelConfig) -> dict[str,
         "lm_head.bias": ref["output_layer.linear.bias"],
     }
     return from_hf(hf, model)
+
+
+def _modulation(ref: Mapping[str, Tensor], condition: Tensor, prefix: str) -> Tensor:
+    """Output of one adaLN, all chunks: ``[6 hidden]`` of a block, ``[2 hidden]`` of the last layer."""
+    return F.linear(condition, ref[f"{prefix}.adaLN_modulation.weight"], ref[f"{prefix}.adaLN_modulation.bias"])
+
+
+def _scaled(model: ModelConfig) -> Iterator[tuple[str, str, str, int, bool]]:
+    """Tensors that the condition scales: exported name, the reference's name, its adaLN, the chunk of that which scales
+    it, and whether as ``1 + chunk``."""
+    for index in range(model.layers):
+        new, old = f"model.layers.{index}", f"blocks.{index}"
+        yield f"{new}.input_layernorm.weight", f"{old}.norm1.weight", old, 1, True
+        yield f"{new}.self_attn.o_proj.weight", f"{old}.attn_out.weight", old, 2, False
+        yield f"{new}.post_attention_layernorm.weight", f"{old}.norm2.weight", old, 4, True
+        yield f"{new}.mlp.down_proj.weight", f"{old}.mlp.2.weight", old, 5, False
+        yield f"{new}.mlp.down_proj.bias", f"{old}.mlp.2.bias", old, 5, False
+    yield "model.norm.weight", "output_layer.norm_final.weight", "output_layer", 1, True
+
+
+def _shifts(model: ModelConfig) -> Iterator[tuple[str, str, int]]:
+    """Biases that are chunks of an adaLN's output: exported name, the adaLN, the chunk."""
+    for index in range(model.layers):
+        yield f"model.layers.{index}.input_layernorm.bias", f"blocks.{index}", 0
+        yield f"model.layers.{index}.post_attention_layernorm.bias", f"blocks.{index}", 3
+    yield "model.norm.bias", "output_layer", 0
+
+
+def _divided(folded: Tensor, scale: Tensor) -> Tensor:
+    """``folded`` by rows over ``scale``, in fp32; rows whose scale is 0 stay as they are."""
+    scale = torch.where(scale == 0, 1.0, scale.double()).view(-1, *[1] * (folded.dim() - 1))
+    return (folded.double() / scale).float()
+
+
+def _steps(ours: Tensor, theirs: Tensor) -> Tensor | None:
+    """Numbers of fp32 values from ``ours`` to ``theirs``, int8; None where one is out of range."""
+    steps = theirs.contiguous().view(torch.int32).long() - ours.contiguous().view(torch.int32).long()
+    return steps.to(torch.int8) if steps.abs().max() < 128 else None
+
+
+def kept_of_reference(state: Weights, model: ModelConfig, weights: Weights) -> dict[str, Tensor]:
+    """What :func:`fold_reference` loses of a state, for :func:`unfold_reference`.
+
+    It is the condition and its layers as they are, their outputs, and of each tensor that was scaled the distance in
+    representable values to what a division gives back, a byte for each element.
+
+    Args:
+        weights: the folded ones.
+    """
+    ref = {n.removeprefix("backbone."): t.float() for n, t in state.items() if n not in _BUFFERS}
+    scaled = {old: (new, prefix, chunk, plus) for new, old, prefix, chunk, plus in _scaled(model)}
+    kept = {f"state.{name}": state[name] for name in _BUFFERS if name in state}
+    kept |= {f"state.backbone.{n}": t for n, t in ref.items() if n.startswith("sigma_map.") or "adaLN_modulation" in n}
+    condition, hf = _condition(ref), lazy_to_hf(weights, model)
+    for prefix in [*(f"blocks.{index}" for index in range(model.layers)), "output_layer"]:
+        kept[f"output.{prefix}"] = _modulation(ref, condition, prefix).unflatten(0, (-1, model.hidden))
+    for name, prefix, chunk in _shifts(model):
+        kept[f"output.{prefix}"][chunk] = hf[name]
+    for old, (new, prefix, chunk, plus) in scaled.items():
+        scale = kept[f"output.{prefix}"][chunk] + int(plus)
+        steps = _steps(_divided(hf[new], scale), ref[old])
+        kept |= {f"whole.{old}": ref[old]} if steps is None else {f"steps.{old}": steps}
+    return {name: tensor.clone().contiguous() for name, tensor in kept.items()}
+
+
+def unfold_reference(weights: Weights, model: ModelConfig, kept: Weights) -> dict[str, Tensor]:
+    """A reference state that folds to these weights of the ``dit`` backbone: the inverse of :func:`fold_reference`.
+
+    Args:
+        kept: :func:`kept_of_reference` of the state that the run was imported from; empty for another run, whose
+            condition is then 0 and changes nothing.
+
+    Raises:
+        ConfigError: what was kept is not of this model.
+    """
+    hf, hidden = lazy_to_hf(weights, model), model.hidden
+    cond, frequencies = 128, 256  # the reference's, for every size
+    if not kept:
+        shapes = {"0.weight": (cond, frequencies), "0.bias": (cond,), "2.weight": (cond, cond), "2.bias": (cond,)}
+        kept = {f"state.backbone.sigma_map.mlp.{name}": torch.zeros(shape) for name, shape in shapes.items()}
+        for prefix, parts in [*((f"blocks.{index}", 6) for index in range(model.layers)), ("output_layer", 2)]:
+            neutral = torch.zeros(parts, hidden)
+            neutral[2:3] = neutral[5:6] = 1.0  # gates
+            adaln = f"state.backbone.{prefix}.adaLN_modulation"
+            kept |= {f"{adaln}.weight": torch.zeros(parts * hidden, cond), f"{adaln}.bias": neutral.flatten()}
+            kept[f"output.{prefix}"] = neutral
+        frequency = model.rope_theta ** -(torch.arange(0, model.width_per_head, 2) / model.width_per_head)
+        kept[f"state.{_BUFFERS[-1]}"] = frequency
+    try:
+        return _unfolded(hf, model, kept)
+    except (KeyError, RuntimeError) as error:
+        raise ConfigError(f"format=bd3lm: what was kept at the import is of another model ({error}); use bd3") from None
+
+
+def _unfolded(hf: Weights, model: ModelConfig, kept: Weights) -> dict[str, Tensor]:
+    state = {name.removeprefix("state."): t.clone() for name, t in kept.items() if name.startswith("state.")}
+    hidden = model.hidden
+    unreached: dict[tuple[str, int], Tensor] = {}
+
+    def move(prefix: str, chunk: int, by: Tensor) -> None:
+        """Change a chunk of an adaLN's output."""
+        state[f"backbone.{prefix}.adaLN_modulation.bias"].unflatten(0, (-1, hidden))[chunk] += by
+
+    state["backbone.vocab_embed.embedding"] = hf["model.embed_tokens.weight"]
+    for index in range(model.layers):
+        old, new = f"backbone.blocks.{index}", f"model.layers.{index}"
+        state[f"{old}.attn_qkv.weight"] = torch.cat([hf[f"{new}.self_attn.{x}_proj.weight"] for x in "qkv"])
+        state |= {f"{old}.mlp.0.{part}": hf[f"{new}.mlp.up_proj.{part}"] for part in ("weight", "bias")}
+    for name, prefix, chunk in _shifts(model):
+        move(prefix, chunk, hf[name] - kept[f"output.{prefix}"][chunk])
+    for new, old, prefix, chunk, plus in _scaled(model):
+        scale, folded = kept[f"output.{prefix}"][chunk] + int(plus), hf[new]
+        found = _divided(folded, scale)
+        if f"whole.{old}" in kept:
+            there = kept[f"whole.{old}"]
+            rows = scale.view(-1, *[1] * (there.dim() - 1)) * there == folded
+            found = torch.where(rows, there, found)
+        elif f"steps.{old}" in kept:
+            found = (found.view(torch.int32) + kept[f"steps.{old}"].int()).view(torch.float32)
+        lost = (scale == 0) & (folded.flatten(1) if folded.dim() > 1 else folded[:, None]).ne(0).any(1)
+        unreached[prefix, chunk] = unreached.get((prefix, chunk), torch.zeros_like(lost)) | lost
+        state[f"backbone.{old}"] = found
+    for (prefix, chunk), rows in unreached.items():
+        move(prefix, chunk, rows.float())  # a scale of 0 cannot give these rows: it becomes 1
+    for part in ("weight", "bias"):
+        state[f"backbone.output_layer.linear.{part}"] = hf[f"lm_head.{part}"]
+    return state
 
 
 def _condition(ref: Mapping[str, Tensor]) -> Tensor:
