@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import MaskedLMOutput
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 KeysValues = tuple[Tensor, Tensor]  # of one layer, each [b, groups, length, head_dim]
 
@@ -157,6 +157,25 @@ def inside_documents(mask: Tensor, documents: Tensor | None) -> Tensor:
     return (mask & (documents[:, :, None] == documents[:, None, :]))[:, None]
 
 
+def without_padding(mask: Tensor, attention_mask: Tensor | None, ids: Tensor, streams: int = 1) -> Tensor:
+    """``mask`` without keys where ``attention_mask`` ``[b, L]`` is 0; padding sees itself, so that no row is empty.
+
+    Raises:
+        ValueError: of another shape than ``ids``, or a row has padding before a token.
+    """
+    if attention_mask is None:
+        return mask
+    if attention_mask.shape != ids.shape:
+        raise ValueError(f"attention_mask: shape {list(attention_mask.shape)} differs from input_ids {list(ids.shape)}")
+    seen = attention_mask.bool()
+    if (seen[:, 1:] & ~seen[:, :-1]).any():
+        raise ValueError("attention_mask: padding before a token would move its position; pad at the end of rows")
+    seen = seen.repeat(1, streams)
+    itself = torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)
+    mask = mask if mask.dim() == 4 else mask[None, None]
+    return mask & (seen[:, None, None, :] | itself)
+
+
 def rotary(positions: Tensor, head_dim: int, theta: float, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``[s, head_dim]`` in fp32 for positions ``[s]``; ``scaling`` as in :class:`BD3Config`.
 
@@ -280,17 +299,57 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), present
 
 
-class Backbone(nn.Module):
+class BD3PreTrainedModel(PreTrainedModel):
+    """What both models share: their configuration, and how their weights begin."""
+
+    config_class = BD3Config
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        elif isinstance(module, Norm):
+            nn.init.ones_(module.weight)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+
+class BD3Model(BD3PreTrainedModel):
     """Embedding, layers and the final norm."""
 
     def __init__(self, config: BD3Config):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
+        self.gradient_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size, config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
 
     def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        documents: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutput | tuple[Tensor]:
+        """``last_hidden_state`` ``[b, L, h]`` of one stream, in which a block sees those before it as they stand in the
+        input; arguments as in :meth:`BD3ForMaskedLM.forward`."""
+        length = input_ids.shape[1]
+        mask = block_causal_mask(length, self.config.causal_block, input_ids.device)
+        mask = without_padding(inside_documents(mask, documents), attention_mask, input_ids)
+        hidden, _ = self.run(input_ids, torch.arange(length, device=input_ids.device), mask)
+        as_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
+        return (hidden,) if as_tuple else BaseModelOutput(last_hidden_state=hidden)
+
+    def run(
         self, ids: Tensor, positions: Tensor, mask: Tensor | None, past: list[KeysValues] | None = None
     ) -> tuple[Tensor, list[KeysValues]]:
         """Run ``ids`` ``[b, s]`` at ``positions`` ``[s]``; ``mask`` ``[s, s]`` (or ``[b, 1, s, s]``) of None lets all
@@ -303,7 +362,11 @@ class Backbone(nn.Module):
         angles = rotary(positions, config.head_dim, config.rope_theta, config.position_scaling)
         present = []
         for index, layer in enumerate(self.layers):
-            x, keys_values = layer(x, angles, mask, None if past is None else past[index])
+            arguments = (x, angles, mask, None if past is None else past[index])
+            if self.gradient_checkpointing and self.training:
+                x, keys_values = self._gradient_checkpointing_func(layer.__call__, *arguments)
+            else:
+                x, keys_values = layer(*arguments)
             present.append(keys_values)
         return self.norm(x), present
 
@@ -312,7 +375,7 @@ class CleanBlocks:
     """The finished part of a text that is being generated: keys and values of its tokens, or without a cache
     its ids, which are then run again in every call (slow, and the same result)."""
 
-    def __init__(self, backbone: Backbone, rows: int, use_cache: bool):
+    def __init__(self, backbone: BD3Model, rows: int, use_cache: bool):
         self.backbone, self.use_cache = backbone, use_cache
         self.ids = torch.empty(rows, 0, dtype=torch.long, device=backbone.embed_tokens.weight.device)  # [b, n]
         self.past: list[KeysValues] | None = None
@@ -337,7 +400,7 @@ class CleanBlocks:
         start = stop - ids.shape[1]
         mask = block_causal_mask(stop, self.backbone.config.causal_block, ids.device, first=start)
         positions = torch.arange(start, stop, device=ids.device)
-        hidden, present = self.backbone(ids, positions, mask, self.past)
+        hidden, present = self.backbone.run(ids, positions, mask, self.past)
         return hidden[:, -new:], present
 
 
@@ -398,12 +461,9 @@ class Sampler:
                 block[reveal] = self.draw(model.logits(clean.hidden(block)[reveal]))
 
 
-class BD3ForMaskedLM(PreTrainedModel):
+class BD3ForMaskedLM(BD3PreTrainedModel):
     """The model with its head, its loss and its sampler."""
 
-    config_class = BD3Config
-    base_model_prefix = "model"
-    _supports_sdpa = True
     # transformers 5 wants target and source; 4 wants the target alone.
     _tied_weights_keys = (
         {"lm_head.weight": "model.embed_tokens.weight"}
@@ -413,7 +473,7 @@ class BD3ForMaskedLM(PreTrainedModel):
 
     def __init__(self, config: BD3Config):
         super().__init__(config)
-        self.model = Backbone(config)
+        self.model = BD3Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.traits["head_bias"])
         self.post_init()
 
@@ -429,14 +489,6 @@ class BD3ForMaskedLM(PreTrainedModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        elif isinstance(module, Norm):
-            nn.init.ones_(module.weight)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)
-
     def logits(self, hidden: Tensor) -> Tensor:
         """Head on ``hidden``, ``[..., h] -> [..., V]``; the mask id gets the lowest finite value."""
         logits = self.lm_head(hidden)
@@ -451,6 +503,7 @@ class BD3ForMaskedLM(PreTrainedModel):
         loss_weights: Tensor | None = None,
         return_dict: bool | None = None,
         documents: Tensor | None = None,
+        attention_mask: Tensor | None = None,
     ) -> MaskedLMOutput | tuple[Tensor, ...]:
         """Logits of a noisy row, and its loss.
 
@@ -462,6 +515,7 @@ class BD3ForMaskedLM(PreTrainedModel):
             loss_weights: ``[b, L]`` or ``[b, 1]``, w of the noise schedule (log-linear: 1 / t); None means 1.
             documents: ``[b, L]`` int, the document that each position belongs to. Given, a position sees its own
                 document only, and under the causal objective none predicts the first token of the next one.
+            attention_mask: ``[b, L]``, 0 at padding, which ends a row: positions count from its first token.
 
         Returns:
             ``loss`` (nats per token: the sum of w nll over masked positions, divided by b L) and ``logits``
@@ -469,7 +523,8 @@ class BD3ForMaskedLM(PreTrainedModel):
             and the loss sums the L - 1 shifted targets.
 
         Raises:
-            ValueError: clean_ids or documents of another shape, or clean_ids under the causal objective.
+            ValueError: clean_ids, documents or attention_mask of another shape, padding that is not at the end of a
+                row, or clean_ids under the causal objective.
         """
         length = input_ids.shape[1]
         if documents is not None and documents.shape != input_ids.shape:
@@ -477,7 +532,8 @@ class BD3ForMaskedLM(PreTrainedModel):
         positions = torch.arange(length, device=input_ids.device)
         if clean_ids is None:
             mask = block_causal_mask(length, self.config.causal_block, input_ids.device)
-            hidden, _ = self.model(input_ids, positions, inside_documents(mask, documents))
+            mask = without_padding(inside_documents(mask, documents), attention_mask, input_ids)
+            hidden, _ = self.model.run(input_ids, positions, mask)
         else:
             if self.config.objective == "causal":
                 raise ValueError("clean_ids: the causal objective has one stream; pass input_ids alone")
@@ -487,7 +543,8 @@ class BD3ForMaskedLM(PreTrainedModel):
                 )
             mask = two_stream_mask(length, self.config.block_size, input_ids.device)
             mask = inside_documents(mask, None if documents is None else documents.repeat(1, 2))
-            hidden, _ = self.model(torch.cat([input_ids, clean_ids], dim=1), positions.repeat(2), mask)
+            mask = without_padding(mask, attention_mask, input_ids, streams=2)
+            hidden, _ = self.model.run(torch.cat([input_ids, clean_ids], dim=1), positions.repeat(2), mask)
             hidden = hidden[:, :length]
         logits = self.logits(hidden)
         if labels is not None and documents is not None and self.config.objective == "causal":
@@ -522,6 +579,13 @@ class BD3ForMaskedLM(PreTrainedModel):
         stop_at_eos: bool = True,
         generator: torch.Generator | None = None,
         use_cache: bool = True,
+        *,
+        max_length: int | None = None,
+        do_sample: bool | None = None,
+        num_return_sequences: int = 1,
+        attention_mask: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **others: object,
     ) -> Tensor:
         """Continue prompts, block after block (token after token under the causal objective).
 
@@ -537,6 +601,12 @@ class BD3ForMaskedLM(PreTrainedModel):
             stop_at_eos: end a row at its first generated EOS (padding follows), and all once every row ended.
             generator: source of chance, on the model's device.
             use_cache: keep keys and values of finished blocks; without, every call computes them anew.
+            max_length: p + n, in place of ``max_new_tokens``.
+            do_sample: False takes the likeliest token, as ``temperature=0`` does.
+            num_return_sequences: rows for each prompt, one after the other.
+            attention_mask: ``[b, p]``, all ones: prompts have one length.
+            generation_config: its ``max_new_tokens``, ``max_length``, ``do_sample``, ``temperature``, ``top_p`` and
+                ``num_return_sequences`` stand for those that are not given.
 
         Returns:
             ``[b, p + n]``, or fewer columns where every row ended earlier.
@@ -544,8 +614,31 @@ class BD3ForMaskedLM(PreTrainedModel):
         Raises:
             ValueError: one line naming the argument that does not fit.
         """
+        if others:
+            raise ValueError(f"{next(iter(others))}: not an argument of this model's generate; leave it out")
+        if generation_config is not None:
+            chosen = generation_config.to_diff_dict()
+            if max_new_tokens is None and max_length is None:
+                max_new_tokens = chosen.get("max_new_tokens")
+                max_length = chosen.get("max_length") if max_new_tokens is None else None
+            do_sample = chosen.get("do_sample") if do_sample is None else do_sample
+            temperature = chosen.get("temperature", temperature) if temperature == 1.0 else temperature
+            top_p = chosen.get("top_p", top_p) if top_p == 0.9 else top_p
+            if num_return_sequences == 1:
+                num_return_sequences = chosen.get("num_return_sequences", 1)
+        if num_return_sequences < 1:
+            raise ValueError(f"num_return_sequences={num_return_sequences}: use 1 or more")
+        if do_sample is False:
+            temperature = 0.0
         how = Sampler(sampler, self.config.block_size if steps is None else steps, top_p, temperature, generator)
         prompt = self._prompt(input_ids)
+        if attention_mask is not None and (attention_mask.shape != prompt.shape or not attention_mask.bool().all()):
+            raise ValueError("attention_mask: prompts are of one length, without padding; generate them one by one")
+        if max_length is not None:
+            if max_new_tokens is not None:
+                raise ValueError(f"max_length={max_length}: max_new_tokens={max_new_tokens} is given, too; use one")
+            max_new_tokens = max_length - prompt.shape[1]
+        prompt = prompt.repeat_interleave(num_return_sequences, 0)
         rows, given = prompt.shape
         size, eos = self.config.causal_block, self.config.eos_token_id if stop_at_eos else None
         end = self.config.max_position_embeddings if max_new_tokens is None else given + max_new_tokens
