@@ -145,7 +145,7 @@ def _first(invalid: ValidationError) -> str:
     place = ""
     for key in found["loc"]:
         place += f"[{key}]" if isinstance(key, int) else f".{shorten(key, 40)}" if place else shorten(key, 40)
-    text = found["msg"].removeprefix("Value error, ")
+    text = found["msg"].removeprefix("Value error, ").replace("a valid dictionary", "an object")
     if found["type"] == "missing":
         return f"{place}: is missing"
     if found["type"] == "extra_forbidden":

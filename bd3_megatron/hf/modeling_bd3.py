@@ -299,6 +299,21 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), present
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where tokens stand and what they see.
+
+    Attributes:
+        positions: ``[s]``.
+        mask: ``[s, keys]`` or ``[b, 1, s, keys]``; None lets all see all.
+        past: each layer's keys and values of tokens before them.
+    """
+
+    positions: Tensor
+    mask: Tensor | None
+    past: list[KeysValues] | None = None
+
+
 class BD3PreTrainedModel(PreTrainedModel):
     """What both models share: their configuration, and how their weights begin."""
 
@@ -339,30 +354,31 @@ class BD3Model(BD3PreTrainedModel):
         attention_mask: Tensor | None = None,
         documents: Tensor | None = None,
         return_dict: bool | None = None,
-    ) -> BaseModelOutput | tuple[Tensor]:
-        """``last_hidden_state`` ``[b, L, h]`` of one stream, in which a block sees those before it as they stand in the
-        input; arguments as in :meth:`BD3ForMaskedLM.forward`."""
+        place: Place | None = None,
+    ) -> BaseModelOutput | tuple[Tensor, ...] | tuple[Tensor, list[KeysValues]]:
+        """Hidden states of one stream, in which a block sees those before it as they stand in the input.
+
+        Args:
+            input_ids, attention_mask, documents: as in :meth:`BD3ForMaskedLM.forward`.
+            place: what the tokens see and where they stand, in place of that; then the result is the hidden states
+                ``[b, s, h]`` and each layer's keys and values, those of ``place.past`` in front.
+        """
+        if place is not None:
+            return self._run(input_ids, place)
         length = input_ids.shape[1]
         mask = block_causal_mask(length, self.config.causal_block, input_ids.device)
         mask = without_padding(inside_documents(mask, documents), attention_mask, input_ids)
-        hidden, _ = self.run(input_ids, torch.arange(length, device=input_ids.device), mask)
+        hidden, _ = self._run(input_ids, Place(torch.arange(length, device=input_ids.device), mask))
         as_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
         return (hidden,) if as_tuple else BaseModelOutput(last_hidden_state=hidden)
 
-    def run(
-        self, ids: Tensor, positions: Tensor, mask: Tensor | None, past: list[KeysValues] | None = None
-    ) -> tuple[Tensor, list[KeysValues]]:
-        """Run ``ids`` ``[b, s]`` at ``positions`` ``[s]``; ``mask`` ``[s, s]`` (or ``[b, 1, s, s]``) of None lets all
-        see all.
-
-        Returns the hidden states ``[b, s, h]`` and each layer's keys and values, those of ``past`` in front.
-        """
+    def _run(self, ids: Tensor, place: Place) -> tuple[Tensor, list[KeysValues]]:
         x = self.embed_tokens(ids)
         config = self.config
-        angles = rotary(positions, config.head_dim, config.rope_theta, config.position_scaling)
+        angles = rotary(place.positions, config.head_dim, config.rope_theta, config.position_scaling)
         present = []
         for index, layer in enumerate(self.layers):
-            arguments = (x, angles, mask, None if past is None else past[index])
+            arguments = (x, angles, place.mask, None if place.past is None else place.past[index])
             if self.gradient_checkpointing and self.training:
                 x, keys_values = self._gradient_checkpointing_func(layer.__call__, *arguments)
             else:
@@ -400,7 +416,7 @@ class CleanBlocks:
         start = stop - ids.shape[1]
         mask = block_causal_mask(stop, self.backbone.config.causal_block, ids.device, first=start)
         positions = torch.arange(start, stop, device=ids.device)
-        hidden, present = self.backbone.run(ids, positions, mask, self.past)
+        hidden, present = self.backbone(ids, place=Place(positions, mask, self.past))
         return hidden[:, -new:], present
 
 
@@ -533,7 +549,7 @@ class BD3ForMaskedLM(BD3PreTrainedModel):
         if clean_ids is None:
             mask = block_causal_mask(length, self.config.causal_block, input_ids.device)
             mask = without_padding(inside_documents(mask, documents), attention_mask, input_ids)
-            hidden, _ = self.model.run(input_ids, positions, mask)
+            hidden, _ = self.model(input_ids, place=Place(positions, mask))
         else:
             if self.config.objective == "causal":
                 raise ValueError("clean_ids: the causal objective has one stream; pass input_ids alone")
@@ -544,7 +560,7 @@ class BD3ForMaskedLM(BD3PreTrainedModel):
             mask = two_stream_mask(length, self.config.block_size, input_ids.device)
             mask = inside_documents(mask, None if documents is None else documents.repeat(1, 2))
             mask = without_padding(mask, attention_mask, input_ids, streams=2)
-            hidden, _ = self.model.run(torch.cat([input_ids, clean_ids], dim=1), positions.repeat(2), mask)
+            hidden, _ = self.model(torch.cat([input_ids, clean_ids], dim=1), place=Place(positions.repeat(2), mask))
             hidden = hidden[:, :length]
         logits = self.logits(hidden)
         if labels is not None and documents is not None and self.config.objective == "causal":

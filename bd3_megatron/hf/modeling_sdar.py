@@ -162,7 +162,7 @@ def _choose(confidence: Tensor, masked: Tensor, strategy: str, quota: int, thres
     """Positions ``[b, B']`` to fill: among the masked ones, at least one in a row that has any."""
     if strategy == "sequential":
         return masked & (masked.cumsum(1) <= quota)
-    rank = confidence.argsort(1, descending=True, stable=True).argsort(1)
+    rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     if strategy == "low_confidence_static":
         return masked & (rank < quota)
     return masked & ((confidence > threshold) | (rank == 0))

@@ -56,6 +56,7 @@ class CausalFormat(CheckpointFormat):
     architecture: ClassVar[str]
     """class of transformers that serves it"""
     states_tokens: ClassVar[bool] = False
+    exact: ClassVar[bool] = False  # the mask stays behind
     mask: ClassVar[tuple[str, int] | None] = None
     """token and id of the mask in a checkpoint; None: it has none"""
     default_head_dim: ClassVar[int | None] = None
@@ -239,9 +240,9 @@ def check_computed(config: Mapping[str, Any], where: str) -> None:
 
 def _rope(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Base of the rotary frequencies, as ``theta``, and the keys of :class:`RopeScaling`."""
-    kind = dict[str, Any] | None
-    given = schema.check(config.get("rope_parameters"), kind, f"{where}: rope_parameters", error=ConfigError) or {}
-    given |= schema.check(config.get("rope_scaling"), kind, f"{where}: rope_scaling", error=ConfigError) or {}
+    given: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        given |= schema.check(config.get(key) or {}, dict[str, Any], f"{where}: {key}", error=ConfigError)
     name = given.get("rope_type", given.get("type", "default"))
     theta = config.get("rope_theta", given.get("rope_theta", 10_000.0))
     if name == "default":

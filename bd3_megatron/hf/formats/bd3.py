@@ -121,7 +121,7 @@ def hf_config(model: ModelConfig, diffusion: DiffusionConfig, tokens: TokenIds, 
             "AutoModel": f"{module}.BD3Model",
             "AutoModelForMaskedLM": f"{module}.BD3ForMaskedLM",
         },
-        "tokenizer_class": "PreTrainedTokenizerFast",  # transformers 4 looks here before it loads a pipeline's tokenizer
+        "tokenizer_class": "PreTrainedTokenizerFast",  # transformers 4 asks it for a pipeline
         "torch_dtype": str(dtype).removeprefix("torch."),
         **{name: getattr(resolved, ours) for ours, name in FIELDS.items()},
         "position_scaling": None if model.rope_scaling.kind == "none" else model.rope_scaling.model_dump(),

@@ -41,6 +41,7 @@ class SDAR(CausalFormat):
     """SDAR's folders. The clean stream is block-causal, and logits are not shifted: exactly this objective."""
 
     model_type: ClassVar[str] = "sdar"
+    exact: ClassVar[bool] = True  # by the sidecar
     backbone: ClassVar[str] = "qwen3"
     architecture: ClassVar[str] = "SDARForCausalLM"
     mask: ClassVar[tuple[str, int] | None] = (MASK_TOKEN, MASK_ID)

@@ -15,10 +15,11 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForMaskedLM, AutoTokenizer, dynamic_module_utils
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.config import DiffusionConfig, ModelConfig
+from bd3_common.registry import Entry
+from bd3_megatron.config import DiffusionConfig, ModelConfig, RopeScaling
 from bd3_megatron.hf.convert import export, find_format, read_checkpoint
 from bd3_megatron.hf.files import open_source, read_safetensors
-from bd3_megatron.hf.formats import TokenIds
+from bd3_megatron.hf.formats import FORMATS, CheckpointFormat, TokenIds
 from bd3_megatron.hf.formats.bd3 import hf_config
 from bd3_megatron.hf.formats.bd3lm import fold_reference
 from bd3_megatron.hf.mapping import entries, to_hf
@@ -191,7 +192,7 @@ def test_every_field_of_the_model_survives_the_export(tmp_path):
     model = ModelConfig(
         layers=1, hidden=16, heads=4, kv_heads=2, head_dim=6, ffn_hidden=20, length=8, vocab_size=9,
         mask_id=6, bos_id=0, eos_id=1, pad_id=2, rope_theta=7e5, norm_eps=3e-5, dropout=0.1, tie_embeddings=True,
-        init_std=0.03,
+        init_std=0.03, rope_scaling=RopeScaling(kind="llama3", factor=8.0, low=1.5, high=3.5, original_length=4),
     )  # fmt: skip
     defaults = ModelConfig()
     assert all(
@@ -376,12 +377,24 @@ def test_the_configuration_tells_the_format(tmp_path):
     assert find_format(open_source(reference_folder(tmp_path / "theirs"))) == "bd3lm"
     assert find_format(open_source(GOLDEN)) == "bd3lm"
     (tmp_path / "config.json").write_text('{"model_type": "sedd"}')
-    with pytest.raises(ConfigError, match=r"config\.json: model_type='sedd': no format has it; known are bd3, bd3lm$"):
+    with pytest.raises(
+        ConfigError, match=r"config\.json: model_type='sedd': no format has it; known are bd3, bd3lm, llama, "
+    ):
         read_checkpoint(tmp_path)
 
 
-def test_a_format_that_is_only_read_is_refused_by_name(tmp_path):
+class OnlyRead(CheckpointFormat):
+    """A format without a writer."""
+
+    model_type = "only_read"
+
+    def read(self, source, tokens):
+        raise NotImplementedError
+
+
+def test_a_format_that_is_only_read_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(FORMATS._added, "only_read", (Entry("only_read", "x:y"), OnlyRead))
     model = MODELS["dit"]
-    with pytest.raises(ConfigError, match=r"^format=bd3lm: can be read, not written; use bd3$"):
-        export(random_weights(model), model, DIFFUSION, TOKENS, None, tmp_path / "out", "bd3lm")
+    with pytest.raises(ConfigError, match=r"^format=only_read: can be read, not written; use bd3, bd3lm, "):
+        export(random_weights(model), model, DIFFUSION, TOKENS, None, tmp_path / "out", "only_read")
     assert entries_of(tmp_path) == []

@@ -133,7 +133,7 @@ def test_a_format_of_a_plugin_is_written_and_read(tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     line = ("convert", "import", out, tmp_path / "third", "--format")
     told = bd3(*line, "plane", "--plugin", plugin, log=log)
-    assert told.err.startswith("format=plane: unknown checkpoint format; did you mean plain? use bd3, bd3lm, plain")
+    assert told.err.startswith("format=plane: unknown checkpoint format; did you mean plain? use bd3, bd3lm, llama, ")
     told = bd3(*line, "bd3", log=log)
     assert told.err == f"{out}: model_type='plain', not 'bd3_megatron'\n"
 
