@@ -107,6 +107,14 @@ def tokenizer_with_mask(path: Path, tokens: TokenIds, model: ModelConfig) -> dic
     return content
 
 
+def without_token(content: Mapping[str, Any], index: int) -> bytes:
+    """A ``tokenizer.json`` of this content without the token of this id."""
+    added = [token for token in content.get("added_tokens") or [] if token["id"] != index]
+    vocabulary = content["model"]["vocab"]
+    kept = {name: i for name, i in vocabulary.items() if i != index} if isinstance(vocabulary, dict) else vocabulary
+    return dump({**content, "added_tokens": added, "model": content["model"] | {"vocab": kept}})
+
+
 def _has_holes(tokenizer: Tokenizer) -> bool:
     return max(tokenizer.get_vocab().values(), default=-1) >= tokenizer.get_vocab_size()
 

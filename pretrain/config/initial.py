@@ -8,7 +8,7 @@ from bd3_common.errors import ConfigError
 from bd3_megatron.config import ModelConfig
 from pretrain.config import CONFIG_FILE
 
-_OWN = ("length", "dropout", "init_std", "bos_id", "eos_id", "pad_id")
+_OWN = {"length", "dropout", "init_std", "vocab_size", "mask_id", "bos_id", "eos_id", "pad_id"}
 """keys that a run decides for itself, or its data"""
 
 
@@ -38,4 +38,4 @@ def is_run(path: str) -> bool:
 
 def shape_values(model: ModelConfig) -> dict[str, object]:
     """Values of the model's section that its weights decide."""
-    return model.model_dump(mode="json", exclude=set(_OWN))
+    return model.model_dump(mode="json", exclude=_OWN)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bd3_common.errors import ConfigError
+from bd3_common.formats.tokenizer_file import read_tokenizer
 from bd3_common.text import counted
 from bd3_megatron.config import DiffusionConfig, ModelConfig
 from bd3_megatron.hf.convert import export, find_format, format_of, read_checkpoint
@@ -111,7 +112,7 @@ def open_import(path: Path, choices: ImportChoices) -> Imported:
     tokens, size = tokens_of(source, tokenizer, choices, form.states_tokens)
     loaded = form.read(source, tokens)
     model, diffusion, weights = loaded
-    if model.vocab_size is not None and size > model.vocab_size:
+    if not form.own_vocabulary and model.vocab_size is not None and size > model.vocab_size:
         raise ConfigError(
             f"{tokenizer}: has {size} tokens, the model {model.vocab_size}; give the tokenizer it was trained with"
         )
@@ -141,7 +142,11 @@ def import_run(found: Imported, run: Path, precision: str = "fp32") -> None:
         run=str(run), model=found.model, diffusion=found.diffusion, train=TrainConfig(precision=precision)
     )
     meta = {"imported_from": found.source.path.name}
-    write_run(run, Beginning(config, found.weights, found.parents, 0, meta, found.tokenizer, found.origin))
+    tokenizer = None
+    if found.tokenizer is not None:
+        form = FORMATS.load(found.format)()
+        tokenizer = form.run_tokenizer(found.source, read_tokenizer(found.tokenizer, ConfigError))
+    write_run(run, Beginning(config, found.weights, found.parents, 0, meta, tokenizer, found.origin))
 
 
 def average_run(runs: Sequence[OpenRun], out: Path) -> None:
@@ -174,7 +179,7 @@ def average_run(runs: Sequence[OpenRun], out: Path) -> None:
             [f"run:{run_id}"] if run_id else [],
             last,
             {"averaged_steps": sorted(run.checkpoint.step for run in runs)},
-            first.tokenizer,
+            None if first.tokenizer is None else first.tokenizer.read_bytes(),
             read_origin(first.path / layout.ORIGIN),
         ),
     )

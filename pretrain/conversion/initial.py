@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bd3_common.atomic import atomic_file
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import ModelConfig
 from bd3_megatron.engine.base import Engine
-from bd3_megatron.hf.files import shapes_of
 from bd3_megatron.hf.mapping import Weights, check_depth, check_shapes, entries
 from bd3_megatron.hf.origin import Origin, read_origin, write_origin
 from pretrain.checkpoint.loaded_run import open_run
@@ -62,7 +60,7 @@ def open_initial(config: RunConfig) -> InitialWeights:
     path, step = split_step(config.init)
     if is_run(path):
         run = open_run(Path(path), step, config.init_weights == "ema")
-        _check_shape(run.weights, config.model, where)
+        _check_shape(run.weights, run.config.model, config.model, where)
         run_id = run.checkpoint.meta.get(META_KEY)
 
         def fill(engine: Engine) -> None:
@@ -73,20 +71,19 @@ def open_initial(config: RunConfig) -> InitialWeights:
         parents = [f"run:{run_id}"] if run_id else [f"run folder {run.path.name}, step {run.checkpoint.step}"]
         return InitialWeights(parents, fill, read_origin(run.path / layout.ORIGIN))
     found = open_import(Path(path), ImportChoices())
-    _check_shape(found.weights, config.model, where)
+    _check_shape(found.weights, found.model, config.model, where)
     return InitialWeights(found.parents, lambda engine: engine.set_weights(found.weights), found.origin)
 
 
-def _check_shape(weights: Weights, model: ModelConfig, where: str) -> None:
-    table: Mapping[str, Any] = {entry.name: entry.shape for entry in entries(model)}
+def _check_shape(weights: Weights, theirs: ModelConfig, model: ModelConfig, where: str) -> None:
+    """Check that the weights of one model are of another one's shape, with the same mask."""
+    if (theirs.vocab_size, theirs.mask_id) != (model.vocab_size, model.mask_id):
+        raise ConfigError(
+            f"{where}: has {theirs.vocab_size} tokens with the mask {theirs.mask_id}, the data {model.vocab_size} with "
+            f"{model.mask_id}; prepare the data with its tokenizer"
+        )
     try:
         check_depth(weights, model)
-        check_shapes(weights, table)
+        check_shapes(weights, {entry.name: entry.shape for entry in entries(model)})
     except ConfigError as error:
-        vocabulary = shapes_of(weights).get("embedding.word_embeddings.weight", (0,))[0]
-        if vocabulary != model.vocab_size:
-            raise ConfigError(
-                f"{where}: has {vocabulary} tokens with the mask, the data {model.vocab_size}; prepare the data with "
-                f"its tokenizer"
-            ) from None
         raise ConfigError(f"{where}: {error}") from None

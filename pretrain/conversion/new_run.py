@@ -13,7 +13,6 @@ from torch import Tensor
 
 from bd3_common.atomic import atomic_folder
 from bd3_common.errors import ConfigError
-from bd3_common.formats.tokenizer_file import read_tokenizer
 from bd3_megatron.hf.files import shapes_of
 from bd3_megatron.hf.origin import Origin, write_origin
 from bd3_megatron.shards import as_stored
@@ -35,7 +34,7 @@ class Beginning:
         parents: where they come from, as in :class:`pretrain.run_folder.identity.Identity`.
         step: of the checkpoint.
         meta: further metadata of the checkpoint.
-        tokenizer: a ``tokenizer.json``; None: there is none.
+        tokenizer: content of its ``tokenizer.json``; None: it has none.
     """
 
     config: RunConfig
@@ -43,7 +42,7 @@ class Beginning:
     parents: Sequence[str]
     step: int = 0
     meta: Mapping[str, Any] = field(default_factory=dict)
-    tokenizer: Path | None = None
+    tokenizer: bytes | None = None
     origin: Origin | None = None
 
 
@@ -60,7 +59,7 @@ def write_run(run: Path, begin: Beginning) -> None:
             meta = {META_KEY: identity.id, "tokens": 0, "weights_only": True, **begin.meta}
             _write_checkpoint(folder.folder_of(new, begin.step), begin, meta)
             if begin.tokenizer is not None:
-                (new / layout.TOKENIZER).write_bytes(read_tokenizer(begin.tokenizer, ConfigError).data)
+                (new / layout.TOKENIZER).write_bytes(begin.tokenizer)
             if begin.origin is not None:
                 write_origin(new / layout.ORIGIN, begin.origin)
             save_config(begin.config, new / layout.CONFIG)

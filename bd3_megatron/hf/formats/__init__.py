@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from bd3_common.formats.tokenizer_file import TokenizerFile
     from bd3_megatron.hf.files import Loaded, Source
     from bd3_megatron.hf.origin import Origin
 
@@ -78,6 +79,9 @@ class CheckpointFormat(ABC):
     exact: ClassVar[bool] = True
     """weights that are written read back bitwise equal"""
 
+    own_vocabulary: ClassVar[bool] = False
+    """a checkpoint has other ids than the run it becomes, or more"""
+
     def matches(self, config: Mapping[str, Any]) -> bool:
         """True if a folder with this ``config.json`` has the format. For a single file: its metadata."""
         return config.get("model_type") == self.model_type
@@ -100,6 +104,10 @@ class CheckpointFormat(ABC):
             loaded: what :meth:`read` has returned.
         """
         return None
+
+    def run_tokenizer(self, source: Source, file: TokenizerFile) -> bytes:
+        """The ``tokenizer.json`` of a run that is made of the checkpoint, from that of the checkpoint."""
+        return file.data
 
     def notes(self, contents: Contents) -> list[str]:
         """Lines for the user about a checkpoint that has been written: what its readers have to know."""

@@ -57,6 +57,7 @@ class CausalFormat(CheckpointFormat):
     """class of transformers that serves it"""
     states_tokens: ClassVar[bool] = False
     exact: ClassVar[bool] = False  # the mask stays behind
+    own_vocabulary: ClassVar[bool] = True
     mask: ClassVar[tuple[str, int] | None] = None
     """token and id of the mask in a checkpoint; None: it has none"""
     default_head_dim: ClassVar[int | None] = None

@@ -13,6 +13,7 @@ from torch import Tensor
 from bd3_common import schema
 from bd3_common.errors import ConfigError
 from bd3_common.formats.tensor_writer import write_tensors
+from bd3_common.formats.tokenizer_file import TokenizerFile
 from bd3_megatron.config import DiffusionConfig, ModelConfig
 from bd3_megatron.hf.files import (
     LazyTensors,
@@ -27,6 +28,7 @@ from bd3_megatron.hf.formats import Contents, TokenIds, check_keys
 from bd3_megatron.hf.formats._causal import EMBEDDING, HEAD, CausalFormat, with_rows, without_mask
 from bd3_megatron.hf.mapping import lazy_from_hf, lazy_to_hf
 from bd3_megatron.hf.origin import Origin
+from bd3_megatron.hf.tokenizer import without_token
 
 MASK_ID = 151669
 """id of the mask that SGLang and LMDeploy have in their source"""
@@ -51,7 +53,7 @@ class SDAR(CausalFormat):
         """See the base class; a folder that :meth:`write` made gives the run's own sections and rows back."""
         sidecar = source.path / SIDECAR
         if sidecar.is_file():
-            return self._read_own(source, *read_safetensors(sidecar))
+            return self._read_own(source)
         if tokens.mask is None or not tokens.size:
             check_keys(source, ("mask_token_id",))
             stated = schema.check(
@@ -67,6 +69,13 @@ class SDAR(CausalFormat):
     def origin(self, source: Source, loaded: Loaded, tokens: TokenIds) -> Origin | None:
         """None: the sidecar has what a run lacks, and other folders are written anew."""
         return None
+
+    def run_tokenizer(self, source: Source, file: TokenizerFile) -> bytes:
+        """See the base class: without the mask that :meth:`write` added, whose id the run does not have."""
+        sidecar = source.path / SIDECAR
+        if not sidecar.is_file() or self._read_own(source)[0].mask_id == MASK_ID:
+            return file.data
+        return without_token(file.content, MASK_ID)
 
     def write(self, folder: Path, contents: Contents) -> None:
         """See the base class; with its own code, and a sidecar for the way back."""
@@ -127,8 +136,9 @@ class SDAR(CausalFormat):
                 f"{model.vocab_size}; use bd3"
             )
 
-    def _read_own(self, source: Source, rows: dict[str, Tensor], metadata: dict[str, str]) -> Loaded:
+    def _read_own(self, source: Source) -> Loaded:
         where = source.path / SIDECAR
+        rows, metadata = read_safetensors(where)
         content = schema.parse(metadata.get(_KEY, "").encode(), dict[str, Any], where, error=ConfigError)
         model = section(ModelConfig, content.get("model") or {}, f"{where}: model")
         diffusion = section(DiffusionConfig, content.get("diffusion") or {}, f"{where}: diffusion")

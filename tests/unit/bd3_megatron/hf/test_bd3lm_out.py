@@ -1,4 +1,4 @@
-"""The reference format written: the golden checkpoint comes back with its bits, and trained weights with their model."""
+"""The reference format written: golden checkpoints come back bitwise, trained weights as the same model."""
 
 from __future__ import annotations
 
