@@ -113,7 +113,7 @@ def test_an_interrupted_beginning_goes_on_without_the_first_weights(place, begun
         ("narrow", "init={}/narrow: weights: "),
         (
             "other",
-            "init={}/other: has 60 tokens with the mask 59, the data 300 with 299; prepare the data with its tokenizer",
+            "init={}/other: has 60 tokens with the mask 59, the data 300 with 2; prepare the data with its tokenizer",
         ),
     ],
 )
