@@ -208,16 +208,19 @@ def roundtrip(path: Path, choices: ImportChoices, format_name: str | None = None
     with tempfile.TemporaryDirectory(prefix="bd3-roundtrip-") as temporary:
         folder = Path(temporary)
         if (path / layout.CONFIG).is_file():
-            run = open_run(path)
-            name = format_name or "bd3"
-            export_run(run, folder / "out", name)
-            back = open_import(folder / "out", ImportChoices(name))
-            return [(f"run -> {name} -> run", _compare(run.weights, back.weights))]
+            return [run_roundtrip(open_run(path), folder, format_name or "bd3")]
         found = open_import(path, replace(choices, format=format_name))
         import_run(found, folder / "run")
         export_run(open_run(folder / "run"), folder / "out", found.format)
         there, back = found.source.tensors(), open_source(folder / "out").tensors()
         return [(f"{found.format} -> run -> {found.format}", _compare(there, back))]
+
+
+def run_roundtrip(run: OpenRun, folder: Path, name: str) -> tuple[str, Difference]:
+    """Export a run into an empty folder and read it back; result and errors as of :func:`roundtrip`."""
+    export_run(run, folder / "out", name)
+    back = open_import(folder / "out", ImportChoices(name))
+    return f"run -> {name} -> run", _compare(run.weights, back.weights)
 
 
 def _compare(there: Mapping[str, Tensor], back: Mapping[str, Tensor]) -> Difference:

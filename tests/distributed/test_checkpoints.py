@@ -12,7 +12,10 @@ import torch
 
 from bd3_megatron.config import DiffusionConfig, ModelConfig, ParallelConfig
 from pretrain.bench.parity import LAYOUTS, Layout, Task
-from pretrain.checkpoint.reader import find_checkpoint, read_weights
+from pretrain.checkpoint.loaded_run import OpenRun
+from pretrain.checkpoint.reader import find_checkpoint, open_weights, read_weights
+from pretrain.config.schema import RunConfig
+from pretrain.conversion.convert import run_roundtrip
 from pretrain.distributed.spawn import run_world
 from tests.distributed.workers import resume, resume_each
 
@@ -98,3 +101,19 @@ def test_replicated_tensors_are_written_once_by_all_replicas(continued):
     assert len(sizes["CP2"]) == 2
     assert max(sizes["CP2"]) < 1.1 * min(sizes["CP2"])
     assert sum(sizes["CP2"]) == pytest.approx(sum(sizes["single"]), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["bd3", "sdar"])
+@pytest.mark.parametrize(
+    ("source", "step"), [("TP2xPP2", END), ("ZeRO3", HALF), ("single", END)], ids=["TP2xPP2", "ZeRO3", "single"]
+)
+def test_a_checkpoint_of_any_layout_is_exported_and_comes_back_bitwise(
+    uninterrupted, continued, tmp_path, source, step, name
+):
+    if not possible(source):
+        pytest.skip("DeepSpeed is not installed")
+    runs = {"TP2xPP2": uninterrupted.run, "single": continued["TP2xPP2", "single"].run}
+    run = runs.get(source) or continued["ZeRO3", "single"].run
+    found = find_checkpoint(run, step)
+    opened = OpenRun(run, RunConfig(model=MODEL, diffusion=TASK.diffusion), found, open_weights(found))
+    assert run_roundtrip(opened, tmp_path, name)[1].largest == 0
