@@ -25,13 +25,13 @@ demo: $(VENV)/.installed
 	PATH="$(abspath $(BIN)):$$PATH" bash scripts/demo.sh
 
 # What happens on the test cluster is waited for more than computed; unit tests fill the time.
-test: lint $(VENV)/.installed-zero
+test: lint $(VENV)/.installed-zero $(VENV)/.transformers-4
 	@$(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS) > $(VENV)/cluster.log 2>&1 & cluster=$$!; \
 	$(BIN)/python -m pytest -n 2 tests/unit $(PYTEST_ARGS); unit=$$?; \
 	wait $$cluster; code=$$?; echo "tests/cluster:"; cat $(VENV)/cluster.log; [ $$unit = 0 ] && [ $$code = 0 ]
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests --ignore tests/unit --ignore tests/cluster $(PYTEST_ARGS)
 
-test-long: $(VENV)/.installed-zero
+test-long: $(VENV)/.installed-zero $(VENV)/.transformers-4
 	$(BIN)/python -m pytest tests -m long $(PYTEST_ARGS)
 
 lint: types-strict
@@ -69,4 +69,10 @@ $(VENV)/.installed-dev: $(VENV)/.torch setup.cfg pyproject.toml
 
 $(VENV)/.installed-zero: $(VENV)/.installed-dev
 	$(PIP) -e '.[dev,zero]'
+	touch $@
+
+# The oldest transformers that exports are for, beside the present one.
+$(VENV)/.transformers-4: $(VENV)/.torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(VENV)/transformers-4 \
+	  transformers==4.51.3 tokenizers==0.21.4 huggingface-hub==0.36.2
 	touch $@

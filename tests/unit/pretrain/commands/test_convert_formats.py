@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,3 +184,45 @@ def test_an_export_that_is_killed_leaves_nothing_that_loads(begun, tmp_path, nam
     done = said(line, tmp_path / "log")
     assert done.code == 0, done.err
     assert {path.name for path in tmp_path.iterdir()} == {"out", "log.out", "log.err"}
+
+
+LARGE = """
+import resource, sys, time
+from pathlib import Path
+import torch
+import pretrain.conversion.convert
+from bd3_megatron.config import DiffusionConfig, ModelConfig
+from bd3_megatron.hf.files import LazyTensors
+from bd3_megatron.hf.mapping import entries
+from pretrain.checkpoint.loaded_run import open_run
+from pretrain.config.schema import RunConfig
+from pretrain.conversion.new_run import Beginning, write_run
+
+run, out, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+if not run.exists():
+    model = ModelConfig(layers=24, hidden=2048, heads=16, vocab_size=50_258, mask_id=50_257, length=1024)
+    shapes = {entry.name: entry.shape for entry in entries(model)}
+    weights = LazyTensors(shapes, lambda name: torch.empty(shapes[name]).normal_(std=0.02))
+    write_run(run, Beginning(RunConfig(run=str(run), model=model, diffusion=DiffusionConfig()), weights, []))
+    sys.exit()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+done = pretrain.conversion.convert.export_run(open_run(run), out, name, "bf16", 2_000_000_000)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(done.parameters, after - before, round(done.bytes / 1e6 / done.seconds))
+"""
+
+
+@pytest.mark.long
+def test_an_export_of_a_billion_parameters_needs_little_memory(tmp_path, capsys):
+    """In kB by getrusage; less than 3 GB above the interpreter with its imports."""
+    for name in ("write", "bd3", "sdar"):
+        command = [sys.executable, "-c", LARGE, str(tmp_path / "run"), str(tmp_path / name), name]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        if name == "write":
+            continue
+        parameters, memory, speed = map(int, done.stdout.split())
+        with capsys.disabled():
+            print(f"\n{name}: {parameters:,} parameters, {memory / 1e6:.2f} GB above the interpreter, {speed} MB/s")
+        assert parameters > 10**9
+        assert memory < 3_000_000
+        shutil.rmtree(tmp_path / name)
