@@ -17,6 +17,7 @@ from pretrain.bench.parity import LAYOUTS, Difference, Layout, Outcome, Task
 MODEL = ModelConfig(layers=4, hidden=32, heads=4, kv_heads=2, length=32, vocab_size=61, mask_id=60)
 DIT = ModelConfig(backbone="dit", layers=5, hidden=32, heads=4, length=16, vocab_size=61, mask_id=60)
 LLAMA = MODEL.model_copy(update={"backbone": "llama", "ffn_hidden": 96})
+QWEN2 = MODEL.model_copy(update={"backbone": "qwen2"})
 TIED = ModelConfig(layers=4, hidden=32, heads=4, length=16, vocab_size=61, mask_id=60, tie_embeddings=True)
 BLOCKS = DiffusionConfig(block_size=4)
 
@@ -25,6 +26,7 @@ TASKS = {
     "qwen3": Task(MODEL, BLOCKS, steps=2),
     "dit": Task(DIT, BLOCKS, steps=2),
     "llama": Task(LLAMA, BLOCKS, steps=2),
+    "qwen2": Task(QWEN2, BLOCKS, steps=2),
     "tied": Task(TIED, BLOCKS, steps=2),
     "draws": Task(MODEL, DiffusionConfig(block_size=4, draws=2), steps=2),
     "mdlm": Task(MODEL, DiffusionConfig(block_size=32), steps=2),
@@ -44,6 +46,7 @@ TASKS = {
 MORE = {
     "dit": ["TP2+SP", "PP2", "CP2", "DP2+distopt", "TP2xPP2"],
     "llama": ["TP2+SP"],
+    "qwen2": ["TP2+SP", "DP2+distopt"],
     "tied": ["TP2", "PP2", "PP2-interleaved", "DP2+distopt", "PP4", "TP2xPP2"],
     "draws": ["CP2", "PP2-interleaved", "TP2+SPxCP2"],
     "mdlm": ["CP2", "CP2xPP2"],

@@ -30,7 +30,7 @@ TOKENS = TokenIds(tiny.BOS, tiny.EOS, tiny.MASK)
 class Everything(Backbone):
     """All that the built-in backbones do not combine."""
 
-    traits = Traits(norm="LayerNorm", activation="gelu_tanh", gated=True, mlp_bias=True, qk_norm=True, head_bias=True)
+    traits = Traits("LayerNorm", "gelu_tanh", gated=True, mlp_bias=True, qk_norm=True, head_bias=True, qkv_bias=True)
     norm_eps = 1e-3
 
 
