@@ -256,9 +256,7 @@ DEATHS = [
     ("pretrain.trainer.loop", "Trainer._open_metrics", 2),  # records of the spike still there
     ("pretrain.trainer.loop", "Trainer._train_step", 10),  # in the range
 ]
-
-
-OFTEN = ("Trainer._go_back", "_remove_undone", "Trainer._open_metrics")
+OFTEN = ("Trainer._go_back", "_remove_undone", "Trainer._open_metrics")  # the others are long
 
 
 @pytest.mark.parametrize(
