@@ -389,7 +389,7 @@ class BD3Model(BD3PreTrainedModel):
 
 class CleanBlocks:
     """The finished part of a text that is being generated: keys and values of its tokens, or without a cache
-    its ids, which are then run again in every call (slow, and the same result)."""
+    its ids, which are then run again in every forward pass (slow, and the same result)."""
 
     def __init__(self, backbone: BD3Model, rows: int, use_cache: bool):
         self.backbone, self.use_cache = backbone, use_cache
@@ -609,14 +609,14 @@ class BD3ForMaskedLM(BD3PreTrainedModel):
             input_ids: ``[b, p]``, prompts of one length that begin with the BOS, as training rows do; None
                 means one row with the BOS alone. Where a prompt ends inside a block, its tail stays fixed.
             max_new_tokens: n; None fills a training row. Blocks are generated whole, then cut to n.
-            sampler: ``first_hitting`` unmasks one uniformly drawn position per call; ``steps`` is ancestral
-                sampling on an even grid of times, any number of positions per call. Unused when causal.
+            sampler: ``first_hitting`` unmasks one uniformly drawn position per forward pass; ``steps`` is
+                ancestral sampling on an even grid of times, any number of positions in one. Unused when causal.
             steps: grid points per block of the ``steps`` sampler; None means the block size.
             top_p: nucleus, the smallest set of likeliest tokens that holds this probability.
             temperature: divides the logits; 0 takes the likeliest token.
             stop_at_eos: end a row at its first generated EOS (padding follows), and all once every row ended.
             generator: source of chance, on the model's device.
-            use_cache: keep keys and values of finished blocks; without, every call computes them anew.
+            use_cache: keep keys and values of finished blocks; without, every forward pass computes them anew.
             max_length: p + n, in place of ``max_new_tokens``.
             do_sample: False takes the likeliest token, as ``temperature=0`` does.
             num_return_sequences: rows for each prompt, one after the other.

@@ -23,9 +23,6 @@ from data_prep.read.open_files import ShardFile, bytes_of
 ID_FIELDS = ("input_ids", "tokens", "ids")
 """keys of a JSON object under which its list of ids is looked for, in this order"""
 
-MAX_NPY_HEADER = 12 + (1 << 16)
-"""bytes before an array of ours: magic, version and length of a header, and the longest one of version 1"""
-
 Ids = NDArray[np.integer[Any]]
 
 
@@ -59,6 +56,11 @@ def npy_ids(payload: bytes) -> tuple[Ids, int]:
     """
     dtype, shape, begin = _npy_header(io.BytesIO(payload), len(payload))
     return np.frombuffer(payload, dtype, offset=begin, count=math.prod(shape)), begin
+
+
+def most_index_bytes(shards: Sequence[IndexedShard]) -> int:
+    """Bytes that the index of these shards has at most: three integers of a sample, and the longest npy header."""
+    return 3 * 8 * sum(shard.samples for shard in shards) + 12 + (1 << 16)
 
 
 def npy_file(path: Path) -> Ids:

@@ -29,7 +29,7 @@ from data_prep.format.manifest import (
 )
 from data_prep.format.remote import fetch, is_remote, read_remote
 from data_prep.read.cache import RemoteShard, ShardCache
-from data_prep.read.indexed import MAX_NPY_HEADER, IndexedRows, npy_file
+from data_prep.read.indexed import IndexedRows, most_index_bytes, npy_file
 from data_prep.read.open_files import OpenFiles, ShardFile, bytes_of
 
 
@@ -233,18 +233,17 @@ class RowReader:
 
     def _open_index(self, split: IndexedSplit) -> IndexedRows:
         """The rows of token tars that :mod:`data_prep.build.index` has indexed."""
+        shards = [shard for shard in split.shards if isinstance(shard, IndexedShard)]
         with ExitStack() as stack:
             path = self._root / split.index
             if self.remote:
                 path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "index.npy"
-                samples = sum(shard.samples for shard in split.shards if isinstance(shard, IndexedShard))
-                most = 3 * 8 * samples + MAX_NPY_HEADER
+                most = most_index_bytes(shards)
                 fetch(f"{self.folder}/{split.index}", path, sha256=split.index_sha256, most=most)
             else:
                 self._check_digest(path, split.index_sha256)
             try:
                 index = npy_file(path)
-                shards = [shard for shard in split.shards if isinstance(shard, IndexedShard)]
                 vocab_size = self.manifest.vocab_size
                 found = IndexedRows(shards, index, self.length, self.dtype, vocab_size, self._file)
             except (ValueError, TypeError) as error:

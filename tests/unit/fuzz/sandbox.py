@@ -42,10 +42,12 @@ class Watch:
     def over(self, root: Path, outside: Path) -> Iterator[list[str]]:
         """Collect what happens outside of ``root``: writes and starts anywhere, reads below ``outside``."""
         self.seen, self.outside, self.root = [], str(outside), os.path.realpath(root)
+        # The first import of a module would write it compiled, beside its source.
+        before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
         try:
             yield self.seen
         finally:
-            self.root = None
+            self.root, sys.dont_write_bytecode = None, before
 
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
         if self.root is None:

@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -79,6 +81,17 @@ def test_damaged_files_are_one_line(name, tmp_path, watch):
 def test_one_seed(tmp_path, watch):
     seed = os.environ["BD3_FUZZ_SEED"]
     assert Bench(BY_NAME[seed.partition("/")[0]], tmp_path, watch).fault(seed) is None
+
+
+def test_a_module_imported_for_the_first_time_is_no_file_touched(watch, tmp_path, monkeypatch):
+    (tmp_path / "late_import_for_test.py").write_text("")
+    (tmp_path / "inside").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    with watch.over(tmp_path / "inside", tmp_path / "outside") as seen:
+        importlib.import_module("late_import_for_test")
+    assert not seen
+    assert sys.dont_write_bytecode is False
 
 
 @pytest.mark.long

@@ -100,10 +100,10 @@ def uninterrupted(tmp_path_factory, data_set) -> Run:
 @pytest.mark.parametrize(
     ("before", "code", "step", "name"),
     [
-        (functools.partial(at_step, 8, signal.SIGTERM), 75, 8, "SIGTERM"),
+        pytest.param(functools.partial(at_step, 8, signal.SIGTERM), 75, 8, "SIGTERM", marks=pytest.mark.long),
         (functools.partial(at_step, 6, signal.SIGUSR1), 75, 6, "SIGUSR1"),  # where a checkpoint is due, too
         (functools.partial(at_step, 3, signal.SIGINT), 130, 3, "SIGINT"),
-        (functools.partial(at_step, 12, signal.SIGTERM), 75, 12, "SIGTERM"),
+        pytest.param(functools.partial(at_step, 12, signal.SIGTERM), 75, 12, "SIGTERM", marks=pytest.mark.long),
         (functools.partial(at_evaluation, 2, signal.SIGTERM), 75, 5, "SIGTERM"),
         (functools.partial(at_start, signal.SIGUSR1), 75, 0, "SIGUSR1"),  # before there is anything
         # One signal that comes twice, from Slurm and from srun.

@@ -161,7 +161,7 @@ def test_the_micro_batch_to_blame_is_named(tmp_path, data_set):
     assert [row.get("suspect", False) for row in found["rows"]] == [False, False, True, True, False, False]
 
 
-@pytest.mark.parametrize("call", [3, 4, 8, 9, 10])
+@pytest.mark.parametrize("call", [3, 9, *(pytest.param(call, marks=pytest.mark.long) for call in (4, 8, 10))])
 def test_a_run_killed_around_skipped_steps_ends_as_if_it_never_was(tmp_path, data_set, nonfinite, call):
     recipe = Recipe(tmp_path, data_set, NONFINITE)
     recipe.die(("pretrain.trainer.loop", "Trainer._train_step", call))
@@ -256,9 +256,16 @@ DEATHS = [
     ("pretrain.trainer.loop", "Trainer._open_metrics", 2),  # records of the spike still there
     ("pretrain.trainer.loop", "Trainer._train_step", 10),  # in the range
 ]
+OFTEN = ("Trainer._go_back", "_remove_undone", "Trainer._open_metrics")  # the others are long
 
 
-@pytest.mark.parametrize("death", DEATHS, ids=[f"{name} {call}" for _, name, call in DEATHS])
+@pytest.mark.parametrize(
+    "death",
+    [
+        pytest.param(death, id=f"{death[1]} {death[2]}", marks=() if death[1] in OFTEN else pytest.mark.long)
+        for death in DEATHS
+    ],
+)
 def test_a_run_killed_while_it_goes_back_ends_as_if_it_never_was(tmp_path, data_set, spiked, death):
     recipe = Recipe(tmp_path, data_set, {7: 1e3, 8: 1e3}, *SPIKE)
     recipe.die(death)
