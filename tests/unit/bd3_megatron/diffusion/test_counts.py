@@ -171,7 +171,7 @@ def test_resampling_at_an_end_of_the_interval(version):
         ({"count_probabilities": (0, 0.5, 0.5, 0.5, 0)}, "diffusion.count_probabilities: the sum is 1.5; it must be 1"),
         (
             {"count_probabilities": (0, 0.5, 0.5, 0, 0)},
-            "diffusion.count_probabilities: 0 for 3 masked token(s), so rare",
+            "diffusion.count_probabilities: 0 for 3 masked tokens, so rare",
         ),
         ({"objective": "causal", "block_size": 1}, "diffusion.masking=counts: diffusion.objective=causal masks"),
         ({"masking": "levels", "count_weights": (1.0,) * 5}, "diffusion.count_weights: only with"),

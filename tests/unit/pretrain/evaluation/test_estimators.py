@@ -116,7 +116,7 @@ def test_several_data_sets_and_block_sizes_in_one_call(runs, data_set, tmp_path)
     assert sum(shares) == pytest.approx(found[0]["nelbo"], rel=1e-6)
     text = bd3("eval", runs[0], *args, log=tmp_path / "log").out
     assert text.count("NELBO               ") == 6
-    assert "estimator           counts, blocks of 8, 1 draw(s) each" in text
+    assert "estimator           counts, blocks of 8, 1 draw each" in text
 
 
 def test_a_block_size_that_does_not_fit_is_named(runs, tmp_path):
