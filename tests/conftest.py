@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import gzip
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Generator
 from pathlib import Path
 
 # Before torch is imported, here and in the processes started below: the tests' tensors are too small to share out.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nor may transformers keep the code of the tests' exports in the home folder.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="bd3-test-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 import pytest
 from hypothesis import settings

@@ -122,7 +122,7 @@ class SDARForCausalLM(Qwen3ForCausalLM):
         for first in range(start, end, size):
             block = canvas[:, first : first + size]  # a view
             while (masked := block == mask_id).any():
-                logits = self._block_logits(block, cache, first).index_fill(
+                logits = self._block_logits(block, cache).index_fill(
                     -1, torch.tensor([mask_id], device=block.device), -torch.inf
                 )
                 tokens, confidence = _draw(logits, temperature, generator)
@@ -141,10 +141,10 @@ class SDARForCausalLM(Qwen3ForCausalLM):
             ids = ids[:, : given + int((~after).sum(1).max())]
         return ids
 
-    def _block_logits(self, block: Tensor, cache: DynamicCache, first: int) -> Tensor:
+    def _block_logits(self, block: Tensor, cache: DynamicCache) -> Tensor:
         """Logits ``[b, B', V]`` of a block behind the cached ones, in fp64; the cache stays as it is."""
         hidden = self.model(input_ids=block, past_key_values=cache, use_cache=True)[0]
-        cache.crop(first)
+        cache.crop(-block.shape[1])  # a positive length is refused by some releases of transformers
         return self.lm_head(hidden).double()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer, dynamic_module_utils
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from tests.unit.commands import bd3
 
@@ -45,8 +45,7 @@ def test_the_data_set_passes_the_check(old):
     assert done.code == 0, done.err
 
 
-def test_the_export_loads_and_imports(old, monkeypatch):
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(old / "modules"))
+def test_the_export_loads_and_imports(old):
     model = AutoModelForMaskedLM.from_pretrained(old / "export", trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(old / "export", trust_remote_code=True)
     with torch.no_grad():

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, dynamic_module_utils
+from transformers import AutoModelForMaskedLM
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.backbones import BACKBONES, Backbone, Traits
@@ -78,13 +78,12 @@ def test_loss_and_gradients_equal_those_of_the_shipped_model(backbone):
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5 * largest, msg=name)
 
 
-def test_an_export_carries_the_traits_and_reads_back(backbone, tmp_path, monkeypatch):
+def test_an_export_carries_the_traits_and_reads_back(backbone, tmp_path):
     model, weights = tiny.shape(backbone), tiny.weights_of(tiny.shape(backbone))
     export(weights, model, DIFFUSION, TOKENS, None, tmp_path / "out")
     again, _, back = read_checkpoint(tmp_path / "out", "bd3")
     assert (again.backbone, again.ffn, again.eps) == (backbone, model.ffn, model.eps)
     assert all(torch.equal(back[name], weights[name]) for name in weights)
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert loaded.config.traits == asdict(model.traits)
     row = torch.from_numpy(tiny.rows_of(model, 1))

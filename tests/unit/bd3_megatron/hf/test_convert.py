@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForMaskedLM, AutoTokenizer, dynamic_module_utils
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from bd3_common.errors import ConfigError
 from bd3_common.registry import Entry
@@ -38,12 +38,6 @@ MODELS = {
 
 def random_weights(model: ModelConfig, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     return {entry.name: torch.randn(entry.shape).to(dtype) for entry in entries(model)}
-
-
-@pytest.fixture(autouse=True)
-def modules(tmp_path_factory, monkeypatch):
-    """Remote code is cached in a folder of the test's own."""
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bd3_common.errors import ConfigError
 from bd3_megatron.config import DiffusionConfig, ModelConfig
@@ -25,12 +25,6 @@ from tests.unit.bd3_megatron.hf.test_causal_formats import stock
 
 DIFFUSION = DiffusionConfig(block_size=4, beta=0.3, omega=0.8)
 FOUR = os.environ.get("BD3_TRANSFORMERS_4", str(Path(sys.prefix) / "transformers-4"))
-
-
-@pytest.fixture(autouse=True)
-def modules(tmp_path_factory, monkeypatch):
-    """Remote code is cached in a folder of the test's own."""
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
 
 
 def trained(mask: int = tiny.MASK, tied: bool = False, favoured: bool = False) -> tuple[ModelConfig, dict]:

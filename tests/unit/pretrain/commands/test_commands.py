@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer
-from transformers import AutoModelForMaskedLM, AutoTokenizer, dynamic_module_utils
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from bd3_megatron.config import DiffusionConfig, ModelConfig
 from bd3_megatron.diffusion.estimators import likelihood_objective
@@ -39,12 +39,6 @@ MODELS = {
 SHAPE = f"--model.layers 2 --model.hidden 32 --model.heads 4 --model.length {LENGTH} --model.dropout 0.1"
 SHORT = "--train.steps 3 --train.global-batch 8 --train.micro-batch 4 --train.precision fp32 --train.warmup-steps 0"
 WATCH = "--train.lr 0.01 --train.ema-decay 0.5 --eval.rows 8 --log.tensorboard false"
-
-
-@pytest.fixture(autouse=True)
-def modules(tmp_path_factory, monkeypatch):
-    """Remote code is cached in a folder of the test's own."""
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
 
 
 @dataclass(frozen=True)
