@@ -122,9 +122,9 @@ class SDARForCausalLM(Qwen3ForCausalLM):
         for first in range(start, end, size):
             block = canvas[:, first : first + size]  # a view
             while (masked := block == mask_id).any():
-                logits = self._block_logits(block, cache).index_fill(
-                    -1, torch.tensor([mask_id], device=block.device), -torch.inf
-                )
+                logits = self._block_logits(block, cache)
+                for begin, stop in [(mask_id, mask_id + 1), *self.config.unused_ids]:
+                    logits[..., begin:stop] = -torch.inf
                 tokens, confidence = _draw(logits, temperature, generator)
                 chosen = _choose(confidence.masked_fill(~masked, -1.0), masked, strategy, quota, threshold)
                 block[chosen] = tokens[chosen]

@@ -260,7 +260,7 @@ sys.exit(main())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_starts_a_hung_job_again(tmp_path, data_set):
     run = Run(tmp_path, data_set)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

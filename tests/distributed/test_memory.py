@@ -148,6 +148,7 @@ def test_zero_partitions_are_as_large_as_counted():
 # ---- a process on the CPU ----
 
 
+@pytest.mark.long
 def test_a_process_takes_the_memory_that_is_predicted(data_set, tmp_path, monkeypatch):
     sizes = {"layers": 6, "hidden": 256, "heads": 4, "kv-heads": 2, "length": 32}
     args = ["--data.path", str(data_set), "--train.precision", "fp32", "--train.steps", "3", "--checkpoint.every", "2"]

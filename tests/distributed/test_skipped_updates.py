@@ -14,6 +14,7 @@ from bd3_megatron.engine import ops
 from pretrain.bench import parity
 from pretrain.bench.parity import LAYOUTS, Layout, Task
 from pretrain.distributed.spawn import run_world
+from tests.distributed.selection import collected, with_long
 from tests.distributed.workers import Skipping, train_spoiled
 
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -41,6 +42,11 @@ CASES = [
     ("wide", "ZeRO3"),
 ]
 
+LONG = [
+    *(("fp32", name) for name in ("TP2", "DP2", "ZeRO1", "ZeRO2", "DP1-ZeRO2", "PP2-ZeRO1", "TP2xZeRO3")),
+    *(("bf16", name) for name in ("TP2", "ZeRO1", "ZeRO3", "ZeRO2-offload")),
+]
+
 
 def possible(layout: str) -> bool:
     zero = MORE[layout].zero
@@ -48,9 +54,13 @@ def possible(layout: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[tuple[str, str], list[Skipping]]:
+def outcomes(request) -> dict[tuple[str, str], list[Skipping]]:
     """By (task, layout), of every rank; layout "" is one process of the Megatron engine."""
-    runs = {(task, name): (MORE[name], TASKS[task]) for task, name in CASES if possible(name)}
+    runs = {
+        (task, name): (MORE[name], TASKS[task])
+        for task, name in sorted(collected(request, "task", "layout"))
+        if name and possible(name)
+    }
     runs |= {(task, ""): (Layout(1, ParallelConfig()), TASKS[task]) for task in TASKS}
     found = {}
     for size in sorted({layout.size for layout, _ in runs.values()}):
@@ -61,7 +71,7 @@ def outcomes() -> dict[tuple[str, str], list[Skipping]]:
     return found
 
 
-@pytest.mark.parametrize(("task", "layout"), [*CASES, *((task, "") for task in TASKS)])
+@pytest.mark.parametrize(("task", "layout"), [*with_long(CASES, LONG), *((task, "") for task in TASKS)])
 def test_all_ranks_leave_the_update_out_and_nothing_changes(outcomes, task, layout):
     if layout and not possible(layout):
         pytest.skip("DeepSpeed, or its optimizer for the CPU, is not there")
@@ -79,7 +89,7 @@ def test_all_ranks_leave_the_update_out_and_nothing_changes(outcomes, task, layo
     assert found == {(micro // replicas - 1,)}
 
 
-@pytest.mark.parametrize(("task", "layout"), CASES)
+@pytest.mark.parametrize(("task", "layout"), with_long(CASES, LONG))
 def test_training_goes_on_as_on_one_process(outcomes, task, layout):
     if not possible(layout):
         pytest.skip("DeepSpeed, or its optimizer for the CPU, is not there")

@@ -19,6 +19,7 @@ from pretrain.bench import parity
 from pretrain.bench.parity import LAYOUTS, Layout, Outcome, Task
 from pretrain.tracking.metrics import read_metrics
 from tests.distributed.launch import Job
+from tests.distributed.selection import collected
 from tests.unit.commands import bd3
 
 installed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
@@ -66,13 +67,23 @@ CASES = [
     ("dit", "PP2-ZeRO1"),
     ("dit", "TP2+SPxZeRO2"),
 ]
+LONG = [
+    ("qwen3", "TP2xZeRO1"),
+    ("qwen3", "PP2xZeRO1"),
+    ("tied", "ZeRO3"),
+    ("wide", "ZeRO3-full"),
+    ("wide", "TP2xZeRO3"),
+    ("dit", "PP2-ZeRO1"),
+    ("dit", "TP2+SPxZeRO2"),
+]
 BF16 = ["ZeRO1", "ZeRO2", "ZeRO3", "ZeRO2-offload"]
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[tuple[str, str], list[Outcome]]:
+def outcomes(request) -> dict[tuple[str, str], list[Outcome]]:
     """Outcome on every rank by (task, layout); layout "" is one process of the Megatron engine."""
-    cases = [case for case in CASES + [("bf16", name) for name in BF16] if BUILT or not MORE[case[1]].zero.offload]
+    cases = sorted(collected(request, "task", "layout") | {("bf16", name) for name in BF16})
+    cases = [case for case in cases if BUILT or not MORE[case[1]].zero.offload]
     runs = {f"{task}:{name}": (MORE[name], TASKS[task]) for task, name in cases}
     runs |= {f"{task}:": (Layout(1, ParallelConfig()), TASKS[task]) for task in TASKS}
     return {tuple(name.split(":")): found for name, found in parity.run(runs).items()}
@@ -83,7 +94,10 @@ def needs(*names: str) -> pytest.MarkDecorator:
 
 
 @installed
-@pytest.mark.parametrize(("task", "layout"), [pytest.param(*case, marks=needs(*case)) for case in CASES])
+@pytest.mark.parametrize(
+    ("task", "layout"),
+    [pytest.param(*case, marks=[needs(*case), *([pytest.mark.long] if case in LONG else [])]) for case in CASES],
+)
 def test_zero_equals_one_process(outcomes, task, layout):
     found = parity.compare(outcomes[task, layout], outcomes[task, ""][0])
     assert found.passes, found

@@ -98,7 +98,10 @@ class SDAR(CausalFormat):
             "AutoModel": "modeling_sdar.SDARModel",
             "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
         }
-        own = {"auto_map": auto, "block_size": contents.diffusion.block_size, "mask_token_id": MASK_ID}
+        own: dict[str, Any] = {"auto_map": auto, "block_size": contents.diffusion.block_size, "mask_token_id": MASK_ID}
+        size, mask = contents.model.vocab_size, contents.model.mask_id
+        if mask != MASK_ID:
+            own["unused_ids"] = [[mask, mask + 1], [size, MASK_ID]]
         return super().config(contents, weights, origin) | own
 
     def notes(self, contents: Contents) -> list[str]:
@@ -113,7 +116,7 @@ class SDAR(CausalFormat):
             lines.append(
                 f"the mask {model.mask_id} is {MASK_ID} here, the id in the source of SGLang and LMDeploy, with "
                 f"{MASK_ID - model.vocab_size} unused ids before it: greedy decoding never writes one, but they take a "
-                f"share of every probability. JetEngine and Diffulex take the mask as an argument: for them, use "
+                f"share of every probability in engines. JetEngine and Diffulex take the mask as an argument: for them, use "
                 f"--format bd3, or a Qwen3 tokenizer from the start"
             )
         return lines

@@ -123,14 +123,15 @@ def test_greedy_decoding_gives_our_tokens(threshold, tmp_path):
     prompt = torch.from_numpy(tiny.rows_of(model, 4))[:, :3]
     with torch.no_grad():
         ours = decoded(lambda x: oracle(x).logits, prompt, 16, 4, tiny.MASK, threshold)
-        theirs = decoded(lambda x: served(x).logits, prompt, 16, 4, MASK_ID, threshold)
+        # Of the ids that tokens have: the others' shares would change the order of the surest.
+        theirs = decoded(lambda x: served(x).logits[..., : tiny.MASK], prompt, 16, 4, MASK_ID, threshold)
         strategy = {} if threshold is None else {"strategy": "low_confidence_dynamic", "threshold": threshold}
         generated = served.generate(prompt, 13, stop_at_eos=False, **strategy)
     assert torch.equal(ours, theirs)
     assert torch.equal(ours, generated)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.long)], ids=["untied", "tied"])
 def test_no_engine_writes_the_mask(tied, tmp_path, capsys):
     """10,000 positions by the surest token, and by chance, the mask not forbidden, of a head that favours it."""
     model, weights = trained(tied=tied, favoured=True)

@@ -110,6 +110,7 @@ def test_the_table_and_its_options(run, capsys):
     assert lines == ["1 pair", "2 separate pairs", "2 draws, antithetic", "4 separate pairs", "4 draws, antithetic"]
 
 
+@pytest.mark.long
 def test_another_masking_than_the_run_s_is_compared(run, capsys):
     """Counts estimate the bound with less variance than the whole interval of levels."""
     parallel.stop()

@@ -98,7 +98,10 @@ def test_empty_files_and_sections(file: Path, text: str) -> None:
         ("model: {layers: true}", "model.layers=true: a value is needed here, not true or false"),
         ("model: {layers: null}", "model.layers=null: not an integer"),
         ("model: {layers: [3]}", "model.layers=3: not an integer"),
-        ("model: {backbone: lama}", "model.backbone=lama: unknown backbone; did you mean llama? use dit, llama, qwen2, qwen3"),
+        (
+            "model: {backbone: lama}",
+            "model.backbone=lama: unknown backbone; did you mean llama? use dit, llama, qwen2, qwen3",
+        ),
         ("train: {lr: .inf}", "train.lr=inf: not a finite number"),
         ("train: {dropout: .1}", "train.dropout: unknown key; did you mean model.dropout?"),
         ("run: 3", "run=3: not a text; put quotes around it"),

@@ -329,6 +329,7 @@ def without_starts() -> None:
     RowReader.__init__ = bare
 
 
+@pytest.mark.long
 def test_a_data_set_without_document_starts_is_refused(masked, short, tmp_path):
     again = "was written without document starts; run bd3 prep with --documents\n"
     new, log = tmp_path / "new", tmp_path / "log"

@@ -104,10 +104,12 @@ def uninterrupted(tmp_path_factory, data_set) -> Run:
         (functools.partial(at_step, 6, signal.SIGUSR1), 75, 6, "SIGUSR1"),  # where a checkpoint is due, too
         (functools.partial(at_step, 3, signal.SIGINT), 130, 3, "SIGINT"),
         pytest.param(functools.partial(at_step, 12, signal.SIGTERM), 75, 12, "SIGTERM", marks=pytest.mark.long),
-        (functools.partial(at_evaluation, 2, signal.SIGTERM), 75, 5, "SIGTERM"),
+        pytest.param(functools.partial(at_evaluation, 2, signal.SIGTERM), 75, 5, "SIGTERM", marks=pytest.mark.long),
         (functools.partial(at_start, signal.SIGUSR1), 75, 0, "SIGUSR1"),  # before there is anything
         # One signal that comes twice, from Slurm and from srun.
-        (functools.partial(at_step, 4, signal.SIGTERM, signal.SIGTERM), 75, 4, "SIGTERM"),
+        pytest.param(
+            functools.partial(at_step, 4, signal.SIGTERM, signal.SIGTERM), 75, 4, "SIGTERM", marks=pytest.mark.long
+        ),
     ],
 )
 def test_a_stopped_run_continues_as_if_it_had_not_been_interrupted(

@@ -43,6 +43,7 @@ def test_searches_are_recorded_and_in_the_checkpoint(searching):
     assert found[1]["variance_before"] < 0.5 * found[0]["variance_before"]  # it trains on what it found
 
 
+@pytest.mark.long
 def test_the_direct_search_finds_about_the_same(searching, tmp_path, data_set):
     recipe = Recipe(tmp_path, data_set)
     more = ("--train.steps", 3, "--clip-search.rows", 64, "--clip-search.grid", "0.5:1.0", "0.3:0.8")
@@ -62,8 +63,8 @@ def test_the_direct_search_finds_about_the_same(searching, tmp_path, data_set):
     "death",
     [
         ("pretrain.trainer.loop", "Trainer._search_interval", 2),
-        ("pretrain.trainer.loop", "Trainer._save", 4),
-        ("pretrain.trainer.loop", "Trainer._train_step", 4),
+        pytest.param(("pretrain.trainer.loop", "Trainer._save", 4), marks=pytest.mark.long),
+        pytest.param(("pretrain.trainer.loop", "Trainer._train_step", 4), marks=pytest.mark.long),
     ],
 )
 def test_a_run_killed_around_a_search_ends_as_if_it_never_was(searching, tmp_path, data_set, death):

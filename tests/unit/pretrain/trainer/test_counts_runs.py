@@ -27,7 +27,9 @@ class Counts(Recipe):
         self.args = (*self.args, *COUNTS, *OBJECTIVES[objective])
 
 
-@pytest.fixture(scope="module", params=OBJECTIVES)
+@pytest.fixture(
+    scope="module", params=["pairs", *(pytest.param(name, marks=pytest.mark.long) for name in ("single", "given"))]
+)
 def whole(request, tmp_path_factory, data_set) -> tuple[str, Recipe]:
     recipe = Counts(tmp_path_factory.mktemp("whole"), data_set, request.param)
     done = recipe.finish()

@@ -264,7 +264,7 @@ def test_a_run_killed_at_every_delicate_point_ends_as_if_it_never_was(recipe, un
     assert_as_uninterrupted(recipe, uninterrupted)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(recipe, uninterrupted, seed):
     chance = random.Random(seed)
     for records in sorted(chance.sample(range(1, 9), 3)):
@@ -288,6 +288,7 @@ def hold_writer(folder: Path, partial: str) -> None:
     writer.write_index = held
 
 
+@pytest.mark.long
 def test_a_run_killed_while_it_writes_checkpoints_ends_as_if_it_never_was(recipe, uninterrupted):
     for step in (1, 4):
         folder, partial = recipe.run / "checkpoints", f".step-{step:08d}.*.partial"
