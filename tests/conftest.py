@@ -13,12 +13,13 @@ from pathlib import Path
 
 # Before torch is imported, here and in the processes started below: the tests' tensors are too small to share out.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Nor may transformers keep the code of the tests' exports in the home folder.
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="bd3-test-modules-")
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 import pytest
 from hypothesis import settings
+
+# Before transformers is imported: it would keep the code of the tests' exports in the home folder.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="bd3-test-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 # The one profile: a busy machine takes its time over an example.
 settings.register_profile("bd3", deadline=None)
