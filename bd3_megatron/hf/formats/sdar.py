@@ -116,8 +116,8 @@ class SDAR(CausalFormat):
             lines.append(
                 f"the mask {model.mask_id} is {MASK_ID} here, the id in the source of SGLang and LMDeploy, with "
                 f"{MASK_ID - model.vocab_size} unused ids before it: greedy decoding never writes one, but they take a "
-                f"share of every probability in engines. JetEngine and Diffulex take the mask as an argument: for them, "
-                f"use --format bd3, or a Qwen3 tokenizer from the start"
+                f"share of every probability in engines. JetEngine and Diffulex take the mask as an argument: "
+                f"for them, use --format bd3, or a Qwen3 tokenizer from the start"
             )
         return lines
 
