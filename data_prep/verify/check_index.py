@@ -50,17 +50,12 @@ class IndexCheck(Check):
     def _walk(self, workers: int) -> NDArray[np.uint64]:
         manifest, recipe = self.manifest, self.manifest.recipe
         self.result.splits = {name: SplitContent() for name in SPLITS}
+        kept = {
+            name: getattr(recipe, name) for name in ("documents", "validation_fraction", "bos", "eos", "mask", "pad")
+        }
+        member = recipe.index_member if isinstance(recipe, IndexRecipe) else None
         config = IndexConfig(
-            index=str(self.folder),
-            length=manifest.length,
-            member=recipe.index_member if isinstance(recipe, IndexRecipe) else None,
-            documents=recipe.documents,
-            validation_fraction=recipe.validation_fraction,
-            seed=recipe.split_seed,
-            bos=recipe.bos,
-            eos=recipe.eos,
-            mask=recipe.mask,
-            pad=recipe.pad,
+            index=str(self.folder), length=manifest.length, seed=recipe.split_seed, member=member, **kept
         )
         special = SpecialIds(manifest.bos_id, manifest.eos_id, manifest.mask_id, manifest.vocab_size, manifest.pad_id)
         names = [source.name for source in manifest.sources]
