@@ -64,7 +64,7 @@ def tokenizer_files(contents: Contents, vocab_size: int, mask: tuple[str, int] |
                 f"tokenizer={contents.tokenizer}: a {content['model'].get('type')} model has no place for a mask at id "
                 f"{mask[1]}; use --format bd3"
             )
-        _add_mask(content, tokenizer, *reversed(mask))
+        _add_mask(content, tokenizer, mask[1], mask[0])
     data = dump(content)
     written = load_json(data, contents.tokenizer, ConfigError)
     special = replace(tokens, mask=None if mask is None else mask[1])

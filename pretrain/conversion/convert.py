@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -132,7 +133,7 @@ def _parent(source: Source) -> str:
     return f"sha256:{digests[0] if len(digests) == 1 else hashlib.sha256(' '.join(digests).encode()).hexdigest()}"
 
 
-def import_run(found: Imported, run: Path, precision: str = "fp32") -> None:
+def import_run(found: Imported, run: Path, precision: Literal["fp32", "bf16"] = "fp32") -> None:
     """Write a run folder whose checkpoint of step 0 has the imported weights; all of it or nothing.
 
     Raises:

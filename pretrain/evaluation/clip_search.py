@@ -73,7 +73,8 @@ def _by_counts(
 ) -> CountMoments:
     drawing = search_objective(diffusion)
     size = drawing.block_size
-    moments, fractions = CountMoments(size), {}
+    moments = CountMoments(size)
+    fractions: dict[int, float] = {}
 
     def noise(keys: SampleKeys) -> Noise:
         drawn = draw_noise(drawing, length, seed, keys, Purpose.SEARCH)

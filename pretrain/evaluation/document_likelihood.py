@@ -78,7 +78,8 @@ class Documents:
 
     def only_whole(self) -> Documents:
         """The documents that lie wholly in the evaluated rows."""
-        return Documents(*(column[self.whole] for column in (self.numbers, self.nats, self.tokens, self.whole)))
+        whole = self.whole
+        return Documents(self.numbers[whole], self.nats[whole], self.tokens[whole], whole[whole])
 
     def summarize(self) -> DocumentEvaluation:
         """Statistics over the whole documents.
@@ -130,7 +131,9 @@ class DocumentTally:
         # The only token of a document may be at position 0 of a row.
         present = tokens > 0
         whole = ~np.isin(numbers, cut_documents(self.reader, rows))
-        return Documents(numbers[present], nats[present], tokens[present].astype(np.int64), whole[present])
+        return Documents(
+            numbers[present], nats[present].astype(np.float64), tokens[present].astype(np.int64), whole[present]
+        )
 
 
 def cut_documents(reader: RowReader | RowStream, rows: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -63,8 +63,8 @@ def train(config: RunConfig) -> Path:
         config, stream, validation = preflight.data(lambda: open_data(config, job.world))
         begin = find_beginning(job.run, config, stream, job.world)
         job.take_run_folder(lambda: prepare(job.run, config, stream, begin.identity, begin.seen), begin.identity.id)
-        if begin.initial is not None:
-            on_rank_0(lambda: begin.initial.keep(job.run))
+        if (initial := begin.initial) is not None:
+            on_rank_0(lambda: initial.keep(job.run))
         preflight.folders(config)
         job.log_to_run_folder()
         engine = build_engine(config.engine(), job.world, config.train.seed)

@@ -42,16 +42,19 @@ class NoiseScale:
             parts = [batch.part(draws, slice(0, taken)) for batch in batches]
             self.rows = train.global_batch * taken // train.micro_batch
         elif len(batches) > 1 and self.config.parallel.interleave == 1:
-            parts = batches[: len(batches) // 2]
+            parts = list(batches[: len(batches) // 2])
             self.rows = train.global_batch * len(parts) // len(batches)
         else:
             reason = "micro-batches of one row, and with parallel.interleave none can be left out; raise "
             if len(batches) == 1:
                 reason = "each rank has one row a step; raise train.global_batch and "
-            return self._unavailable(f"{reason}train.micro_batch")
+            self._stop(f"{reason}train.micro_batch")
+            return None
         parallel.seed_dropout(train.seed, step - 1)
         norm = engine.gradient_norm(parts)
-        return self._unavailable("this engine has no gradient without an update") if norm is None else norm
+        if norm is None:
+            self._stop("this engine has no gradient without an update")
+        return norm
 
     def fields(self, half: float | None, result: StepResult | None) -> Mapping[str, float | None]:
         """Numbers for metrics: ``gradient_signal``, the squared norm of the mean gradient; ``gradient_noise``, the
@@ -64,6 +67,6 @@ class NoiseScale:
         scale = noise / signal if signal > 0 else None
         return {"gradient_signal": signal, "gradient_noise": noise, "noise_scale": scale}
 
-    def _unavailable(self, reason: str) -> None:
+    def _stop(self, reason: str) -> None:
         _LOG.warning(f"log.noise_scale_every={self.every}: not measured: {reason}")
         self.every = 0

@@ -29,7 +29,18 @@ from pretrain.trainer.stability import check_skips, read_ranges, undone
 # Keys that may change on resume: machine, layout and logs. All kernels compute the same function up to rounding, which
 # is coarser with FP8, and another machine may lack some of them. guard.skip may change for future steps only
 # (pretrain.trainer.stability.check_skips).
-_MAY_CHANGE = ("run", "resume", "parallel", "zero", "kernels", "fp8", "log", "profile", "preflight", "eval")
+_MAY_CHANGE: tuple[str, ...] = (
+    "run",
+    "resume",
+    "parallel",
+    "zero",
+    "kernels",
+    "fp8",
+    "log",
+    "profile",
+    "preflight",
+    "eval",
+)
 _MAY_CHANGE += ("init", "init_weights", "checkpoint", "guard", "train.micro_batch")
 _MAY_CHANGE += ("data.path", "data.cache", "data.cache_gb", "data.verify_gb")
 

@@ -102,6 +102,7 @@ class CausalFormat(CheckpointFormat):
         whole = model.model_copy(update={"vocab_size": width, "mask_id": None})
         check_depth(stored, model)
         check_shapes(stored, {name: shape for entry in entries(whole) for name, shape in entry.exported.items()})
+        assert model.vocab_size is not None
         shapes = {
             name: (model.vocab_size, *shape[1:]) if name in rows else shape for name, shape in stored.shapes.items()
         }
@@ -125,7 +126,7 @@ class CausalFormat(CheckpointFormat):
             repeated.add(HEAD)
         return found.renamed({name: name for name in found if name not in repeated})
 
-    def origin(self, source: Source, loaded: Loaded, tokens: TokenIds) -> Origin:
+    def origin(self, source: Source, loaded: Loaded, tokens: TokenIds) -> Origin | None:
         """See the base class: rows behind the run's own tokens, ``config.json``, texts of the folder's files."""
         model = loaded[0]
         stored = self.stored(source, model)
@@ -337,4 +338,4 @@ def without_mask(weights: LazyTensors, model: ModelConfig) -> LazyTensors:
         rows[mask] = rows[others].float().mean(0).to(rows)
         return rows
 
-    return LazyTensors(weights.shapes | {HEAD: weights.shapes[EMBEDDING]}, read)
+    return LazyTensors({**weights.shapes, HEAD: weights.shapes[EMBEDDING]}, read)

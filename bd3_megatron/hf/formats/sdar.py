@@ -100,6 +100,7 @@ class SDAR(CausalFormat):
         }
         own: dict[str, Any] = {"auto_map": auto, "block_size": contents.diffusion.block_size, "mask_token_id": MASK_ID}
         size, mask = contents.model.vocab_size, contents.model.mask_id
+        assert mask is not None
         if mask != MASK_ID:
             own["unused_ids"] = [[mask, mask + 1], [size, MASK_ID]]
         return super().config(contents, weights, origin) | own
