@@ -224,6 +224,8 @@ class ModelConfig(Section):
 
 LOWEST_LEVEL = 1e-3
 """the lowest noise level of the whole interval: at 0 the weight of most schedules is infinite"""
+WHOLE_INTERVAL = {"schedule": "loglinear", "beta": LOWEST_LEVEL, "omega": 1.0, "resample": False}
+"""values of the diffusion section with which noise levels estimate the likelihood bound, and counts are drawn"""
 MAX_COUNT_WEIGHT = 1e6
 """largest loss weight of a token in blocks with one count of masked tokens"""
 
@@ -289,7 +291,7 @@ class DiffusionConfig(Section):
             return self
         if self.objective == "causal":
             raise ValueError("diffusion.masking=counts: diffusion.objective=causal masks nothing; use levels")
-        whole = {"schedule": "loglinear", "beta": LOWEST_LEVEL, "omega": 1.0, "resample": False}
+        whole = dict(WHOLE_INTERVAL)
         if self.beta == self.omega == 1:
             del whole["beta"]  # every token masked: the same law with blocks of one token
         other = {name: value for name, value in whole.items() if getattr(self, name) != value}

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bd3_megatron.config import LOWEST_LEVEL, DiffusionConfig
+from bd3_megatron.config import LOWEST_LEVEL, WHOLE_INTERVAL, DiffusionConfig
 from bd3_megatron.diffusion.schedules import SCHEDULES
 from bd3_megatron.diffusion.strata import Strata
 
@@ -123,11 +123,8 @@ def search_objective(diffusion: DiffusionConfig) -> DiffusionConfig:
     """The draws that :class:`CountMoments` are made from: k uniform on 1..B' in every block, BOS as another token."""
     size = diffusion.block_size
     given = {
+        **WHOLE_INTERVAL,
         "masking": "counts",
-        "schedule": "loglinear",
-        "beta": LOWEST_LEVEL,
-        "omega": 1.0,
-        "resample": False,
         "stratify": True,
         "noise_version": 2,
         "draws": 1,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.config import LOWEST_LEVEL, DiffusionConfig
+from bd3_megatron.config import LOWEST_LEVEL, WHOLE_INTERVAL, DiffusionConfig
 from bd3_megatron.diffusion.noise import Noise, Purpose, SampleKeys, draw_noise
 
 MOST_PASSES = 4095
@@ -59,7 +59,7 @@ def likelihood_objective(diffusion: DiffusionConfig, name: str = "counts") -> Di
     The bound does not depend on the schedule, but on a clipped interval it is none. With blocks of one token all are
     masked (t = 1): the expectation is the same, and the value exact.
     """
-    full = {"schedule": "loglinear", "beta": LOWEST_LEVEL, "omega": 1.0, "resample": False, "stratify": True}
+    full = {**WHOLE_INTERVAL, "stratify": True}
     given = {"count_probabilities": None, "count_weights": None}
     if name == "levels":
         full |= {"masking": "levels", "beta": 1.0 if diffusion.block_size == 1 else LOWEST_LEVEL}

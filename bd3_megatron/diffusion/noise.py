@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bd3_common.errors import ConfigError
-from bd3_megatron.config import LOWEST_LEVEL, DiffusionConfig
+from bd3_megatron.config import DiffusionConfig
+from bd3_megatron.diffusion.clips import accepted
 from bd3_megatron.diffusion.counts import CountLaw
 from bd3_megatron.diffusion.schedules import SCHEDULES
 from bd3_megatron.diffusion.strata import Strata
@@ -193,13 +194,8 @@ def _redrawn(diffusion: DiffusionConfig) -> bool:
 
 def _missed(diffusion: DiffusionConfig, bits: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """True ``[..., L / B']`` for blocks of bits ``[..., L / B', B']`` whose masked fraction is outside the interval."""
-    fraction = bits.mean(axis=-1)
-    low, high = diffusion.beta, diffusion.omega
-    if diffusion.noise_version > 1:
-        # An end of the whole interval excludes nothing: a block without a mask, or all masks, is one of its draws.
-        low, high = (0.0 if low <= LOWEST_LEVEL else low), (1.0 if high >= 1 else high)
-    outside: NDArray[np.bool_] = (fraction < low - 1e-9) | (fraction > high + 1e-9)
-    return outside
+    kept = accepted(diffusion.block_size, diffusion.beta, diffusion.omega, diffusion.noise_version)
+    return np.asarray(~kept[bits.sum(axis=-1)])
 
 
 def _never_met(diffusion: DiffusionConfig) -> ConfigError:

@@ -53,11 +53,7 @@ def tokenizer_files(contents: Contents, vocab_size: int, mask: tuple[str, int] |
         )
     content = dict(file.content)
     if contents.origin is None:
-        content["truncation"] = content["padding"] = None
-        if tokens.bos is not None:
-            content["post_processor"] = _begin_with(
-                content.get("post_processor"), tokenizer.id_to_token(tokens.bos), tokens.bos
-            )
+        _encode_whole_texts(content, tokenizer, tokens.bos)
     if mask is not None and tokenizer.id_to_token(mask[1]) is None:
         if not isinstance(content["model"].get("vocab"), dict):
             raise ConfigError(
@@ -85,7 +81,6 @@ def tokenizer_with_mask(path: Path, tokens: TokenIds, model: ModelConfig) -> dic
     content, tokenizer = dict(file.content), file.load()
     largest = max(tokenizer.get_vocab().values(), default=-1)
     entries = f"{tokenizer.get_vocab_size()} entries" + (f" up to id {largest}" if _has_holes(tokenizer) else "")
-    content["truncation"] = content["padding"] = None
     if tokenizer.id_to_token(tokens.mask) is None:
         if tokens.mask != largest + 1:
             raise ConfigError(
@@ -101,9 +96,7 @@ def tokenizer_with_mask(path: Path, tokens: TokenIds, model: ModelConfig) -> dic
             f"tokenizer={path}: its {entries} exceed model.vocab_size={model.vocab_size}; "
             f"give the tokenizer that the data was prepared with"
         )
-    if tokens.bos is not None:
-        bos = tokenizer.id_to_token(tokens.bos)
-        content["post_processor"] = _begin_with(content.get("post_processor"), bos, tokens.bos)
+    _encode_whole_texts(content, tokenizer, tokens.bos)
     return content
 
 
@@ -134,6 +127,13 @@ def _add_mask(content: dict[str, Any], tokenizer: Tokenizer, mask: int, wanted: 
         content["model"] = content["model"] | {"vocab": vocabulary | {name: mask}}
 
 
+def _encode_whole_texts(content: dict[str, Any], tokenizer: Tokenizer, bos: int | None) -> None:
+    """Switch truncation and padding off, and let texts begin with BOS, as rows and prompts do."""
+    content["truncation"] = content["padding"] = None
+    if bos is not None:
+        content["post_processor"] = _begin_with(content.get("post_processor"), tokenizer.id_to_token(bos), bos)
+
+
 def _begin_with(processor: Mapping[str, Any] | None, bos: str, index: int) -> dict[str, Any]:
     """A post-processor that puts BOS before a text; of the one before it keeps what changes no tokens."""
     first = {"SpecialToken": {"id": bos, "type_id": 0}}
@@ -156,7 +156,7 @@ def _tokenizer_config(tokenizer: Tokenizer, tokens: TokenIds, model: ModelConfig
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.length,
-        "model_input_names": ["input_ids"],  # the model takes no attention_mask: prompts have one length
+        "model_input_names": ["input_ids"],  # generate takes prompts of one length, without padding
         "clean_up_tokenization_spaces": False,
         **{f"{name}_token": tokenizer.id_to_token(id) for name, id in special.items() if id is not None},
     }

@@ -110,7 +110,7 @@ def _measure(options: CountsOptions, loaded: LoadedRun, counts: NDArray[np.int64
     config = loaded.config
     model, data = config.model, config.data
     if options.data is not None:
-        data = data.model_copy(update={"path": options.data, "mix": None})
+        data = data.at(options.data)
     stream = open_stream(data, "train", model, order_seed(config))
     diffusion = likelihood_objective(config.diffusion).model_copy(update={"draws": 1})
     size = diffusion.block_size

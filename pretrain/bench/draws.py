@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bd3_common.errors import ConfigError
 from bd3_common.text import counted
-from bd3_megatron.config import LOWEST_LEVEL, DiffusionConfig
+from bd3_megatron.config import WHOLE_INTERVAL, DiffusionConfig
 from bd3_megatron.cost import flops
 from bd3_megatron.diffusion.noise import SampleKeys
 from bd3_megatron.engine.megatron import MegatronEngine
@@ -67,8 +67,7 @@ def bench_draws(options: DrawsOptions) -> None:
     names = ("masking", "count_probabilities", "beta", "omega", "stratify")
     asked = {name: value for name in names if (value := getattr(options, name)) is not None}
     if asked.get("masking", config.diffusion.masking) != config.diffusion.masking:
-        whole = {"schedule": "loglinear", "beta": LOWEST_LEVEL, "omega": 1.0, "resample": False}
-        asked = whole | {"count_probabilities": None, "count_weights": None} | asked
+        asked = WHOLE_INTERVAL | {"count_probabilities": None, "count_weights": None} | asked
     if options.count_probabilities is not None:
         asked |= {"count_weights": None}
     single = validate(DiffusionConfig, config.diffusion.model_dump() | {"draws": 1, "coupling": "independent"} | asked)
@@ -77,7 +76,7 @@ def bench_draws(options: DrawsOptions) -> None:
     estimators = _estimators(options, single)
     data = config.data
     if options.data is not None:
-        data = data.model_copy(update={"path": options.data, "mix": None})
+        data = data.at(options.data)
     stream = open_stream(data, "train", config.model, order_seed(config))
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []

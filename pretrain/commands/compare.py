@@ -9,25 +9,18 @@ from pydantic import Field
 
 from bd3_common.errors import ConfigError
 from bd3_common.text import json_line
-from bd3_megatron.config import MAX_ROWS, Section, Seed
+from pretrain.config.checkpoint_options import EvaluationChoices
 from pretrain.config.command_line import Positional, parse_options
-from pretrain.config.schema import ESTIMATORS_HELP, EstimatorName, EvalConfig
 
 
-class CompareOptions(Section):
+class CompareOptions(EvaluationChoices):
     """Compare runs: the bound of each, and paired differences to the first."""
 
     runs: Positional[list[str]] = Field(description="run folders, two or more")
     step: int | None = Field(default=None, ge=0, description="step of the checkpoints; null means each run's newest")
     weights: Literal["ema", "raw"] = Field(default="ema", description="EMA weights, or the last step's")
     data: str | None = Field(default=None, description="data set for all; null means the first run's")
-    estimator: EstimatorName = Field(default="counts", description=ESTIMATORS_HELP)
     rows: int | None = Field(default=None, ge=2, description="rows used, the same for all; null: all")
-    draws: int = Field(default=1, ge=1, le=10_000, description="noise draws per row")
-    seed: Seed = Field(default=0, description="seed of the evaluation noise, which all runs share")
-    micro_batch: int | None = Field(
-        default=None, ge=1, le=MAX_ROWS, description="rows per forward pass; null means as in training"
-    )
     json_: bool = Field(default=False, description="print one line of JSON for each run")
 
 
@@ -41,9 +34,7 @@ def main(args: list[str]) -> None:
     from pretrain.evaluation.comparison import HEADER, Comparison
     from pretrain.evaluation.report import evaluate_run
 
-    chosen = EvalConfig(
-        **{name: getattr(options, name) for name in ("estimator", "rows", "draws", "seed", "micro_batch")}
-    )
+    chosen = options.evaluation(options.rows)
     for name in options.runs[1:]:  # before the first takes its time
         find_checkpoint(Path(name), options.step)
     reports, data = [], None
@@ -52,7 +43,7 @@ def main(args: list[str]) -> None:
         if data is None:
             data = loaded.config.data
             if options.data is not None:
-                data = data.model_copy(update={"path": options.data, "mix": None})
+                data = data.at(options.data)
         (report,) = evaluate_run(loaded, options.weights, chosen, (data,), single_draw=True)
         reports.append(report)
     compared = Comparison(options.runs, reports)

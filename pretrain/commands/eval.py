@@ -8,29 +8,20 @@ from typing import Annotated
 from pydantic import Field
 
 from bd3_common.text import json_line, show
-from bd3_megatron.config import MAX_LENGTH, MAX_ROWS, Seed
-from pretrain.config.checkpoint_options import CheckpointOptions
+from bd3_megatron.config import MAX_LENGTH
+from pretrain.config.checkpoint_options import CheckpointOptions, EvaluationChoices
 from pretrain.config.command_line import parse_options
-from pretrain.config.schema import ESTIMATORS_HELP, EstimatorName, EvalConfig
 
 
-class EvalOptions(CheckpointOptions):
+class EvalOptions(EvaluationChoices, CheckpointOptions):
     """Evaluate a run's checkpoint on the validation split of its data."""
 
     data: list[str] = Field(default=[], description="data sets; none means the one the run was trained on")
     block_sizes: list[Annotated[int, Field(ge=1, le=MAX_LENGTH)]] = Field(
         default=[], description="block sizes B'; none means the run's"
     )
-    estimator: EstimatorName = Field(default="counts", description=ESTIMATORS_HELP)
     rows: int | None = Field(
         default=None, ge=2, description="rows used, at random or (--per-document) the first; null: all"
-    )
-    draws: int = Field(
-        default=1, ge=1, le=10_000, description="noise draws per row; more make the bound's estimate less noisy"
-    )
-    seed: Seed = Field(default=0, description="seed of the evaluation noise")
-    micro_batch: int | None = Field(
-        default=None, ge=1, le=MAX_ROWS, description="rows per forward pass; null means as in training"
     )
     per_document: bool = Field(default=False, description="also statistics over documents, joined from all their rows")
     documents_file: str | None = Field(
@@ -50,8 +41,8 @@ def main(args: list[str]) -> None:
     reports = evaluate_run(
         loaded,
         options.weights,
-        EvalConfig(**{name: getattr(options, name) for name in ("estimator", "rows", "draws", "seed", "micro_batch")}),
-        tuple(loaded.config.data.model_copy(update={"path": path, "mix": None}) for path in options.data),
+        options.evaluation(options.rows),
+        tuple(loaded.config.data.at(path) for path in options.data),
         tuple(options.block_sizes),
         options.per_document,
         None if options.documents_file is None else Path(options.documents_file),

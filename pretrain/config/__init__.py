@@ -2,3 +2,5 @@
 
 CONFIG_FILE = "config.yaml"
 """name of the resolved configuration in a run folder"""
+TOKENIZER_FILE = "tokenizer.json"
+"""name of the tokenizer in a run folder, and in Hugging Face folders"""

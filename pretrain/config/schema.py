@@ -90,6 +90,10 @@ class DataConfig(Section):
             raise ValueError("data.mix: empty; give paths with their weights, or null")
         return self
 
+    def at(self, path: str) -> DataConfig:
+        """The same choices for another data set."""
+        return self.model_copy(update={"path": path, "mix": None})
+
     def weights(self) -> dict[str, float]:
         """Weight of each data set by path, in order; empty if none is given."""
         return self.mix or ({} if self.path is None else {self.path: 1.0})

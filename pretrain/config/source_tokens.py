@@ -11,8 +11,7 @@ from bd3_megatron.hf.convert import format_of
 from bd3_megatron.hf.files import Source, open_source
 from bd3_megatron.hf.formats import TokenIds
 from data_prep.format.tokenizer import load_tokenizer, special_ids
-
-_TOKENIZER = "tokenizer.json"
+from pretrain.config import TOKENIZER_FILE
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class ImportChoices:
 
 def tokenizer_of(source: Source, choices: ImportChoices) -> Path | None:
     """The tokenizer that was named, or the one in the folder."""
-    beside = source.path / _TOKENIZER
+    beside = source.path / TOKENIZER_FILE
     return choices.tokenizer or (beside if beside.is_file() else None)
 
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from bd3_megatron.diffusion.block_statistics import count_groups, group_names
-from pretrain.distributed.messages import all_gather_values
+from pretrain.distributed.collectives import sum_over_ranks
 
 _UNIT = 2.0**-24
 """nats that an accumulator counts: integers add up alike in any order, so micro-batches and ranks change nothing"""
@@ -58,8 +58,8 @@ class BlockLoss:
     def over_ranks(self, group: dist.ProcessGroup) -> BlockLoss:
         """Sum over the data-parallel ranks."""
         total = BlockLoss(self.size)
-        for nll, masked, nats in all_gather_values((self.nll, self.masked, self.nats), group):
-            total.nll, total.masked, total.nats = total.nll + nll, total.masked + masked, total.nats + nats
+        mine = np.stack([self.nll, self.masked, self.nats])
+        total.nll, total.masked, total.nats = sum_over_ranks(mine, group)
         return total
 
     def by_count(self) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.config import CONFIG_FILE
+from pretrain.config import CONFIG_FILE, TOKENIZER_FILE
 
 CONFIG = CONFIG_FILE
 """the resolved configuration"""
@@ -12,7 +12,7 @@ SWEEP = "sweep.yaml"
 """the configuration of a folder of runs that `bd3 launch --sweep` made"""
 RUN_ID = "run_id.json"
 """id of the run, and its parents' ids"""
-TOKENIZER = "tokenizer.json"
+TOKENIZER = TOKENIZER_FILE
 ORIGIN = "origin.safetensors"
 """what the run keeps of the checkpoint it was imported from"""
 VERSIONS = "versions.txt"
